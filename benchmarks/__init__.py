@@ -1,0 +1,1 @@
+"""The benchmark: cases, peers, runner, report; installed as `fused_res.benchmarks`."""

@@ -1,0 +1,24 @@
+"""fused_res: whole residual blocks as one PyTorch autograd operator."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fused_res.explain import Explanation, explain
+from fused_res.functional import AvgPool, ConvBN, residual_block
+from fused_res.modules import BasicBlock, Bottleneck
+from fused_res.planner import use_backend
+
+try:
+    __version__ = version("fused-res")
+except PackageNotFoundError:  # run from a source tree
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AvgPool",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBN",
+    "Explanation",
+    "explain",
+    "residual_block",
+    "use_backend",
+]

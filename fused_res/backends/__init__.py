@@ -1,0 +1,35 @@
+"""The backends of the primitives, one module each: adding a backend is adding a file here.
+
+A backend module has three functions:
+
+- `supports(device, dtype) -> str | None`: the reason why it cannot run there, or None where it can;
+- `preference(device) -> int`: the automatic choice takes the highest of those that can run; 0 is never chosen unasked;
+- `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
+  none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import torch
+
+
+def names() -> list[str]:
+    """Names of all backends, whether they can run here or not."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+NAMES = tuple(names())
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module. Raises ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend cannot run on this device with this dtype, or None where it can."""
+    return load(name).supports(device, dtype)

@@ -1,0 +1,17 @@
+"""The plain formulas of the primitives: any device, any floating-point dtype."""
+
+from collections.abc import Callable
+
+import torch
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if dtype.is_floating_point else f"needs a floating-point dtype, got {dtype}"
+
+
+def preference(device: torch.device) -> int:
+    return 1
+
+
+def find(primitive: str) -> Callable | None:
+    return None

@@ -1,0 +1,47 @@
+"""Triton kernels, from `fused_res.kernels`: NVIDIA GPUs of compute capability 8.0 and later, or Triton's CPU interpreter."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNELS = {
+    "bn_stats": "bn_stats",
+    "bn_finalize": "bn_finalize",
+    "bn_act": "bn_act",
+    "bn_act_backward_reduce": "bn_act_backward",
+    "bn_act_backward_finalize": "bn_act_backward",
+    "bn_act_backward_apply": "bn_act_backward",
+}
+
+
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype not in _DTYPES:
+        return f"takes float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if _interpreting():
+        return None if device.type == "cpu" else "the interpreter (TRITON_INTERPRET=1) takes CPU tensors"
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs an NVIDIA GPU, got a tensor on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def preference(device: torch.device) -> int:
+    return 3 if device.type == "cuda" else 0
+
+
+def find(primitive: str) -> Callable | None:
+    stem = _KERNELS.get(primitive)
+    return getattr(importlib.import_module(f"fused_res.kernels.{stem}"), primitive) if stem else None

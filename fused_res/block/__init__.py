@@ -1,0 +1,1 @@
+"""The block operator: its registration (op), and the schedules of primitives it runs (forward, backward)."""

@@ -1,0 +1,209 @@
+"""The two operators of a block, `fused_res::block_forward` and `fused_res::block_backward`, and their registration.
+
+Both are functional. What the forward saves depends on its arguments `save` and `level` alone, so that the fake kernels know
+it; a new level adds neither an argument nor an output. The backward's own derivative comes from `fused_res.reference`.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from fused_res import planner, reference
+from fused_res.block.backward import Gradients, backward
+from fused_res.block.forward import Saved, forward
+from fused_res.layout import as_parameter, empty_like_parameter, is_channels_last, memory_format
+from fused_res.primitives.bn_act import sign_bytes, unpack_signs
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.primitives.common import statistics_dtype
+from fused_res.spec import Block, tensor_fields, unpack, without_running_statistics
+
+_library = Library("fused_res", "FRAGMENT")
+_library.define(
+    "block_forward(Tensor x, Tensor? skip, Tensor? residual_scale, Tensor[] tensors, int[] spec, float[] eps, "
+    "bool save, str level, str backend) -> (Tensor, Tensor[])"
+)
+_library.define(
+    "block_backward(Tensor dout, Tensor x, Tensor? residual_scale, Tensor[] tensors, Tensor[] saved, int[] spec, "
+    "float[] eps, bool[] needs, str level, str backend) -> Tensor[]"
+)
+
+
+def _output_channels_last(x: Tensor, block: Block) -> bool:
+    """Eager's convolutions are channels_last as soon as their input or their weight is."""
+    return is_channels_last(x) or any(is_channels_last(unit.weight) for unit in block.main)
+
+
+def _check_level(level: str) -> None:
+    if level not in planner.LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(planner.LEVELS)}, got {level!r}")
+
+
+def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
+    _check_level(level)
+    block = unpack(tensors, spec, eps)
+    if (skip is not None) != block.given:
+        raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
+    backend = planner.resolve(backend, x.device, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        out, saved = forward(x, skip, residual_scale, block, save, backend)
+    return out.contiguous(memory_format=memory_format(_output_channels_last(x, block))), saved
+
+
+def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
+    _check_level(level)
+    block = unpack(tensors, spec, eps)
+    n, size, pixels = x.shape[0], tuple(x.shape[2:]), []
+    for unit in block.main:
+        size = unit.output_size(*size)
+        pixels.append(n * size[0] * size[1])
+    pixels += pixels[-1:] if block.projection is not None else []
+    channels = [unit.weight.shape[0] for unit in block.units]
+    outer = block.main[-1].weight.shape[0]
+    layout = memory_format(_output_channels_last(x, block))
+    out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
+    saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
+    if save:
+        saved += [x.new_empty((p, k)) for p, k in zip(pixels, channels, strict=True)]
+        saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
+    return out, saved
+
+
+def _requested(needs: list[bool], spec: list[int], eps: list[float]) -> Gradients:
+    return Gradients(needs[0], needs[1], needs[2], unpack(needs[3:], spec, eps))
+
+
+def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
+    _check_level(level)
+    block = unpack(tensors, spec, eps)
+    backend = planner.resolve(backend, x.device, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        kept = Saved.from_list(saved, len(block.units))
+        gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), backend)
+    found = []
+    if needs[0]:
+        found.append(gradients.x.contiguous(memory_format=memory_format(is_channels_last(x))))
+    if needs[1]:
+        found.append(gradients.skip)
+    if needs[2]:
+        found.append(gradients.residual_scale.to(residual_scale.dtype))
+    units = gradients.block.units
+    for tensor, (u, name), needed in zip(tensors, tensor_fields(spec), needs[3:], strict=True):
+        if needed:
+            found.append(as_parameter(getattr(units[u], name), tensor))
+    return found
+
+
+def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
+    _check_level(level)
+    found = []
+    if needs[0]:
+        found.append(torch.empty_like(x, memory_format=memory_format(is_channels_last(x))))
+    if needs[1]:
+        found.append(torch.empty_like(dout, memory_format=torch.channels_last))
+    if needs[2]:
+        found.append(torch.empty_like(residual_scale))
+    found += [empty_like_parameter(t) for t, needed in zip(tensors, needs[3:], strict=True) if needed]
+    return found
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, _, residual_scale, tensors, spec, eps, save, level, backend = inputs
+    _, saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save = save
+    if not save:
+        return
+    ctx.spec, ctx.eps, ctx.level, ctx.backend = spec, eps, level, backend
+    # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
+    kept, ctx.kept_spec = without_running_statistics(tensors, spec)
+    ctx.kept_count = len(kept)
+    ctx.has_scale = residual_scale is not None
+    ctx.save_for_backward(x, *([residual_scale] if ctx.has_scale else []), *kept, *saved)
+
+
+def _forward_gradient(ctx, dout, _):
+    if not ctx.save:
+        raise RuntimeError("block_forward: called with save=False, which keeps nothing for backward")
+    x, *rest = ctx.saved_tensors
+    residual_scale = rest.pop(0) if ctx.has_scale else None
+    kept, saved = rest[: ctx.kept_count], rest[ctx.kept_count :]
+    wanted_x, wanted_skip, wanted_scale, wanted_tensors = ctx.needs_input_grad[:4]
+    kept_needs, _ = without_running_statistics(wanted_tensors, ctx.spec)
+    needs = [wanted_x, wanted_skip, wanted_scale, *kept_needs]
+    call = torch.ops.fused_res.block_backward.default
+    found = iter(call(dout, x, residual_scale, kept, saved, ctx.kept_spec, ctx.eps, needs, ctx.level, ctx.backend))
+    dx, dskip, dscale = (next(found) if need else None for need in needs[:3])
+    of_tensors = [
+        next(found) if need and not name.startswith("running") else None
+        for need, (_, name) in zip(wanted_tensors, tensor_fields(ctx.spec), strict=True)
+    ]
+    return dx, dskip, dscale, of_tensors, None, None, None, None, None
+
+
+def _save_for_double_backward(ctx, inputs, output):
+    dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, _, _ = inputs
+    ctx.has_scale, ctx.tensors_count, ctx.saved_count = residual_scale is not None, len(tensors), len(saved)
+    ctx.save_for_backward(dout, x, *([residual_scale] if ctx.has_scale else []), *tensors, *saved)
+
+
+def _with_running_statistics(block: Block, vectors: list[Tensor]) -> Block:
+    """The block with the statistics that the forward normalised by, where those were running ones."""
+
+    def restore(unit, rows):
+        if unit.training:
+            return unit
+        mean = Vectors(*rows).mean
+        mean = mean if unit.bias is None else mean + unit.bias.detach()
+        dtype = unit.weight.dtype if unit.gamma is None else unit.gamma.dtype
+        return unit._replace(running_mean=mean.to(dtype), running_var=Vectors(*rows).var.to(dtype))
+
+    units = [restore(unit, rows) for unit, rows in zip(block.units, vectors, strict=True)]
+    count = len(block.main)
+    return block._replace(main=units[:count], projection=units[count] if block.projection is not None else None)
+
+
+def _backward_gradient(ctx, incoming):
+    kept = list(ctx.saved_tensors)
+    tensors_end = 2 + ctx.has_scale + ctx.tensors_count
+    saved = kept[tensors_end:]
+    with torch.enable_grad():
+        dout, x, *rest = (t.detach().requires_grad_() for t in kept[:tensors_end])
+        residual_scale = rest.pop(0) if ctx.has_scale else None
+        block = unpack(rest, ctx.spec, ctx.eps)
+        state = Saved.from_list(saved, len(block.units))
+        block = _with_running_statistics(block, state.vectors)
+        # The saved signs stand in for the outer ReLU, so that a given shortcut's value need not be kept.
+        n, _, h, w = dout.shape
+        open_ = unpack_signs(state.signs, dout.shape[1]).view(n, h, w, -1).permute(0, 3, 1, 2)
+        skip = torch.zeros_like(dout).requires_grad_() if block.given else None
+        out = reference.residual_block(
+            x,
+            block.main,
+            skip if block.given else block.projection,
+            pool=block.pool,
+            residual_scale=residual_scale,
+            last_activation=lambda total: torch.where(open_, total, 0),
+        )
+        leaves = [x, skip, residual_scale, *rest]
+        asked = [leaf for leaf, needed in zip(leaves, ctx.needs, strict=True) if needed]
+        first = torch.autograd.grad(out, asked, dout, create_graph=True, allow_unused=True)
+        pairs = [(f, i) for f, i in zip(first, incoming, strict=True) if f is not None and f.requires_grad and i is not None]
+        inputs = [dout, *(leaf for leaf in leaves if leaf is not None and leaf is not skip)]
+        if pairs:
+            ours, theirs = zip(*pairs, strict=True)
+            second = list(torch.autograd.grad(ours, inputs, theirs, allow_unused=True))
+        else:
+            second = [None] * len(inputs)
+    of_dout, of_x = second[:2]
+    of_scale = second[2] if ctx.has_scale else None
+    of_tensors = second[2 + ctx.has_scale :]
+    return of_dout, of_x, of_scale, of_tensors, [None] * ctx.saved_count, None, None, None, None, None
+
+
+for _name, _kernel, _fake in (("block_forward", _forward, _forward_fake), ("block_backward", _backward, _backward_fake)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    register_fake(f"fused_res::{_name}", _fake, lib=_library)
+register_autograd("fused_res::block_forward", _forward_gradient, setup_context=_save_for_backward, lib=_library)
+register_autograd("fused_res::block_backward", _backward_gradient, setup_context=_save_for_double_backward, lib=_library)
+
+block_forward = torch.ops.fused_res.block_forward.default

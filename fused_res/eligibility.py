@@ -1,0 +1,133 @@
+"""Whether a block's child modules may be replaced by the fused operator: one predicate that both decides and explains.
+
+A module is only ever bypassed if calling it would do exactly what the operator does: its exact type, nobody listening.
+"""
+
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fused_res.spec import AvgPool, ConvBN
+
+_HOOKS = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+    "_backward_hooks": "a backward hook",
+}
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def global_hooks() -> str | None:
+    """The reason where a hook is registered on all modules, as module profilers and FLOP counters do."""
+    hooks = (
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_forward_hooks,
+        nn_module._global_backward_pre_hooks,
+        nn_module._global_backward_hooks,
+    )
+    return "a global module hook is registered" if any(len(h) > 0 for h in hooks) else None
+
+
+def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
+    """Why this child is not a plain module of the expected type, or None where it is."""
+    if type(module) is not expected:
+        return f"{name} is a {type(module).__name__}, not nn.{expected.__name__}"
+    for attribute, what in _HOOKS.items():
+        if len(getattr(module, attribute)) > 0:
+            return f"{name} has {what}"
+    if "forward" in module.__dict__:
+        return f"{name}.forward is overridden"
+    for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and is_traceable_wrapper_subclass(tensor):
+            return f"{name}.{tensor_name} is a {type(tensor).__name__}"
+    return None
+
+
+def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
+    """Why a convolution and its BN cannot be part of the operator, or None where they can."""
+    reason = foreign(conv_name, conv, nn.Conv2d) or foreign(bn_name, bn, nn.BatchNorm2d)
+    if reason is not None:
+        return reason
+    if conv.padding_mode != "zeros":
+        return f"{conv_name} has padding_mode={conv.padding_mode!r}"
+    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+        return f"{conv_name} pads unevenly (padding='same')"
+    if (bn.running_mean is None) != (bn.running_var is None):
+        return f"{bn_name} has only one of running_mean and running_var"
+    return None
+
+
+def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
+    """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
+    if conv.padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    else:
+        padding = (0, 0) if conv.padding == "valid" else conv.padding
+    live = bn.training or bn.running_mean is None
+    tracks = not bn.training or bn.track_running_stats
+    return ConvBN(
+        weight=conv.weight,
+        bias=conv.bias,
+        gamma=bn.weight,
+        beta=bn.bias,
+        running_mean=bn.running_mean if tracks else None,
+        running_var=bn.running_var if tracks else None,
+        num_batches_tracked=bn.num_batches_tracked if bn.training and bn.track_running_stats else None,
+        stride=conv.stride,
+        padding=padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        training=live,
+        momentum=bn.momentum,
+        eps=bn.eps,
+    )
+
+
+class Shortcut(NamedTuple):
+    """How a block's `downsample` runs: as the identity, as a projection inside the operator, or by itself.
+
+    `kind` is "identity", "projection", "pooled projection" or "as it is"; `reason` says why not as a projection.
+    """
+
+    kind: str
+    conv: nn.Conv2d | None = None
+    bn: nn.BatchNorm2d | None = None
+    pool: AvgPool | None = None
+    names: str = ""
+    reason: str | None = None
+
+
+def shortcut_of(downsample: nn.Module | None) -> Shortcut:
+    """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision and timm build it."""
+    if downsample is None:
+        return Shortcut("identity")
+    if foreign("downsample", downsample, nn.Identity) is None:
+        return Shortcut("identity")
+    reason = foreign("downsample", downsample, nn.Sequential)
+    if reason is not None:
+        return Shortcut("as it is", reason=reason)
+    children = list(downsample)
+    first = len(children) - 2
+    if first not in (0, 1):
+        return Shortcut("as it is", reason=f"downsample has {len(children)} layers, not [pool,] conv, bn")
+    names = f"downsample.{first}", f"downsample.{first + 1}"
+    pool = None
+    if first == 1 and foreign("downsample.0", children[0], nn.Identity) is not None:
+        reason = foreign("downsample.0", children[0], nn.AvgPool2d)
+        if reason is None and children[0].divisor_override is not None:
+            reason = "downsample.0 has a divisor_override"
+        if reason is not None:
+            return Shortcut("as it is", reason=reason)
+        p = children[0]
+        pool = AvgPool(_pair(p.kernel_size), _pair(p.stride), _pair(p.padding), p.ceil_mode, p.count_include_pad)
+    conv, bn = children[first:]
+    reason = unit_reason(names[0], conv, names[1], bn)
+    if reason is not None:
+        return Shortcut("as it is", reason=reason)
+    return Shortcut("projection" if pool is None else "pooled projection", conv, bn, pool, "/".join(names))

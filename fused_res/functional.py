@@ -1,0 +1,102 @@
+"""The residual block on tensors: what `fused_res.BasicBlock` and `fused_res.Bottleneck` call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_res import planner, reference
+from fused_res.block.op import block_forward
+from fused_res.block.validate import check_arguments, check_batch, compute_dtype
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.spec import AvgPool, Block, ConvBN, pack
+
+__all__ = ["AvgPool", "ConvBN", "residual_block"]
+
+
+def residual_block(
+    x: Tensor,
+    main: Sequence[ConvBN],
+    shortcut: ConvBN | Tensor | None = None,
+    *,
+    pool: AvgPool | None = None,
+    residual_scale: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """`out = relu(a * main(x) + shortcut(x))`, `main` being `conv-BN-ReLU-…-conv-BN`, as one autograd operator.
+
+    Args:
+        x: [N, C, H, W], float16, bfloat16, float32 or float64, any strides.
+        main: the convolutions and BNs of the main branch, first to last.
+        shortcut: None for the identity; a `ConvBN` for a projection; or a tensor that is added as it is, of the output's
+            shape or one that broadcasts to it.
+        pool: average pooling of x in front of the projection (ResNet-D).
+        residual_scale: the scalar tensor a; None for 1.
+        names: what error messages call the units of `main`, then the projection.
+
+    Returns:
+        [N, K, H', W'], in the dtype and memory layout that eager PyTorch would return. Under autocast x and the convolutions'
+        weights are cast as eager casts them; BN's tensors keep their dtype.
+
+    The running statistics and `num_batches_tracked` of a unit with `training=True` are updated in place as `nn.BatchNorm2d`
+    does, after the block has been computed. Differentiable twice; the second derivative runs in ordinary autograd. An empty
+    batch, and any call under `use_backend("eager")`, runs through `fused_res.reference`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: x is not 4-D; one value per channel under batch statistics (the BN that meets it has then counted the
+            batch, as in eager); an epsilon BN does not take.
+        RuntimeError: shapes, dtypes or devices that do not fit; a backend forced by `use_backend` that cannot run.
+    """
+    given = isinstance(shortcut, Tensor)
+    block = Block(list(main), None if given else shortcut, pool, given)
+    names = check_arguments(x, block, shortcut if given else None, residual_scale, names)
+    if planner.is_eager_forced() or x.numel() == 0:
+        return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
+    sizes = check_batch(x, block, names)
+    dtype = compute_dtype(x)
+    x, block = x.to(dtype), _cast(block, dtype)
+    outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
+    skip = shortcut.to(x.dtype) if given else None
+    if skip is None and block.projection is None and x.shape != outer:
+        skip, block = x, block._replace(given=True)
+    if skip is not None:
+        skip = skip.expand(outer)
+    tensors, spec, eps = pack(block)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
+    backend, level = planner.request()
+    out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+    for unit, vectors, (height, width) in zip(block.units, saved, sizes, strict=False):
+        _update_buffers(unit, vectors, x.shape[0] * height * width)
+    return out
+
+
+def _cast(block: Block, dtype: torch.dtype) -> Block:
+    def cast(unit: ConvBN | None) -> ConvBN | None:
+        if unit is None:
+            return None
+        return unit._replace(weight=unit.weight.to(dtype), bias=None if unit.bias is None else unit.bias.to(dtype))
+
+    return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))
+
+
+@torch.no_grad()
+def _update_buffers(unit: ConvBN, vectors: Tensor, pixels: int) -> None:
+    """Move the running statistics of a unit towards its batch's, without a host synchronisation."""
+    if not unit.training:
+        return
+    if unit.num_batches_tracked is not None:
+        unit.num_batches_tracked.add_(1)
+    if unit.running_mean is None:
+        return
+    batch = Vectors(*vectors.unbind())
+    mean = batch.mean if unit.bias is None else batch.mean + unit.bias
+    var = batch.var * (pixels / (pixels - 1))
+    weight = unit.momentum
+    if weight is None:
+        weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()
+    for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
+        if running.dtype == value.dtype:
+            running.lerp_(value, weight)
+        else:
+            running.copy_(running.to(value.dtype).lerp(value, weight))

@@ -1,0 +1,71 @@
+"""Memory layouts: the one eager would choose, and views between images [N, C, H, W] and matrices [N*H*W, C]."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the strides of a 4-D tensor mean channels_last to PyTorch (`suggest_memory_format` in ATen).
+
+    Strides that fit both layouts mean contiguous, as in ATen.
+    """
+    least = 0
+    sizes, strides = tensor.shape, tensor.stride()
+    if strides[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least:
+            return False
+        if d == 0 and least == strides[1]:
+            return False
+        least = strides[d]
+        if sizes[d] > 1:
+            least *= sizes[d]
+    return True
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def nhwc(image: Tensor) -> Tensor:
+    """The image in channels_last, itself where it already is."""
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def to_rows(image: Tensor) -> Tensor:
+    """[N, C, H, W] as a contiguous matrix [N*H*W, C]; a view where the image is channels_last."""
+    n, c, h, w = image.shape
+    return image.permute(0, 2, 3, 1).reshape(n * h * w, c).contiguous()
+
+
+def to_image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
+    """A contiguous matrix [n*h*w, C] as a channels_last view [n, C, h, w]."""
+    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _parameter_strides(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's strides if it is dense, those of a contiguous tensor otherwise."""
+    if parameter.is_contiguous() or (parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)):
+        return parameter.stride()
+    return torch.empty(parameter.shape, device="meta").stride()
+
+
+def empty_like_parameter(parameter: Tensor) -> Tensor:
+    """An uninitialised tensor in the dtype and layout of the parameter's gradient."""
+    strides = _parameter_strides(parameter)
+    return torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
+
+
+def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in the dtype and strides of `empty_like_parameter(parameter)`, without a copy where it can be had so.
+
+    Equal strides matter: DistributedDataParallel copies, and warns, where they differ only in dimensions of size 1.
+    """
+    gradient = gradient.to(parameter.dtype)
+    strides = _parameter_strides(parameter)
+    if gradient.stride() == strides:
+        return gradient
+    if gradient.is_contiguous() and parameter.is_contiguous():
+        return gradient.as_strided(gradient.shape, strides)
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)

@@ -1,0 +1,206 @@
+"""`BasicBlock` and `Bottleneck`: torchvision's blocks, by constructor and by state dict, running as one operator."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fused_res import planner, reference
+from fused_res.eligibility import foreign, global_hooks, shortcut_of, unit_of, unit_reason
+from fused_res.functional import residual_block
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned and not torch.compiler.is_compiling():
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
+
+
+def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """What both blocks share: `out = relu(a * main(x) + shortcut(x))` over the child modules `conv1 bn1 conv2 bn2 …`.
+
+    The child modules may be replaced at any time. What the operator cannot stand for (another type, a hook, a
+    parametrization, …) runs through the child modules themselves, after one warning; `fused_res.explain` tells the reason.
+    """
+
+    expansion: int
+    depth: int
+
+    def __init__(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
+        super().__init__()
+        if downsample is not None and not isinstance(downsample, nn.Module):
+            raise TypeError(f"downsample: expected an nn.Module or None, got {type(downsample).__name__}")
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+        scale = None if residual_scale is None else nn.Parameter(torch.tensor(float(residual_scale)))
+        self.register_parameter("residual_scale", scale)
+
+    def _names(self) -> list[tuple[str, str]]:
+        return [(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1)]
+
+    def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names()]
+
+    def unfused_reason(self, x: Tensor) -> str | None:
+        """Why this block, called with x now, runs through its child modules; None where the operator runs.
+
+        `use_backend("eager")` and an empty batch are such reasons too.
+        """
+        if planner.is_eager_forced():
+            return 'use_backend("eager")'
+        if x.numel() == 0:
+            return "the batch is empty"
+        return self._structural_reason(x)
+
+    def _structural_reason(self, x: Tensor) -> str | None:
+        reason = global_hooks() or foreign("relu", self.relu, nn.ReLU)
+        if reason is not None:
+            return reason
+        for (conv_name, bn_name), (conv, bn) in zip(self._names(), self._layers(), strict=True):
+            reason = unit_reason(conv_name, conv, bn_name, bn)
+            if reason is not None:
+                return reason
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self.unfused_reason(x)
+        if reason is not None:
+            return self._run_modules(x, reason)
+        shortcut = shortcut_of(self.downsample)
+        main = [unit_of(conv, bn) for conv, bn in self._layers()]
+        names = [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut.names]
+        if shortcut.kind == "as it is":
+            value = self.downsample(x)
+        else:
+            value = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
+        return residual_block(x, main, value, pool=shortcut.pool, residual_scale=self.residual_scale, names=names)
+
+    def _run_modules(self, x: Tensor, reason: str) -> Tensor:
+        if x.numel() > 0 and not planner.is_eager_forced():
+            asked = planner.forced()
+            if asked is not None:
+                raise RuntimeError(f"backend {asked.backend!r} cannot run this block: {reason}")
+            _warn_once(f"fused_res: {type(self).__name__} runs unfused, through its child modules: {reason}")
+        return reference.run_modules(x, self._layers(), self.downsample, self.residual_scale, self.relu)
+
+    def zero_init_last(self) -> None:
+        """Set the last BN's gamma to 0, so that the block starts as `relu(shortcut(x))` (https://arxiv.org/abs/1706.02677).
+
+        torchvision's `ResNet(..., zero_init_residual=True)` does this for its own classes only; for a network built from
+        these call it on every block.
+
+        Raises:
+            RuntimeError: the last BN has no gamma.
+        """
+        name, bn = self._names()[-1][1], self._layers()[-1][1]
+        if getattr(bn, "weight", None) is None:
+            raise RuntimeError(f"zero_init_last: {name} has no weight to set to 0")
+        nn.init.zeros_(bn.weight)
+
+    def extra_repr(self) -> str:
+        return "" if self.residual_scale is None else "residual_scale=True"
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions: `relu(a * bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))` (https://arxiv.org/abs/1512.03385).
+
+    Args:
+        inplanes: channels of x.
+        planes: channels of both convolutions and of the output.
+        stride: of conv1.
+        downsample: the shortcut; None for the identity. `Sequential([AvgPool2d or Identity,] Conv2d, BatchNorm2d)` becomes
+            part of the operator, anything else runs by itself and is added.
+        groups, base_width, dilation: must be 1, 64 and 1, as in torchvision.
+        norm_layer: makes the normalisation from a number of channels; nn.BatchNorm2d if None. Others run unfused.
+        residual_scale: initial value of a learnable scalar a (0.0 starts as `relu(shortcut(x))`); None for none. A parameter
+            `residual_scale` is in the state dict only if it is asked for.
+
+    Shapes: x [N, inplanes, H, W] to [N, planes, ceil(H / stride), ceil(W / stride)], in x's dtype (autocast's under autocast).
+
+    Raises:
+        ValueError, NotImplementedError: groups, base_width or dilation that torchvision's refuses.
+        TypeError: a downsample that is not a module.
+    """
+
+    expansion = 1
+    depth = 2
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        residual_scale: float | None = None,
+    ) -> None:
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock only supports groups=1 and base_width=64, got {groups} and {base_width}")
+        if dilation > 1:
+            raise NotImplementedError(f"Dilation > 1 not supported in BasicBlock, got {dilation}")
+        super().__init__(downsample, stride, residual_scale)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3, 1x1 with the stride on the 3x3 ("v1.5"): `relu(a * bn3(conv3(…)) + shortcut(x))` (https://arxiv.org/abs/1512.03385).
+
+    Args:
+        inplanes: channels of x.
+        planes: a quarter of the output's channels; the inner width is `int(planes * base_width / 64) * groups`.
+        stride, groups, dilation: of conv2.
+        base_width: see planes.
+        downsample, norm_layer, residual_scale: as for `BasicBlock`.
+
+    Shapes: x [N, inplanes, H, W] to [N, 4 * planes, ceil(H / stride), ceil(W / stride)], in x's dtype (autocast's under
+    autocast).
+
+    Raises:
+        TypeError: a downsample that is not a module.
+    """
+
+    expansion = 4
+    depth = 3
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        residual_scale: float | None = None,
+    ) -> None:
+        super().__init__(downsample, stride, residual_scale)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = _conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)

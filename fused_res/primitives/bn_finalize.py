@@ -1,0 +1,76 @@
+"""`bn_finalize`: partial statistics become the scale and shift of a BN."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res.primitives.common import check, select
+
+
+class Vectors(NamedTuple):
+    """The rows of the [5, C] tensor that `bn_finalize` returns.
+
+    `scale = a * gamma * invstd`, `shift = a * (beta - gamma * invstd * mean)`, `invstd = 1 / sqrt(var + eps)`, with the biased
+    variance; a = 1 without a residual scale.
+    """
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def plain(
+    partials: Tensor, rows: int, pixels: int, gamma: Tensor | None, beta: Tensor | None, eps: float, residual_scale: Tensor | None
+) -> Tensor:
+    counts = torch.full((partials.shape[0], 1), float(rows), dtype=partials.dtype, device=partials.device)
+    counts[-1] = pixels - rows * (partials.shape[0] - 1)
+    means, squares = partials.unbind(1)
+    mean = (means * counts).sum(0) / pixels
+    var = (squares + counts * (means - mean).square()).sum(0) / pixels
+    invstd = (var + eps).rsqrt()
+    scale = invstd if gamma is None else invstd * gamma
+    shift = -scale * mean if beta is None else beta - scale * mean
+    if residual_scale is not None:
+        scale, shift = scale * residual_scale.to(scale.dtype), shift * residual_scale.to(scale.dtype)
+    return torch.stack((mean, var, invstd, scale, shift))
+
+
+def bn_finalize(
+    partials: Tensor,
+    rows: int,
+    pixels: int,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual_scale: Tensor | None = None,
+    *,
+    backend: str,
+) -> Tensor:
+    """Merge partial statistics and derive what normalisation needs.
+
+    Running statistics are one tile of one row: `partials = [[running_mean, running_var]]`, `rows = pixels = 1`.
+
+    Args:
+        partials: [T, 2, C] of mean and sum of squared deviations, as `bn_stats` returns them.
+        rows: rows in every tile but the last.
+        pixels: rows in all tiles together, rows * (T - 1) < pixels <= rows * T.
+        gamma, beta: [C], any floating-point dtype; None stands for 1 and 0.
+        eps: added to the variance.
+        residual_scale: a scalar tensor a that multiplies the BN's output; None stands for 1.
+
+    Returns:
+        [5, C] in the dtype of `partials`; `Vectors` names its rows.
+    """
+    tiles, _, channels = partials.shape
+    check("partials", partials, (tiles, 2, channels), partials.dtype, partials.device)
+    if not rows * (tiles - 1) < pixels <= rows * tiles:
+        raise ValueError(f"pixels: {tiles} tiles of {rows} rows cannot hold {pixels} rows")
+    for name, vector in (("gamma", gamma), ("beta", beta)):
+        if vector is not None:
+            check(name, vector, (channels,), vector.dtype, partials.device)
+    if residual_scale is not None:
+        check("residual_scale", residual_scale, (), residual_scale.dtype, partials.device)
+    return select("bn_finalize", backend, plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)

@@ -1,0 +1,39 @@
+"""What every primitive needs: backend look-up, argument checks, and the precision its statistics are kept in."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fused_res import backends
+
+
+def select(primitive: str, backend: str, plain: Callable) -> Callable:
+    """The backend's implementation of the primitive, or the plain formula where it has none of its own."""
+    return backends.load(backend).find(primitive) or plain
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 activations, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless the tensor is contiguous and has this shape, dtype and device."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor is a contiguous floating-point matrix [P, C]."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected a matrix [P, C], got shape {tuple(tensor.shape)}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    check(name, tensor, tensor.shape, tensor.dtype, tensor.device)

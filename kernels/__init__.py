@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one file for each primitive; installed as `fused_res.kernels`."""
