@@ -73,11 +73,12 @@ class Case:
     def input(
         self, batch: int, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A block input (non-negative, as a preceding ReLU leaves it) and an incoming gradient, made on the CPU from the seed."""
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, self.inplanes, self.size, self.size, generator=generator).relu_()
-        grad = torch.randn(batch, self.outplanes, self.output_size, self.output_size, generator=generator)
-        return tuple(tensor.to(device, dtype).contiguous(memory_format=memory_format) for tensor in (x, grad))
+        """A block input (non-negative, as a preceding ReLU leaves it) and an incoming gradient, made on the device from the seed."""
+        generator = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(batch, self.inplanes, self.size, self.size, generator=generator, device=device).relu_()
+        shape = batch, self.outplanes, self.output_size, self.output_size
+        grad = torch.randn(shape, generator=generator, device=device)
+        return tuple(tensor.to(dtype).contiguous(memory_format=memory_format) for tensor in (x, grad))
 
 
 def _stages(kind: str, prefix: str) -> tuple[Case, ...]:

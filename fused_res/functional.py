@@ -55,9 +55,9 @@ def residual_block(
         return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
     sizes = check_batch(x, block, names)
     dtype = compute_dtype(x)
-    x, block = x.to(dtype), _cast(block, dtype)
+    x, block = _to(x, dtype), _cast(block, dtype)
     outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
-    skip = shortcut.to(x.dtype) if given else None
+    skip = _to(shortcut, dtype) if given else None
     if skip is None and block.projection is None and x.shape != outer:
         skip, block = x, block._replace(given=True)
     if skip is not None:
@@ -71,16 +71,20 @@ def residual_block(
     return out
 
 
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Kept out of exported graphs where it does nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _cast(block: Block, dtype: torch.dtype) -> Block:
     def cast(unit: ConvBN | None) -> ConvBN | None:
         if unit is None:
             return None
-        return unit._replace(weight=unit.weight.to(dtype), bias=None if unit.bias is None else unit.bias.to(dtype))
+        return unit._replace(weight=_to(unit.weight, dtype), bias=None if unit.bias is None else _to(unit.bias, dtype))
 
     return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))
 
 
-@torch.no_grad()
 def _update_buffers(unit: ConvBN, vectors: Tensor, pixels: int) -> None:
     """Move the running statistics of a unit towards its batch's, without a host synchronisation."""
     if not unit.training:
@@ -90,7 +94,7 @@ def _update_buffers(unit: ConvBN, vectors: Tensor, pixels: int) -> None:
     if unit.running_mean is None:
         return
     batch = Vectors(*vectors.unbind())
-    mean = batch.mean if unit.bias is None else batch.mean + unit.bias
+    mean = batch.mean if unit.bias is None else batch.mean + unit.bias.detach()
     var = batch.var * (pixels / (pixels - 1))
     weight = unit.momentum
     if weight is None:

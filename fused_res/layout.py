@@ -58,11 +58,13 @@ def empty_like_parameter(parameter: Tensor) -> Tensor:
 
 
 def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient in the dtype and strides of `empty_like_parameter(parameter)`, without a copy where it can be had so.
+    """The gradient in the dtype and strides of `empty_like_parameter(parameter)`.
 
-    Equal strides matter: DistributedDataParallel copies, and warns, where they differ only in dimensions of size 1.
+    Weights are not copied where that can be helped. Equal strides matter: DistributedDataParallel copies, and warns, where they
+    differ only in dimensions of size 1. Vectors are copied: they are rows of one tensor, and an operator's outputs may not
+    share memory.
     """
-    gradient = gradient.to(parameter.dtype)
+    gradient = gradient.to(parameter.dtype, copy=gradient.dim() == 1)
     strides = _parameter_strides(parameter)
     if gradient.stride() == strides:
         return gradient
