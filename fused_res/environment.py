@@ -1,5 +1,7 @@
 """What this machine and this installation are, without anything that names its owner: no host, user or path."""
 
+import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -94,6 +96,23 @@ def git() -> dict | None:
         return None
     changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", cwd=root)
     return {"commit": _output("git", "rev-parse", "--verify", "HEAD", cwd=root), "dirty": changes != ""}
+
+
+def fingerprint() -> str:
+    """Hash of this package's Python sources: what a result belongs to where there is no commit to name."""
+    import fused_res
+
+    digest, package = hashlib.sha256(), Path(fused_res.__file__).parent
+    roots = [package, *(Path(path) for name in ("kernels", "benchmarks") for path in _search_path(f"fused_res.{name}"))]
+    files = {path.resolve() for root in roots for path in root.rglob("*.py")}
+    for path in sorted(files, key=lambda path: (path.parent.name, path.name)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _search_path(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 def devices() -> list[torch.device]:

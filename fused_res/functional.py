@@ -48,16 +48,34 @@ def residual_block(
             batch, as in eager); an epsilon BN does not take.
         RuntimeError: shapes, dtypes or devices that do not fit; a backend forced by `use_backend` that cannot run.
     """
-    given = isinstance(shortcut, Tensor)
-    block = Block(list(main), None if given else shortcut, pool, given)
-    names = check_arguments(x, block, shortcut if given else None, residual_scale, names)
-    if planner.is_eager_forced() or x.numel() == 0:
+    if isinstance(x, Tensor) and (planner.is_eager_forced() or x.numel() == 0):
+        check_arguments(x, *_parts(main, shortcut, pool), residual_scale, names)
         return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
+    return residual_block_with_saved(x, main, shortcut, pool=pool, residual_scale=residual_scale, names=names)[0]
+
+
+def _parts(main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None) -> tuple[Block, Tensor | None]:
+    given = isinstance(shortcut, Tensor)
+    return Block(list(main), None if given else shortcut, pool, given), shortcut if given else None
+
+
+def residual_block_with_saved(
+    x: Tensor,
+    main: Sequence[ConvBN],
+    shortcut: ConvBN | Tensor | None = None,
+    *,
+    pool: AvgPool | None = None,
+    residual_scale: Tensor | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """As `residual_block`, never unfused; also returns what was saved for backward (`fused_res.block.forward.Saved`)."""
+    block, skip = _parts(main, shortcut, pool)
+    names = check_arguments(x, block, skip, residual_scale, names)
     sizes = check_batch(x, block, names)
     dtype = compute_dtype(x)
     x, block = _to(x, dtype), _cast(block, dtype)
     outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
-    skip = _to(shortcut, dtype) if given else None
+    skip = None if skip is None else _to(skip, dtype)
     if skip is None and block.projection is None and x.shape != outer:
         skip, block = x, block._replace(given=True)
     if skip is not None:
@@ -68,7 +86,7 @@ def residual_block(
     out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
     for unit, vectors, (height, width) in zip(block.units, saved, sizes, strict=False):
         _update_buffers(unit, vectors, x.shape[0] * height * width)
-    return out
+    return out, saved
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

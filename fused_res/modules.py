@@ -78,14 +78,22 @@ class ResidualBlock(nn.Module):
         reason = self.unfused_reason(x)
         if reason is not None:
             return self._run_modules(x, reason)
+        return residual_block(x, **self.operands(x))
+
+    def operands(self, x: Tensor) -> dict:
+        """The arguments of `fused_res.functional.residual_block`, beside x, that this block stands for now."""
         shortcut = shortcut_of(self.downsample)
-        main = [unit_of(conv, bn) for conv, bn in self._layers()]
-        names = [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut.names]
         if shortcut.kind == "as it is":
             value = self.downsample(x)
         else:
             value = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
-        return residual_block(x, main, value, pool=shortcut.pool, residual_scale=self.residual_scale, names=names)
+        return {
+            "main": [unit_of(conv, bn) for conv, bn in self._layers()],
+            "shortcut": value,
+            "pool": shortcut.pool,
+            "residual_scale": self.residual_scale,
+            "names": [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut.names],
+        }
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:
         if x.numel() > 0 and not planner.is_eager_forced():

@@ -1,0 +1,208 @@
+"""How far a block is from the truth: errors of outputs, gradients and running statistics against float64.
+
+The rule that every backend, level and dtype has to meet:
+
+    err(fused) <= max(1.25 * err(eager), floor)
+
+err is the relative L2 error over all seeds together; eager is the worse of NCHW and channels_last in the same dtype;
+the floor is 8 * 2^-24 for float32 and half an ulp for float16 and bfloat16. Truth is the block in float64 from the unrounded
+inputs. Gradients are held against a float64 run with the candidate's own ReLU signs, in every dtype: a sign flips where the
+pre-activation is within rounding of 0, and a few flips would drown everything else; `check_signs` sees to it that none flips
+elsewhere.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fused_res import reference
+from fused_res.block.forward import Saved
+from fused_res.functional import residual_block_with_saved
+from fused_res.modules import ResidualBlock
+from fused_res.planner import use_backend
+from fused_res.primitives.bn_act import unpack_signs
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.spec import ConvBN
+
+MARGIN = 1.25
+
+
+def floor(dtype: torch.dtype) -> float:
+    """The error that needs no excuse: 8 * 2^-24 in float32, half an ulp of 1 in the 16-bit dtypes."""
+    return 8 * 2.0**-24 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+
+
+@dataclass
+class Result:
+    """What a step of a block gives: named tensors, the signs of its ReLUs in order (True where open), and their inputs."""
+
+    tensors: dict[str, Tensor]
+    signs: list[Tensor]
+    pre_activations: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One quantity of one case held against the rule."""
+
+    quantity: str
+    error: float
+    eager: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+_Run = tuple[Tensor, list[Tensor], list[Tensor]]
+
+
+def _through_modules(block: ResidualBlock, x: Tensor, force: list[Tensor] | None = None) -> _Run:
+    """The block through its modules, noting the signs of its ReLUs, or imposing the given ones."""
+    signs: list[Tensor] = []
+    inputs: list[Tensor] = []
+
+    def relu(total: Tensor) -> Tensor:
+        open_ = ~(total.detach() <= 0) if force is None else force[len(signs)]
+        signs.append(open_)
+        inputs.append(total.detach())
+        return torch.where(open_, total, 0)
+
+    return reference.run_modules(x, block._layers(), block.downsample, block.residual_scale, relu), signs, inputs
+
+
+def _step(block: ResidualBlock, x: Tensor, dout: Tensor, run: Callable[[Tensor], _Run]) -> Result:
+    x = x.detach().requires_grad_()
+    out, signs, inputs = run(x)
+    parameters = dict(block.named_parameters())
+    grads = torch.autograd.grad(out, [x, *parameters.values()], dout.to(out.dtype))
+    tensors = {"out": out.detach(), "dx": grads[0]}
+    tensors |= {f"d{name}": grad for name, grad in zip(parameters, grads[1:], strict=True)}
+    tensors |= {name: b.clone() for name, b in block.named_buffers() if b.is_floating_point()}
+    return Result(tensors, signs, inputs)
+
+
+def _through_operator(block: ResidualBlock, x: Tensor) -> _Run:
+    """The block through the operator, and the signs of its ReLUs, read from what was saved for backward."""
+    operands = block.operands(x)
+    out, saved = residual_block_with_saved(x, **operands)
+    main = operands["main"]
+    kept = Saved.from_list(saved, len(main) + isinstance(operands["shortcut"], ConvBN))
+    size, signs = tuple(x.shape[2:]), []
+    for i, unit in enumerate(main):
+        size = unit.output_size(*size)
+        v, y = Vectors(*kept.vectors[i]), kept.ys[i]
+        if i == len(main) - 1:
+            rows = unpack_signs(kept.signs, y.shape[1])
+        else:
+            rows = ~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0)
+        signs.append(rows.view(x.shape[0], *size, -1).permute(0, 3, 1, 2))
+    return out, signs, []
+
+
+def step(
+    block: ResidualBlock, x: Tensor, dout: Tensor, dtype: torch.dtype, backend: str, level: str, channels_last: bool
+) -> Result:
+    """One forward and backward of a copy of the float64 block in a dtype: float32 as it is, 16 bits under autocast."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    block = copy.deepcopy(block).to(torch.float32).to(memory_format=layout)
+    x = x.float().contiguous(memory_format=layout)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        if backend == "eager":
+            return _step(block, x, dout, lambda t: _through_modules(block, t))
+        with use_backend(backend, level):
+            return _step(block, x, dout, lambda t: _through_operator(block, t))
+
+
+def _truth(block: ResidualBlock, x: Tensor, dout: Tensor, signs: list[Tensor] | None = None) -> Result:
+    block = copy.deepcopy(block)
+    return _step(block, x, dout, lambda t: _through_modules(block, t, signs))
+
+
+def _squares(candidate: Result, truth: Result) -> dict[str, tuple[float, float]]:
+    """For each tensor the squared error and the squared truth."""
+
+    def squares(name: str) -> tuple[float, float]:
+        want = truth.tensors[name].double()
+        return (candidate.tensors[name].double() - want).square().sum().item(), want.square().sum().item()
+
+    return {name: squares(name) for name in truth.tensors}
+
+
+def check_signs(candidate: Result, truth: Result, tolerance: float) -> None:
+    """Raise AssertionError where a sign differs although the true pre-activation is beyond the tolerance, relative to their rms."""
+    for i, (got, want, pre) in enumerate(zip(candidate.signs, truth.signs, truth.pre_activations, strict=True)):
+        off = got != want
+        if off.any() and pre[off].abs().max() > tolerance * pre.square().mean().sqrt():
+            raise AssertionError(f"ReLU {i}: a sign differs where the pre-activation is {pre[off].abs().max():.3g}")
+
+
+def _pooled(seeds: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Relative L2 error over all seeds together, so that one seed with a vanishing truth does not decide."""
+    totals = {name: [sum(seed[name][i] for seed in seeds) for i in (0, 1)] for name in seeds[0]}
+    return {name: (error / truth) ** 0.5 if truth > 0 else error**0.5 for name, (error, truth) in totals.items()}
+
+
+def judge(
+    make: Callable[[int], tuple[ResidualBlock, Tensor, Tensor]],
+    dtype: torch.dtype,
+    backend: str,
+    level: str,
+    seeds: Iterable[int] = range(8),
+    sign_tolerance: float | None = None,
+) -> list[Verdict]:
+    """Hold a block on a backend and level against the rule.
+
+    Args:
+        make: from a seed, a float64 block, x and the incoming gradient, on the device to run on.
+        dtype: float32, float16 or bfloat16; the 16-bit ones under autocast.
+        backend, level: as for `use_backend`.
+        seeds: at least 8 for a verdict.
+        sign_tolerance: see `check_signs`; None to leave the signs unchecked.
+
+    Returns:
+        One verdict for out, dx, the gradient of every parameter, and every running statistic.
+    """
+    errors: dict[str, list[dict[str, tuple[float, float]]]] = {"fused": [], "NCHW": [], "channels_last": []}
+    for seed in seeds:
+        block, x, dout = make(seed)
+        plain = _truth(block, x, dout)
+        runs = {
+            "fused": step(block, x, dout, dtype, backend, level, channels_last=True),
+            "NCHW": step(block, x, dout, dtype, "eager", level, channels_last=False),
+            "channels_last": step(block, x, dout, dtype, "eager", level, channels_last=True),
+        }
+        if sign_tolerance is not None:
+            check_signs(runs["fused"], plain, sign_tolerance)
+        for name, run in runs.items():
+            against = _truth(block, x, dout, run.signs)
+            against.tensors["out"] = plain.tensors["out"]
+            errors[name].append(_squares(run, against))
+    fused, nchw, nhwc = (_pooled(errors[name]) for name in errors)
+    verdicts = []
+    for name in fused:
+        eager = max(nchw[name], nhwc[name])
+        stored = torch.float32 if name not in ("out", "dx") else dtype
+        stored = dtype if ".weight" in name and name.startswith("dconv") else stored
+        verdicts.append(Verdict(name, fused[name], eager, max(MARGIN * eager, floor(stored))))
+    return verdicts
+
+
+def random_block(block: ResidualBlock, seed: int) -> ResidualBlock:
+    """The block in float64 with random BN parameters and running statistics, so that nothing hides behind a 1 or a 0."""
+    generator = torch.Generator().manual_seed(seed)
+    block = block.double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            if parameter.dim() == 4:
+                fan_in = parameter[0].numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * (2 / fan_in) ** 0.5)
+        for bn in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+            for tensor, low, high in ((bn.weight, 0.5, 1.5), (bn.bias, -0.5, 0.5), (bn.running_mean, -0.5, 0.5), (bn.running_var, 0.5, 1.5)):
+                if tensor is not None:
+                    tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
+    return block

@@ -1,0 +1,173 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and check the machine code: `python -m fused_res.aot`."""
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import fused_res.kernels
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Shared memory that one block may use, in bytes, by compute capability.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+
+
+@dataclass
+class Row:
+    """One compiled kernel: what the assembler made of it, and what is wrong with it."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    arch: int
+    registers: int
+    local: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    problems: list[str] = field(default_factory=list)
+
+
+def variants(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
+    """Name of the file and variant, for all files of `fused_res.kernels` that have `aot_variants`."""
+    for module in pkgutil.iter_modules(fused_res.kernels.__path__):
+        found = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), "aot_variants", None)
+        for variant in found(dtype) if found else ():
+            yield module.name, variant
+
+
+def compile_launch(launch, arch: int):
+    """The compiled kernel, specialised as the launcher's arguments make Triton do: aligned pointers, 1, multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 2**31 else "i64"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    signature = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
+
+
+def accesses(ptx: str, kind: str) -> dict[int, int]:
+    """How many instructions load ("ld") or store ("st") how many bytes of global memory per thread."""
+    counts: dict[int, int] = {}
+    sizes = [
+        int(vector or 1) * int(bits) // 8
+        for vector, bits in re.findall(rf"\b{kind}\.global[.\w:]*?(?:\.v(\d))?\.[bsuf](\d+)\s", ptx)
+    ]
+    if kind == "ld":
+        sizes += [
+            int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[.\w:]* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+        ]
+    for size in sizes:
+        counts[size] = counts.get(size, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump -res-usage` says: REG, STACK, SHARED, LOCAL and more."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def problems(row: Row, ptx: str, ttir: str, wide_loads: bool, wide_stores: bool) -> Iterator[str]:
+    """What a kernel of this project must not do."""
+    if row.local:
+        yield f"spills: {row.local} bytes of local memory"
+    if row.shared > SHARED[row.arch]:
+        yield f"shared memory: {row.shared} bytes of {SHARED[row.arch]}"
+    for kind, sizes, wide in (("loads", row.loads, wide_loads), ("stores", row.stores, wide_stores)):
+        narrow = {size: count for size, count in sizes.items() if 1 < size < 16}
+        if wide and (narrow or not any(size >= 16 for size in sizes)):
+            yield f"narrow {kind}: bytes x instructions {sizes}"
+    if drops := re.findall(r"\b(?:max|min)(?:\.ftz)?\.f\w+", ptx):
+        yield f"drops NaN: {', '.join(sorted(set(drops)))}"
+    if racy := re.findall(r"\b(?:atom|red)\.\S+", ptx):
+        yield f"atomics: {', '.join(sorted(set(racy)))}"
+    if not re.search(r"arith\.muli .*\bi64\b|arith\.muli .*xi64>", ttir):
+        yield "row offsets: no 64-bit multiplication"
+
+
+def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
+    """Compile a variant for an architecture and check it."""
+    compiled = compile_launch(variant.launch, arch)
+    ptx, used = compiled.asm["ptx"], usage(compiled.asm["cubin"])
+    row = Row(
+        kernel=f"{file}{variant.launch.kernel.__name__.removesuffix('_kernel')}",
+        variant=variant.name,
+        dtype=str(dtype).removeprefix("torch."),
+        arch=arch,
+        registers=used["REG"],
+        local=used["LOCAL"] + used["STACK"],
+        shared=compiled.metadata.shared,
+        loads=accesses(ptx, "ld"),
+        stores=accesses(ptx, "st"),
+    )
+    row.problems = list(problems(row, ptx, compiled.asm["ttir"], variant.loads, variant.stores))
+    return row
+
+
+def table(sample: bool) -> Iterator[Row]:
+    """All variants for all architectures; a sample has the variants marked so, in two dtypes, and one newer or older target."""
+    for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
+        for file, variant in variants(dtype):
+            if variant.sample or not sample:
+                for arch in (90,) if sample and dtype == torch.float32 else SHARED:
+                    yield inspect(file, variant, dtype, arch)
+
+
+def _line(row: Row) -> str:
+    def sizes(counts: dict[int, int]) -> str:
+        return " ".join(f"{count}x{size}" for size, count in counts.items())
+
+    left = f"{row.kernel:24} {row.variant:34} {row.dtype:9} sm_{row.arch:<4}"
+    return f"{left}{row.registers:4} {row.local:5} {row.shared:6}  {sizes(row.loads):18} {sizes(row.stores)}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fused_res.aot", description=__doc__)
+    parser.add_argument("--sample", action="store_true", help="a quick selection instead of all variants")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    options = parser.parse_args(arguments)
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET: expected unset, the interpreter cannot compile")
+    failed = 0
+    if not options.json:
+        print(f"{'kernel':24} {'variant':34} {'dtype':9} {'arch':7}{'regs':>4} local shared  loads (n x bytes)  stores")
+    for row in table(options.sample):
+        print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
+        for problem in row.problems:
+            failed += 1
+            print(f"  {problem}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The numerical check: every backend, level and dtype that runs on a device, held against fp64 by the rule of `fused_res.accuracy`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_res import accuracy, backends
+from fused_res.environment import DTYPES
+from fused_res.modules import BasicBlock, Bottleneck, ResidualBlock
+from fused_res.planner import LEVELS
+
+CHECKED = ("fp32", "fp16", "bf16")
+SEEDS = 8
+MODES = ("train", "eval")
+
+
+class Shape(NamedTuple):
+    """A block that is checked, small, with odd image sizes and channel counts, so that no tile of a kernel is ever full."""
+
+    block: type[ResidualBlock]
+    inplanes: int
+    planes: int
+    stride: int
+
+    def __str__(self) -> str:
+        identity = self.stride == 1 and self.inplanes == self.planes * self.block.expansion
+        return f"{self.block.__name__} {'identity' if identity else 'projection'}"
+
+
+BATCH, HEIGHT, WIDTH = 4, 9, 7
+SHAPES = (Shape(BasicBlock, 20, 20, 1), Shape(BasicBlock, 12, 20, 2), Shape(Bottleneck, 40, 10, 1), Shape(Bottleneck, 24, 10, 2))
+
+
+class Job(NamedTuple):
+    """One block in one mode and dtype, on one backend and level."""
+
+    shape: Shape
+    mode: str
+    dtype: str
+    backend: str
+    level: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.level}: {self.shape}, {self.mode}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one job: relative L2 errors of fused and of eager, and the limit of the former.
+
+    `reason` says why a backend cannot run a dtype here, and is None where it can; the row then has nothing else.
+    """
+
+    backend: str
+    dtype: str
+    level: str | None = None
+    block: str | None = None
+    mode: str | None = None
+    quantity: str | None = None
+    error: float | None = None
+    eager_error: float | None = None
+    limit: float | None = None
+    reason: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Error over limit; infinite where the error is not a number, 0 where nothing ran."""
+        if self.reason is not None:
+            return 0.0
+        return self.error / self.limit if self.error == self.error else float("inf")
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1.0
+
+    def to_dict(self) -> dict:
+        """For JSON, which has no NaN or infinity: they become null, with `passed` false."""
+        finite = {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in asdict(self).items()}
+        return finite | {"passed": self.passed}
+
+
+def problem(shape: Shape, mode: str, device: torch.device, seed: int) -> tuple[ResidualBlock, Tensor, Tensor]:
+    """A block in fp64 with random parameters and running statistics, an input, and an incoming gradient."""
+    outplanes, generator = shape.planes * shape.block.expansion, torch.Generator().manual_seed(seed)
+    downsample = None
+    if shape.stride != 1 or shape.inplanes != outplanes:
+        downsample = nn.Sequential(nn.Conv2d(shape.inplanes, outplanes, 1, shape.stride, bias=False), nn.BatchNorm2d(outplanes))
+    block = shape.block(shape.inplanes, shape.planes, shape.stride, downsample)
+    block = accuracy.random_block(block, seed).train(mode == "train").to(device)
+    size = (HEIGHT - 1) // shape.stride + 1, (WIDTH - 1) // shape.stride + 1
+    x = torch.randn(BATCH, shape.inplanes, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
+    grad = torch.randn(BATCH, outplanes, *size, generator=generator, dtype=torch.float64)
+    return block, x.to(device), grad.to(device)
+
+
+def judge(job: Job, device: torch.device, seeds: int = SEEDS) -> Iterator[Row]:
+    """The rows of one job, one per quantity."""
+
+    def make(seed: int) -> tuple[ResidualBlock, Tensor, Tensor]:
+        return problem(job.shape, job.mode, device, seed)
+
+    verdicts = accuracy.judge(make, DTYPES[job.dtype], job.backend, job.level, range(seeds))
+    for v in verdicts:
+        yield Row(job.backend, job.dtype, job.level, str(job.shape), job.mode, v.quantity, v.error, v.eager, v.limit)
+
+
+def plan(
+    device: torch.device, dtypes: Sequence[str] = CHECKED, names: Sequence[str] = backends.NAMES
+) -> tuple[list[Job], list[Row]]:
+    """The jobs that run on a device, and a row with the reason for every backend and dtype that do not."""
+    jobs, refused = [], []
+    for name in names:
+        for dtype in dtypes:
+            reason = backends.supports(name, device, DTYPES[dtype])
+            if reason is not None:
+                refused.append(Row(name, dtype, reason=reason))
+                continue
+            jobs += [Job(shape, mode, dtype, name, level) for level in LEVELS for shape in SHAPES for mode in MODES]
+    return jobs, refused
+
+
+@contextmanager
+def _settings(device: torch.device) -> Iterator[None]:
+    """IEEE fp32 instead of TF32 on the GPU; one thread on the CPU, where these blocks are too small for more."""
+    matmul, threads = torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_num_threads(threads)
+
+
+def run(
+    device: torch.device,
+    dtypes: Sequence[str] = CHECKED,
+    names: Sequence[str] = backends.NAMES,
+    seeds: int = SEEDS,
+    advance: Callable[[str], None] = lambda label: None,
+) -> list[Row]:
+    """The whole check on one device; calls `advance` with a label before each job of `plan`."""
+    jobs, rows = plan(device, dtypes, names)
+    with _settings(device):
+        for job in jobs:
+            advance(str(job))
+            rows += judge(job, device, seeds)
+    return rows
+
+
+def worst(rows: Sequence[Row]) -> list[Row]:
+    """Of every job the quantity nearest to its limit, or furthest beyond; refusals as they are."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.backend, row.dtype, row.level, row.block, row.mode), []).append(row)
+    return [max(group, key=lambda row: row.ratio) for group in groups.values()]
+
+
+def summary(rows: Sequence[Row]) -> dict:
+    """Whether all passed, how many quantities were compared, and the largest error over its limit.
+
+    Nothing compared is not a pass.
+    """
+    compared = [row for row in rows if row.reason is None]
+    largest = max((row.ratio for row in compared), default=None)
+    return {
+        "passed": bool(compared) and all(row.passed for row in compared),
+        "compared": len(compared),
+        "worst": largest if largest is None or largest < float("inf") else None,
+        "rows": [row.to_dict() for row in worst(rows)],
+    }

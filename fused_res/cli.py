@@ -1,0 +1,169 @@
+"""The command `fused-res`: info, check and bench. Exit codes: 0 all well, 1 a check failed, 2 it could not be run as asked."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fused_res import backends, check, environment
+from fused_res.console import MissingPackage, progress, table
+from fused_res.planner import LEVELS
+
+SUITES = ("quick", "resnet18", "resnet50")
+MODES = ("train", "forward", "eval")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}") from error
+    if device.type == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device not in environment.devices():
+        here = ", ".join(map(str, environment.devices()))
+        raise argparse.ArgumentTypeError(f"{text} is not here; this machine has {here}")
+    return device
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fused-res", description="Whole residual blocks as one PyTorch operator.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    info = commands.add_parser("info", help="what this machine can run, and why not the rest")
+    info.set_defaults(run=_info)
+
+    checking = commands.add_parser("check", help="compare every backend and dtype that runs here with fp64")
+    checking.add_argument("--device", type=_device, help="default: the GPU if there is one")
+    checking.add_argument("--dtype", nargs="+", choices=check.CHECKED, default=check.CHECKED)
+    checking.add_argument("--backend", nargs="+", choices=backends.NAMES, default=backends.NAMES)
+    checking.add_argument("--seeds", type=_positive, default=check.SEEDS, help=f"random problems per block (default {check.SEEDS})")
+    checking.add_argument("--all", action="store_true", help="show every quantity, not the worst of each block")
+    checking.set_defaults(run=_check)
+
+    bench = commands.add_parser("bench", help="time blocks against eager, torch.compile and their bare convolutions")
+    bench.add_argument("--suite", choices=SUITES, default="quick", help="quick also runs the check and a short training")
+    bench.add_argument("--mode", choices=MODES, default="train", help="train: forward and backward (default)")
+    bench.add_argument("--dtype", choices=check.CHECKED, help="default: bf16 on a GPU, fp32 on the CPU")
+    bench.add_argument("--batch", nargs="+", type=_positive, help="one or several; default: 64 256 on a GPU, 4 on the CPU")
+    bench.add_argument("--rounds", type=_positive, default=30, help="interleaved rounds (default 30)")
+    bench.add_argument("--time-budget", type=float, metavar="SECONDS", help="for the timings; may cut the rounds to no less than 5")
+    bench.add_argument("--peers", nargs="+", help="names as in the table; default: all")
+    bench.add_argument("--device", type=_device, help="default: the GPU if there is one")
+    bench.add_argument("--output", type=Path, metavar="DIR", help="for the result file and the plot")
+    bench.add_argument("--resume", action="store_true", help="keep the cases that the result file in DIR already has")
+    bench.set_defaults(run=_bench)
+
+    for command in (info, checking, bench):
+        command.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
+    return parser
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _info(options: argparse.Namespace) -> int:
+    versions, machine, support = environment.versions(), environment.machine(), environment.support()
+    if options.json:
+        found = {"versions": versions, "machine": machine, "git": environment.git(), "levels": LEVELS, "backends": support}
+        _print_json(found)
+        return 0
+    print(", ".join(f"{name} {version}" for name, version in versions.items() if version is not None))
+    print(f"CPU: {machine['cpu']}, {machine['cpu_cores']} cores, {machine['threads']} threads, {machine['cpu_capability']}")
+    for gpu in machine.get("gpus", ()):
+        print(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
+    if "gpus" not in machine:
+        print("GPU: none that torch can use")
+    print(f"levels of fusion: {', '.join(LEVELS)}\n")
+    groups: dict[tuple, list[str]] = {}
+    for row in support:
+        groups.setdefault((row["device"], row["backend"], row["reason"]), []).append(row["dtype"])
+    rows = [(*key[:2], " ".join(dtypes), "no" if key[2] else "yes", key[2] or "") for key, dtypes in groups.items()]
+    print(table(("device", "backend", "dtypes", "runs", "why not"), rows))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    device = options.device or environment.default_device()
+    with progress(len(check.plan(device, options.dtype, options.backend)[0]), "check against fp64") as advance:
+        rows = check.run(device, options.dtype, options.backend, options.seeds, advance)
+    summary = check.summary(rows)
+    if options.json:
+        _print_json({"device": str(device), "versions": environment.versions(), **summary, "rows": [row.to_dict() for row in rows]})
+        return 0 if summary["passed"] else 1
+    lines = []
+    for row in rows if options.all else check.worst(rows):
+        if row.reason is not None:
+            lines.append((row.backend, "", row.dtype, "", "", "", "", "", "", f"not run: {row.reason}"))
+            continue
+        numbers = (f"{value:.1e}" for value in (row.error, row.eager_error, row.limit))
+        verdict = "pass" if row.passed else "FAIL"
+        lines.append((row.backend, row.level, row.dtype, row.block, row.mode, row.quantity, *numbers, verdict))
+    lines.sort(key=lambda line: (line[0], line[2]))
+    print(table(("backend", "level", "dtype", "block", "mode", "quantity", "error", "eager", "limit", "verdict"), lines))
+    failed = sum(not row.passed for row in rows)
+    what = "quantities" if options.all else "quantities; the table shows the one nearest to its limit of each block"
+    print(
+        f"\n{summary['compared']} {what}. "
+        + (f"{failed} FAILED." if failed else "All passed." if summary["passed"] else "Nothing ran.")
+    )
+    return 0 if summary["passed"] else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from fused_res.benchmarks import report, runner, suite
+    except ModuleNotFoundError as error:
+        if error.name != "fused_res.benchmarks":
+            raise
+        raise MissingPackage("this installation has no fused_res.benchmarks; use a source checkout") from error
+    unknown = set(options.peers or ()) - set(suite.REGISTRY)
+    if unknown:
+        raise MissingPackage(f"--peers: expected some of {', '.join(suite.REGISTRY)}, got {', '.join(sorted(unknown))}")
+    asked = suite.Options(
+        options.suite,
+        options.mode,
+        options.dtype,
+        options.batch,
+        options.rounds,
+        options.time_budget,
+        options.device,
+        options.peers,
+        options.output,
+        options.resume,
+    ).resolved()
+    try:
+        document = suite.run(asked)
+    except (suite.CheckFailed, runner.ResultMismatch) as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        _print_json(document)
+    else:
+        report.print_table(document)
+        print(f"written: {asked.file} and {asked.file.with_suffix('.png').name}")
+    return 0 if document.get("digits", {}).get("passed", True) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, without the program's name; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except MissingPackage as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

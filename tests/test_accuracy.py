@@ -1,0 +1,91 @@
+"""The rule of accuracy: no further from float64 than eager, on a grid of blocks, shapes, dtypes and backends."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_res
+from fused_res import accuracy
+from fused_res.primitives import bn_act_backward
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCKS = ["BasicBlock", "Bottleneck"]
+SHORTCUTS = ["identity", "projection", "pooled"]
+
+
+def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_scale=None, eps=1e-5):
+    """A maker for `accuracy.judge`; channels is the width of x, which an identity keeps and the others change."""
+
+    def make(seed):
+        torch.manual_seed(seed)
+        block_class = getattr(fused_res, kind)
+        stride = 1 if shortcut == "identity" else 2
+        planes = channels // block_class.expansion if shortcut == "identity" else 10
+        out = planes * block_class.expansion
+        projection = [nn.Conv2d(channels, out, 1, stride if shortcut == "projection" else 1, bias=False), nn.BatchNorm2d(out)]
+        pool = [nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)]
+        downsample = {"identity": None, "projection": nn.Sequential(*projection), "pooled": nn.Sequential(*pool, *projection)}
+        block = block_class(channels, planes, stride, downsample[shortcut], residual_scale=residual_scale)
+        block = accuracy.random_block(block, seed).train(training)
+        for bn in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
+            bn.eps = eps
+        x = torch.randn(shape[0], channels, *shape[1:], dtype=torch.float64) + mean
+        size = tuple(-(-s // stride) for s in shape[1:])
+        return block, x, torch.randn(shape[0], out, *size, dtype=torch.float64)
+
+    return make
+
+
+def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None):
+    verdicts = accuracy.judge(make, dtype, backend, "bn_act", range(seeds), sign_tolerance)
+    failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
+    assert not failed, "\n".join(failed)
+
+
+def tolerance(dtype):
+    return 64 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype):
+    make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7)
+    assert_accurate(make, dtype, sign_tolerance=tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 1, 1), (1, 1, 5)], ids=["P=2", "P=3", "P=5"])
+def test_few_pixels(shape, dtype):
+    # Two or three values often nearly coincide, and 1 / sqrt(var) then has no finite variance over the seeds: eps bounds it.
+    assert_accurate(case("Bottleneck", "identity", shape, 256, eps=0.1), dtype, seeds=24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_mean_a_thousand_deviations_from_zero(kind, dtype):
+    assert_accurate(case(kind, "identity", (4, 9, 7), 20, mean=1e3), dtype)
+
+
+def test_the_rule_catches_a_wrong_gradient(monkeypatch):
+    right = bn_act_backward.plain_finalize
+
+    def wrong(*args):
+        coefficients = right(*args)
+        coefficients[1] *= 1.01
+        return coefficients
+
+    monkeypatch.setattr(bn_act_backward, "plain_finalize", wrong)
+    verdicts = accuracy.judge(case("Bottleneck", "identity", (4, 9, 7), 20), torch.float32, "reference", "bn_act")
+    assert not all(v.passed for v in verdicts)
+
+
+def test_the_sign_check_catches_a_wrong_sign():
+    block, x, dout = case("BasicBlock", "identity", (2, 4, 4), 8)(0)
+    truth = accuracy._truth(block, x, dout)
+    fused = accuracy.step(block, x, dout, torch.float32, "reference", "bn_act", True)
+    accuracy.check_signs(fused, truth, 1e-4)
+    fused.signs[0] = fused.signs[0].logical_xor(truth.pre_activations[0] > 1)
+    with pytest.raises(AssertionError, match="a sign differs"):
+        accuracy.check_signs(fused, truth, 1e-4)
