@@ -1,0 +1,189 @@
+"""The block operator: its registration, and its hand-written backward against finite differences."""
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+import fused_res
+from fused_res import accuracy
+from fused_res.functional import residual_block_with_saved
+from fused_res.primitives import bn_act_backward
+from fused_res.spec import Block, ConvBN, pack
+
+BLOCKS = ["BasicBlock", "Bottleneck"]
+SHORTCUTS = ["identity", "projection", "pooled", "given"]
+OPERATORS = torch.ops.fused_res
+
+
+def make(kind, shortcut, *, training=True, residual_scale=0.7, bias=False, dtype=torch.float64, width=4):
+    torch.manual_seed(0)
+    block_class = getattr(fused_res, kind)
+    stride = 1 if shortcut == "identity" else 2
+    planes = width // block_class.expansion if shortcut == "identity" else 2
+    out = planes * block_class.expansion
+    projection = [nn.Conv2d(width, out, 1, stride if shortcut != "pooled" else 1, bias=bias), nn.BatchNorm2d(out)]
+    pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    downsample = {
+        "identity": None,
+        "projection": nn.Sequential(*projection),
+        "pooled": nn.Sequential(pool, *projection),
+        "given": nn.Conv2d(width, out, 1, stride),
+    }[shortcut]
+    block = block_class(width, planes, stride, downsample, residual_scale=residual_scale)
+    if bias:
+        block.conv1 = nn.Conv2d(width, block.conv1.out_channels, block.conv1.kernel_size, block.conv1.stride, block.conv1.padding)
+    block = accuracy.random_block(block, 1).to(dtype).train(training)
+    return block, torch.randn(3, width, 4, 3, dtype=dtype, requires_grad=True)
+
+
+def as_function(block):
+    names = [name for name, _ in block.named_parameters()]
+    return lambda x, *values: torch.func.functional_call(block, dict(zip(names, values, strict=True)), x)
+
+
+def operator_arguments(block, x, *, save=True, backend="reference"):
+    operands = block.operands(x)
+    given = isinstance(operands["shortcut"], torch.Tensor)
+    skip = operands["shortcut"].detach().requires_grad_() if given else None
+    parts = Block(operands["main"], None if given else operands["shortcut"], operands["pool"], given)
+    tensors, spec, eps = pack(parts)
+    return [x, skip, block.residual_scale, tensors, spec, eps, save, "bn_act", backend]
+
+
+def backward_arguments(arguments):
+    x, skip, scale, tensors, spec, eps, _, level, backend = arguments
+    out, saved = OPERATORS.block_forward(*arguments)
+    needs = [True, skip is not None, scale is not None] + [t.requires_grad for t in tensors]
+    dout = torch.randn_like(out).requires_grad_()
+    return [dout, x, scale, tensors, [t.detach() for t in saved], spec, eps, needs, level, backend]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_gradcheck_through_our_backward(kind, shortcut, training):
+    block, x = make(kind, shortcut, training=training, bias=shortcut == "projection")
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_gradcheck_at_residual_scale_zero(kind):
+    block, x = make(kind, "identity", residual_scale=0.0)
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize("frozen", ["bn1", "bn2", "bn3", "downsample.1"])
+def test_gradcheck_with_one_bn_in_evaluation_mode(frozen):
+    block, x = make("Bottleneck", "projection")
+    block.get_submodule(frozen).eval()
+    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize("row", list(bn_act_backward.Coefficients._fields[:6]))
+def test_gradcheck_fails_on_a_wrong_sign(row, monkeypatch):
+    right = bn_act_backward.plain_finalize
+
+    def wrong(*args):
+        coefficients = right(*args)
+        coefficients[bn_act_backward.Coefficients._fields.index(row)] *= -1
+        return coefficients
+
+    monkeypatch.setattr(bn_act_backward, "plain_finalize", wrong)
+    block, x = make("Bottleneck", "projection")
+    assert not torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), raise_exception=False)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_second_derivatives(shortcut, training):
+    block, x = make("BasicBlock", shortcut, training=training, bias=True, width=2)
+    x = x.detach()[:2].requires_grad_()
+    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shortcut"),
+    [("BasicBlock", "identity"), ("Bottleneck", "projection"), ("Bottleneck", "pooled"), ("BasicBlock", "given")],
+)
+def test_opcheck(kind, shortcut):
+    block, x = make(kind, shortcut, dtype=torch.float32, training=shortcut != "given", bias=shortcut == "projection")
+    forward = operator_arguments(block, x)
+    opcheck(OPERATORS.block_forward.default, forward)
+    opcheck(OPERATORS.block_backward.default, backward_arguments(forward))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_fakes_and_schemas_for_every_dtype_and_layout(kind, layout, dtype):
+    block, x = make(kind, "projection", dtype=dtype)
+    forward = operator_arguments(block.to(memory_format=layout), x)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(OPERATORS.block_forward.default, forward, test_utils=checks)
+    opcheck(OPERATORS.block_backward.default, backward_arguments(forward), test_utils=checks)
+
+
+def test_fake_without_saving():
+    block, x = make("Bottleneck", "projection", dtype=torch.float32)
+    with torch.no_grad():
+        opcheck(OPERATORS.block_forward.default, operator_arguments(block, x.detach(), save=False), test_utils="test_faketensor")
+
+
+def test_only_what_the_design_names_is_saved():
+    block, x = make("Bottleneck", "projection", dtype=torch.float32)
+    out, saved = residual_block_with_saved(x, **block.operands(x))
+    outer, inner = out.shape[1], block.conv1.out_channels
+    pixels_in, pixels = x.shape[0] * 12, out.numel() // outer
+    vectors = [(5, inner), (5, inner), (5, outer), (5, outer)]
+    ys = [(pixels_in, inner), (pixels, inner), (pixels, outer), (pixels, outer)]
+    assert [tuple(t.shape) for t in saved] == [*vectors, *ys, (pixels, -(-outer // 8))]
+    assert saved[-1].dtype == torch.uint8
+    assert not any(t.requires_grad for t in saved)
+
+
+def test_without_saving_there_is_no_backward():
+    block, x = make("BasicBlock", "identity")
+    out, _ = OPERATORS.block_forward(*operator_arguments(block, x, save=False))
+    with pytest.raises(RuntimeError, match="save=False"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (1, torch.zeros(3, 4, 4, 3), "skip: expected None"),
+        (3, [], "tensors: the spec names"),
+        (4, [2], "spec: expected at least"),
+        (4, [2, 0, 0, 0, 1], "spec: expected"),
+        (5, [1e-5], "eps: expected 2 values"),
+        (7, "nonsense", "level: expected one of"),
+        (8, "nonsense", "backend: expected one of"),
+    ],
+)
+def test_the_raw_operator_refuses_nonsense(at, value, message):
+    arguments = operator_arguments(*make("BasicBlock", "identity", residual_scale=None))
+    arguments[at] = value
+    with pytest.raises(ValueError, match=message):
+        OPERATORS.block_forward(*arguments)
+
+
+def test_the_raw_backward_refuses_a_wrong_number_of_saved_tensors():
+    arguments = backward_arguments(operator_arguments(*make("BasicBlock", "identity")))
+    arguments[4] = arguments[4][:-1]
+    with pytest.raises(ValueError, match="saved: expected 5 tensors"):
+        OPERATORS.block_backward(*arguments)
+
+
+def test_pack_and_unpack_are_inverse():
+    from fused_res.spec import unpack
+
+    weight = torch.zeros(2, 2, 1, 1)
+    unit = ConvBN(weight, gamma=torch.ones(2), stride=(1, 2), dilation=(3, 1), groups=1, training=True, eps=0.5)
+    block = Block([unit, unit._replace(beta=torch.ones(2))], unit, fused_res.AvgPool((2, 2), (2, 2), ceil_mode=True))
+    restored = unpack(*pack(block))
+    assert restored.pool == block.pool
+    assert [u[7:11] for u in restored.units] == [u[7:11] for u in block.units]
+    assert [u.eps for u in restored.units] == [0.5] * 3
+    assert restored.main[1].beta is block.main[1].beta
+    assert restored.main[0].beta is None
