@@ -73,7 +73,7 @@ class Case:
     def input(
         self, batch: int, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A block input (non-negative, as a preceding ReLU leaves it) and an incoming gradient, made on the device from the seed."""
+        """A block input (non-negative, as after a ReLU) and an incoming gradient, made on the device from the seed."""
         generator = torch.Generator(device).manual_seed(seed)
         x = torch.randn(batch, self.inplanes, self.size, self.size, generator=generator, device=device).relu_()
         shape = batch, self.outplanes, self.output_size, self.output_size
@@ -97,7 +97,7 @@ def _stages(kind: str, prefix: str) -> tuple[Case, ...]:
 
 _RESNET18 = _stages("basic", "resnet18")
 _RESNET50 = _stages("bottleneck", "resnet50")
-_QUICK = ("resnet18.1.identity", "resnet50.1.identity", "resnet50.3.projection", "resnet50.4.identity")
+_QUICK = ("resnet18.1.identity", "resnet50.1.identity", "resnet50.3.projection")
 
 SUITES: dict[str, tuple[Case, ...]] = {
     "quick": tuple(case for case in _RESNET18 + _RESNET50 if case.name in _QUICK),

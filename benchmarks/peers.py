@@ -54,6 +54,12 @@ class Setup:
             self._inputs[layout] = sets
         return self._inputs[layout]
 
+    def release(self) -> None:
+        """Let go of the inputs."""
+        self._inputs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 @dataclass
 class Peer:

@@ -1,4 +1,4 @@
-"""The numerical check: every backend, level and dtype that runs on a device, held against fp64 by the rule of `fused_res.accuracy`."""
+"""The numerical check: each backend, level and dtype that runs on a device, held against fp64 by `fused_res.accuracy`'s rule."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import accuracy, backends
-from fused_res.environment import DTYPES
+from fused_res.environment import DTYPES, temporarily
 from fused_res.modules import BasicBlock, Bottleneck, ResidualBlock
 from fused_res.planner import LEVELS
 
@@ -127,15 +127,13 @@ def plan(
 @contextmanager
 def _settings(device: torch.device) -> Iterator[None]:
     """IEEE fp32 instead of TF32 on the GPU; one thread on the CPU, where these blocks are too small for more."""
-    matmul, threads = torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads()
-    torch.backends.cuda.matmul.allow_tf32 = False
+    threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        with temporarily(torch.backends.cudnn, allow_tf32=False), temporarily(torch.backends.cuda.matmul, allow_tf32=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
         torch.set_num_threads(threads)
 
 

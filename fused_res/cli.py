@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused_res import backends, check, environment
-from fused_res.console import MissingPackage, progress, table
+from fused_res.console import MissingPackageError, progress, table
 from fused_res.planner import LEVELS
 
 SUITES = ("quick", "resnet18", "resnet50")
@@ -112,24 +112,22 @@ def _check(options: argparse.Namespace) -> int:
     lines.sort(key=lambda line: (line[0], line[2]))
     print(table(("backend", "level", "dtype", "block", "mode", "quantity", "error", "eager", "limit", "verdict"), lines))
     failed = sum(not row.passed for row in rows)
-    what = "quantities" if options.all else "quantities; the table shows the one nearest to its limit of each block"
-    print(
-        f"\n{summary['compared']} {what}. "
-        + (f"{failed} FAILED." if failed else "All passed." if summary["passed"] else "Nothing ran.")
-    )
+    verdict = f"{failed} FAILED." if failed else "All passed." if summary["passed"] else "Nothing could run."
+    shown = "" if options.all else " The table shows of each block the one nearest to its limit."
+    print(f"\n{summary['compared']} quantities compared. {verdict}{shown}")
     return 0 if summary["passed"] else 1
 
 
 def _bench(options: argparse.Namespace) -> int:
     try:
-        from fused_res.benchmarks import report, runner, suite
+        from fused_res.benchmarks import agreement, report, suite
     except ModuleNotFoundError as error:
         if error.name != "fused_res.benchmarks":
             raise
-        raise MissingPackage("this installation has no fused_res.benchmarks; use a source checkout") from error
+        raise MissingPackageError("this installation has no fused_res.benchmarks; use a source checkout") from error
     unknown = set(options.peers or ()) - set(suite.REGISTRY)
     if unknown:
-        raise MissingPackage(f"--peers: expected some of {', '.join(suite.REGISTRY)}, got {', '.join(sorted(unknown))}")
+        raise MissingPackageError(f"--peers: expected some of {', '.join(suite.REGISTRY)}, got {', '.join(sorted(unknown))}")
     asked = suite.Options(
         options.suite,
         options.mode,
@@ -144,7 +142,7 @@ def _bench(options: argparse.Namespace) -> int:
     ).resolved()
     try:
         document = suite.run(asked)
-    except (suite.CheckFailed, runner.ResultMismatch) as error:
+    except (suite.CheckFailedError, agreement.ResultMismatchError) as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -160,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.run(options)
-    except MissingPackage as error:
+    except MissingPackageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -9,7 +9,7 @@ from types import ModuleType
 Advance = Callable[[str], None]
 
 
-class MissingPackage(RuntimeError):
+class MissingPackageError(RuntimeError):
     """A package of the extra `bench` is not installed."""
 
 
@@ -21,7 +21,7 @@ def require(module: str, package: str | None = None) -> ModuleType:
         if error.name != module.split(".")[0]:
             raise
         name = package or error.name
-        raise MissingPackage(f"this needs the package {name}: pip install 'fused-res[bench]'") from error
+        raise MissingPackageError(f"this needs the package {name}: pip install 'fused-res[bench]'") from error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

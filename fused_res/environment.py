@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +16,26 @@ import torch
 from fused_res import backends
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _GPU_QUERY = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32 for torch.float32, and so on."""
+    return _NAMES[dtype]
+
+
+@contextmanager
+def temporarily(holder: object, **values: object) -> Iterator[None]:
+    """Set attributes of an object, a module of torch's switches say, and restore them."""
+    before = {name: getattr(holder, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(holder, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(holder, name, value)
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
@@ -100,19 +121,14 @@ def git() -> dict | None:
 
 def fingerprint() -> str:
     """Hash of this package's Python sources: what a result belongs to where there is no commit to name."""
-    import fused_res
-
-    digest, package = hashlib.sha256(), Path(fused_res.__file__).parent
-    roots = [package, *(Path(path) for name in ("kernels", "benchmarks") for path in _search_path(f"fused_res.{name}"))]
-    files = {path.resolve() for root in roots for path in root.rglob("*.py")}
+    digest, roots = hashlib.sha256(), [Path(__file__)]
+    for name in ("fused_res.kernels", "fused_res.benchmarks"):
+        spec = importlib.util.find_spec(name)
+        roots += [Path(spec.origin)] if spec and spec.origin else []
+    files = {path for root in roots for path in root.resolve().parent.rglob("*.py")}
     for path in sorted(files, key=lambda path: (path.parent.name, path.name)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _search_path(package: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
-    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 def devices() -> list[torch.device]:

@@ -1,0 +1,61 @@
+# `make bench` and `make test` set up their own virtual environment; `make gpu` uses the python3 at hand.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two threads a process keep oneDNN from oversubscribing small machines in the tests.
+TEST_THREADS ?= 2
+
+.PHONY: help setup test bench gpu lint format aot wheel clean
+
+help:
+	@echo "make bench   numerical check, training on real images, block times; result file and plot (sets itself up)"
+	@echo "make test    the tests (sets itself up)"
+	@echo "make lint    ruff and clang-format, as CI runs them; make format applies them"
+	@echo "make aot     compile every Triton kernel variant for sm_80, sm_90 and sm_100, no GPU needed"
+	@echo "make wheel   build the wheel, install it into a fresh environment, run a block there"
+	@echo "make gpu     on a machine with an NVIDIA GPU, without network: tests, check and benchmark in resumable slices"
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+test: $(READY)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/fused-res bench $(ARGS)
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@sources="$$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh')"; \
+		if [ -n "$$sources" ]; then $(BIN)/clang-format --dry-run --Werror $$sources; fi
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@sources="$$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh')"; \
+		if [ -n "$$sources" ]; then $(BIN)/clang-format -i $$sources; fi
+
+aot: $(READY)
+	$(BIN)/python -m fused_res.aot $(ARGS)
+
+wheel: $(READY)
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/wheel && bin/python $(CURDIR)/.ci/check_wheel.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,91 @@
+"""The plot of a result document: how far each peer is from the time of the block's bare convolutions, and the training losses."""
+
+from pathlib import Path
+
+from fused_res.benchmarks.report import BARE, OURS, conditions, measured
+from fused_res.console import require
+
+COLOURS = {"eager NCHW": "#9aa5b1", "eager channels_last": "#52606d", "torch.compile": "#e0912f", OURS: "#1f6fd0"}
+
+
+def draw(document: dict, path: Path) -> None:
+    """Write the plot as PNG."""
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    groups = [(key, peers) for key, peers in measured(document) if any(row["reason"] is None for row in peers.values())]
+    digits = document.get("digits")
+    with_losses = bool(digits and digits.get("losses"))
+    height = 1.9 + 0.95 * max(len(groups), 3)
+    figure = Figure(figsize=(14 if with_losses else 8.5, min(height, 40)), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=(3, 2), squeeze=False)[0] if with_losses else [figure.subplots()]
+    _blocks(axes[0], groups)
+    if with_losses:
+        _losses(axes[1], digits)
+    figure.suptitle(conditions(document), fontsize=9, color="#52606d", x=0.01, ha="left")
+    figure.savefig(path, dpi=150, facecolor="white")
+
+
+def _blocks(axes, groups: list) -> None:
+    """Horizontal bars, grouped by case, with the 20 % to 80 % quantiles as error bars."""
+    names = [name for name in COLOURS if any(name in peers for _, peers in groups)]
+    thickness, labels = 0.8 / max(len(names), 1), []
+    shown = set()
+    for g, ((case, batch, dtype, mode), peers) in enumerate(groups):
+        labels.append(f"{case}\nbatch {batch}, {dtype}, {mode}")
+        for n, name in enumerate(names):
+            row, at = peers.get(name), g + (n - (len(names) - 1) / 2) * thickness
+            if row is None or row["reason"] is not None or BARE not in row["ratio_to"]:
+                axes.text(0.02, at, f"{name}: not run", va="center", fontsize=7, color="#9aa5b1", style="italic")
+                continue
+            ratio = row["ratio_to"][BARE]
+            middle = ratio["median"]
+            axes.barh(
+                at,
+                middle,
+                height=thickness * 0.92,
+                color=COLOURS[name],
+                xerr=[[max(0.0, middle - ratio["q20"])], [max(0.0, ratio["q80"] - middle)]],
+                error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#1f2933"},
+                label=None if name in shown else name,
+            )
+            shown.add(name)
+            weight = "bold" if name == OURS else "normal"
+            axes.annotate(
+                f"{middle:.2f}",
+                (max(middle, ratio["q80"]), at),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                fontweight=weight,
+            )
+    axes.axvline(1.0, color="#c0392b", linewidth=1.4, linestyle="--", label=f"{BARE} = 1")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("block time / time of its bare convolutions (lower is better)")
+    axes.set_title("Residual blocks", loc="left", fontsize=12, fontweight="bold")
+    axes.grid(axis="x", color="#e4e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.09), ncols=3, fontsize=8.5, frameon=False)
+
+
+def _losses(axes, digits: dict) -> None:
+    """Losses of eager and fused over the steps: two curves that should cover each other."""
+    losses, accuracy = digits["losses"], digits["accuracy"]
+    steps = range(1, len(losses["eager"]) + 1)
+    label = f"eager, {100 * accuracy['eager']:.1f} % test accuracy"
+    axes.semilogy(steps, losses["eager"], color="#9aa5b1", linewidth=4.0, alpha=0.9, label=label)
+    label = f"fused_res, {100 * accuracy['fused']:.1f} % test accuracy"
+    axes.semilogy(range(1, len(losses["fused"]) + 1), losses["fused"], color=COLOURS[OURS], linewidth=1.1, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.set_title("Training on 8x8 digits, same seed and batches", loc="left", fontsize=12, fontweight="bold")
+    axes.grid(color="#e4e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", fontsize=8.5, frameon=False)

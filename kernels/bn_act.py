@@ -1,0 +1,73 @@
+"""Triton kernel of `bn_act`."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    Variant,
+    affine,
+    aligned,
+    is_open,
+    launch_tiles,
+    load_row,
+    load_rows,
+    locate,
+    locate_signs,
+    meta,
+    offset,
+    pack,
+    relu,
+    tile,
+    variant,
+    within,
+)
+
+
+@triton.jit
+def _kernel(y, vectors, skip, y2, vectors2, out, signs, P, C, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    C = aligned(C, ALIGN)
+    _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
+    p, start = tl.arange(0, BLOCK_P), offset(row, C)
+    mask = within(p, P - row, c, C)
+
+    v = affine(load_rows(y + start, at, mask), load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])
+    if skip is not None:
+        v += load_rows(skip + start, at, mask)
+    if y2 is not None:
+        v += affine(load_rows(y2 + start, at, mask), load_row(vectors2, 3, C, c)[None, :], load_row(vectors2, 4, C, c)[None, :])
+    rounded = relu(v).to(out.dtype.element_ty)
+    tl.store(out + start + at, rounded, mask=mask)
+    if signs is not None:
+        S, b, at = locate_signs(C, BLOCK_P, BLOCK_C)
+        packed = pack(is_open(rounded.to(tl.float32)), BLOCK_P, BLOCK_C)
+        tl.store(signs + offset(row, S) + at, packed, mask=within(p, P - row, b, S))
+
+
+def bn_act(
+    y: Tensor, vectors: Tensor, skip: Tensor | None, y2: Tensor | None, vectors2: Tensor | None, keep_signs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Contract: fused_res/primitives/bn_act.py."""
+    pixels, channels = y.shape
+    out = torch.empty_like(y)
+    signs = torch.empty(pixels, -(-channels // 8), dtype=torch.uint8, device=y.device) if keep_signs else None
+    block = tile(pixels, channels, y.element_size(), vectors=4)
+    arguments = (y, vectors, skip, y2, vectors2, out, signs, pixels, channels)
+    launch_tiles(_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments)
+    return out, signs
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    for pixels, channels in ((100352, 64), (12544, 2048), (392, 512), (1000, 20), (1, 1)):
+        y, vectors, wide = meta(pixels, channels, dtype=dtype), meta(5, channels), channels % 16 == 0
+
+        def act(name, *arguments, sample=False, at=f"{pixels}x{channels}", wide=wide):
+            return variant(f"{name} {at}", bn_act, *arguments, loads=wide, stores=wide, sample=sample)
+
+        yield act("inner", y, vectors, None, None, None, False)
+        yield act("skip", y, vectors, y, None, None, False)
+        yield act("skip, signs", y, vectors, y, None, None, True, sample=pixels == 100352)
+        yield act("second, signs", y, vectors, None, y, vectors, True)

@@ -1,0 +1,211 @@
+"""What the kernels share: device helpers, tile shapes, and launching."""
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def aligned(C, ALIGN: tl.constexpr):
+    """C, which ALIGN divides, in a form that tells the compiler so: rows then start as aligned as the tensor does."""
+    return C // ALIGN * ALIGN
+
+
+@triton.jit
+def offset(row, C):
+    """First element of a row, in 64 bits: P * C may exceed 2^31."""
+    return row.to(tl.int64) * C
+
+
+@triton.jit
+def first_row(tile, rows):
+    """First row of a tile, in 64 bits."""
+    return tile.to(tl.int64) * rows
+
+
+@triton.jit
+def locate(C, rows, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's tile of `rows` rows: its number, its first row, the channels, and a block's places from that row on."""
+    across = tl.cdiv(C, BLOCK_C)
+    t = tl.program_id(0) // across
+    c = tl.program_id(0) % across * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = tl.arange(0, BLOCK_P)[:, None] * C + c[None, :]  # [BLOCK_P, BLOCK_C]
+    return t, first_row(t, rows), c, at
+
+
+@triton.jit
+def locate_signs(C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Bytes in a row of sign bits, the bytes of this program's channels, and a block's places."""
+    S = (C + 7) // 8
+    b = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    at = tl.arange(0, BLOCK_P)[:, None] * S + b[None, :]  # [BLOCK_P, BLOCK_C / 8]
+    return S, b, at
+
+
+@triton.jit
+def within(rows, P, columns, C):
+    """Mask [rows, columns] of a block: the first P rows and the columns below C."""
+    return (rows < P)[:, None] & (columns < C)[None, :]
+
+
+@triton.jit
+def affine(y, scale, shift):
+    """scale * y + shift with one rounding, so that forward and backward take the same sign for every element."""
+    return tl.fma(y, scale, shift)
+
+
+@triton.jit
+def is_open(v):
+    """Whether the ReLU lets v's gradient pass; NaN does."""
+    return (v <= 0) == 0
+
+
+@triton.jit
+def relu(v):
+    """max(v, 0) that keeps NaN."""
+    return tl.where(v <= 0, 0.0, v)
+
+
+@triton.jit
+def load_row(vectors, row: tl.constexpr, C, c):
+    """Row of a [rows, C] tensor of per-channel vectors, at the channels c; 0 past the last channel."""
+    return tl.load(vectors + row * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def store_vectors(pointer, vectors, C, c):
+    """Per-channel vectors as the rows of a [rows, C] tensor."""
+    for row in tl.static_range(len(vectors)):
+        tl.store(pointer + row * C + c, vectors[row], mask=c < C)
+
+
+@triton.jit
+def load_rows(pointer, at, mask):
+    """A tile of activations in float32; 0 where masked."""
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pack(bits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Booleans [BLOCK_P, BLOCK_C] as sign bytes [BLOCK_P, BLOCK_C / 8], the first channel in the lowest bit."""
+    grouped = tl.reshape(bits.to(tl.int32), (BLOCK_P, BLOCK_C // 8, 8))
+    return tl.sum(grouped << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack(signs, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Inverse of `pack`."""
+    bits = (signs.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_P, BLOCK_C)) != 0
+
+
+# Blocks of rows in a reduction's loop: one at work, the others on their way.
+STAGES = 4
+# Programs of a reduction, about: they occupy the largest GPUs, are all resident on those of 108 multiprocessors, and one block
+# of a finalize kernel holds their partial results.
+PROGRAMS = 512
+
+
+class Tile(NamedTuple):
+    """The part of a [P, C] matrix that a program of `warps` warps holds at once."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+def tile(pixels: int, channels: int, itemsize: int, vectors: int) -> Tile:
+    """The tile in which each thread of 4 warps holds `vectors` 16-byte vectors; smaller where programs would be too few.
+
+    With at most 64 channels every thread loads its own piece of the per-channel vectors, without shared memory.
+    """
+    width = max(8, min(64, triton.next_power_of_2(channels)))
+    across = triton.cdiv(channels, width)
+    rows = 128 * vectors * 16 // itemsize // width
+    while rows * width > 1024 and triton.cdiv(pixels, rows) * across < 512:
+        rows //= 2
+    return Tile(rows, width, 4)
+
+
+def row_tiles(pixels: int, channels: int, block: Tile) -> tuple[int, int]:
+    """How many tiles a reduction cuts the rows into, at least one, and the rows of each but the last."""
+    most = max(1, PROGRAMS // triton.cdiv(channels, block.channels))
+    rows = block.rows * max(1, triton.cdiv(triton.cdiv(pixels, block.rows), most))
+    return max(1, triton.cdiv(pixels, rows)), rows
+
+
+def partials_tile(tiles: int) -> Tile:
+    """The part of [T, C] partial results that a program of a finalize kernel holds at once."""
+    rows = next((rows for rows in (8, 64) if tiles <= rows), 512)
+    return Tile(rows, 8, 8 if rows == 512 else 4)
+
+
+def alignment(channels: int) -> int:
+    """Largest power of two up to 16 that divides C."""
+    return gcd(channels, 16)
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple
+    constants: dict[str, Any]
+    warps: int
+
+
+_recorders: list[list[Launch]] = []
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+    """Run the kernel on the current stream of the first argument's device."""
+    if _recorders:
+        _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
+        return
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+
+
+def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:
+    """Run the kernel over tiles of rows and blocks of channels, with the constants that follow from the block."""
+    programs = tiles * triton.cdiv(channels, block.channels)
+    constants |= {"ALIGN": alignment(channels), "BLOCK_P": block.rows, "BLOCK_C": block.channels}
+    launch(kernel, programs, *arguments, warps=block.warps, **constants)
+
+
+class Variant(NamedTuple):
+    """A launch to compile ahead of time, and what to expect of it; `fused_res.aot` reads `aot_variants(dtype)` of each file.
+
+    loads, stores: whether all of them take 16 bytes, sign bytes apart.
+    sample: whether it belongs to the quick check.
+    """
+
+    name: str
+    launch: Launch
+    loads: bool
+    stores: bool
+    sample: bool
+
+
+def variant(
+    name: str, launcher: Callable, *arguments: Any, loads: bool = False, stores: bool = False, sample: bool = False
+) -> Variant:
+    """The launch that the launcher makes of these arguments, whose tensors have no data."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        launcher(*arguments)
+    finally:
+        _recorders.pop()
+    return Variant(name, launches[0], loads, stores, sample)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,168 @@
+"""Blocks under DistributedDataParallel: two processes on this machine over gloo.
+
+The processes run this file as a script, so that they need nothing of pytest.
+"""
+
+import copy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fused_res
+
+WORLD = 2
+SCENARIOS = ("step", "eager step", "frozen, two forwards", "two forwards", "channels_last")
+
+
+def network(eager=False):
+    """Two of our blocks with a 1x1 convolution among their parameters, or their modules run by hand."""
+    torch.manual_seed(0)
+    shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    blocks = [fused_res.BasicBlock(4, 8, 2, shortcut), fused_res.Bottleneck(8, 2, residual_scale=0.5)]
+    return nn.Sequential(*(Eager(b) if eager else b for b in blocks)).double()
+
+
+class Eager(nn.Module):
+    """A block's child modules, run by hand as torchvision runs them."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.depth, self.residual_scale = block.depth, block.residual_scale
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.downsample = block.downsample
+
+    def forward(self, x):
+        out = x
+        for i in range(1, self.depth + 1):
+            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
+            out = self.relu(out) if i < self.depth else out
+        out = out if self.residual_scale is None else out * self.residual_scale
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def images(rank):
+    return torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + rank))
+
+
+def prepare(scenario):
+    model = network(eager=scenario == "eager step")
+    if scenario == "frozen, two forwards":
+        model.eval()
+    return model.to(memory_format=torch.channels_last) if scenario == "channels_last" else model
+
+
+def run(scenario, module, x):
+    """The scenario's forward passes and one backward."""
+    out = module(x)
+    if "two forwards" in scenario:
+        out = out - 3 * module(x.flip(0) * 2)
+    (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+
+
+def state(module):
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
+    return {n: p.grad.clone() for n, p in module.named_parameters()}, buffers
+
+
+def worker(rank, folder):
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=(folder / "meet").as_uri(), rank=rank, world_size=WORLD)
+    results = {}
+    for scenario in SCENARIOS:
+        model = prepare(scenario)
+        parallel = DistributedDataParallel(model)
+        # The second time, gradients are views of buckets and buffers have been broadcast.
+        for _ in range(2):
+            parallel.zero_grad()
+            run(scenario, parallel, images(rank))
+        results[scenario] = state(model)
+        parallel(images(rank))
+        results[f"{scenario}: broadcast buffers"] = state(model)[1]
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank saved."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, __file__, str(folder)]
+    processes = [
+        subprocess.Popen([*command, str(r)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(WORLD)
+    ]
+    try:
+        output = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(output)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)], "\n".join(output)
+
+
+def single(scenario):
+    """The ranks' mean gradients, and rank 0's buffers, without processes: every forward starts from rank 0's buffers."""
+    models = [prepare(scenario) for _ in range(WORLD)]
+    for _ in range(2):
+        before = copy.deepcopy(dict(models[0].named_buffers()))
+        for rank, model in enumerate(models):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(before[name])
+            model.zero_grad()
+            run(scenario, model, images(rank))
+    gradients = [state(model)[0] for model in models]
+    return {n: sum(g[n] for g in gradients) / WORLD for n in gradients[0]}, state(models[0])[1]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_gradients_are_the_mean_over_processes_and_alike_on_all(results, scenario):
+    expected, buffers = single(scenario)
+    for rank in range(WORLD):
+        gradients = results[0][rank][scenario][0]
+        assert gradients.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    for name, value in buffers.items():
+        torch.testing.assert_close(results[0][0][scenario][1][name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_gradients_and_buffers_equal_those_of_eager_blocks(results):
+    for rank in range(WORLD):
+        ours, theirs = results[0][rank]["step"], results[0][rank]["eager step"]
+        for got, expected in zip(ours, theirs, strict=True):
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_next_forward_starts_from_rank_zeros_buffers(results, scenario):
+    """With the same counter everywhere, and statistics a tenth of a batch away from each other."""
+    first, second = (results[0][rank][f"{scenario}: broadcast buffers"] for rank in range(WORLD))
+    own = [images(rank) for rank in range(WORLD)]
+    before = dict(results[0][0][scenario][1])
+    for rank, after in enumerate((first, second)):
+        model = prepare(scenario)
+        model.load_state_dict({**model.state_dict(), **before})
+        model(own[rank])
+        for name, buffer in model.named_buffers():
+            torch.testing.assert_close(after[name], buffer, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_no_process_printed_a_warning(results):
+    assert "stride" not in results[1].lower()
+    assert "warning" not in results[1].lower()
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[2]), Path(sys.argv[1]))

@@ -1,0 +1,95 @@
+"""The package as installed: what it exports, what it needs, and that its parts are named alike."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_res
+from fused_res import backends
+
+ROOT = Path(__file__).parents[1]
+STEMS = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward"]
+
+
+def run(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", **kwargs)
+
+
+def test_public_names_exist_and_are_documented():
+    for name in fused_res.__all__:
+        assert getattr(fused_res, name).__doc__, name
+
+
+def test_folders_are_installed_inside_the_package_only():
+    done = run(
+        "import importlib.util as u, fused_res.kernels, fused_res.benchmarks;"
+        "assert u.find_spec('kernels') is None and u.find_spec('benchmarks') is None"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_loads_neither_triton_nor_the_benchmark():
+    done = run("import sys, fused_res; print([m for m in sys.modules if m in ('triton', 'matplotlib', 'sklearn', 'rich')])")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_without_triton_blocks_run_and_its_backend_says_why():
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find_spec(name, package)
+sys.meta_path.insert(0, Absent())
+import torch, fused_res
+block, x = fused_res.BasicBlock(4, 4), torch.randn(2, 4, 3, 3)
+block(x).sum().backward()
+try:
+    with fused_res.use_backend("triton"):
+        block(x)
+except RuntimeError as error:
+    print(error)
+"""
+    done = run(code)
+    assert "the package triton is not installed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_one_stem_names_one_thing_everywhere(stem):
+    for path in (f"fused_res/primitives/{stem}.py", f"kernels/{stem}.py", f"tests/test_{stem}.py"):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_backend_answers_the_same_questions():
+    assert {"reference", "triton"} <= set(backends.NAMES)
+    for name in backends.NAMES:
+        module = backends.load(name)
+        assert all(callable(getattr(module, f)) for f in ("supports", "preference", "find")), name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_readme_examples_run(torchvision):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for code in blocks:
+        exec(code, namespace)
+
+
+def test_readme_figures_match_their_result_files():
+    from fused_res.benchmarks.readme import main
+
+    assert main(["--check", str(ROOT / "README.md")]) == 0
+
+
+def test_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
