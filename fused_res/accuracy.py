@@ -202,7 +202,12 @@ def random_block(block: ResidualBlock, seed: int) -> ResidualBlock:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * (2 / fan_in) ** 0.5)
         for bn in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
-            for tensor, low, high in ((bn.weight, 0.5, 1.5), (bn.bias, -0.5, 0.5), (bn.running_mean, -0.5, 0.5), (bn.running_var, 0.5, 1.5)):
+            for tensor, low, high in (
+                (bn.weight, 0.5, 1.5),
+                (bn.bias, -0.5, 0.5),
+                (bn.running_mean, -0.5, 0.5),
+                (bn.running_var, 0.5, 1.5),
+            ):
                 if tensor is not None:
                     tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * (high - low) + low)
     return block

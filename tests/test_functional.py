@@ -43,7 +43,11 @@ BAD = {
     "a tensor for a unit": (lambda: residual_block(X, [X]), TypeError, "main: expected"),
     "wrong channels": (lambda: residual_block(X[:, :3], main()), RuntimeError, r"main\[0\].*expected input to have 4 channels"),
     "wrong groups": (lambda: residual_block(X, changed(0, groups=4)), RuntimeError, "groups=4"),
-    "half weight": (lambda: residual_block(X, changed(1, weight=main()[1].weight.half())), RuntimeError, r"main\[1\].weight.*float16"),
+    "half weight": (
+        lambda: residual_block(X, changed(1, weight=main()[1].weight.half())),
+        RuntimeError,
+        r"main\[1\].weight.*float16",
+    ),
     "half gamma": (lambda: residual_block(X, changed(1, gamma=torch.ones(4).half())), RuntimeError, r"main\[1\].gamma.*float16"),
     "float64 x": (lambda: residual_block(X.double(), main()), RuntimeError, r"main\[0\].weight: expected torch.float64"),
     "short gamma": (lambda: residual_block(X, changed(0, gamma=torch.ones(5))), RuntimeError, "should contain 6 elements"),

@@ -47,9 +47,7 @@ class _Branch(NamedTuple):
     def needs_sums(self) -> bool:
         """Whether the reduction is needed: batch statistics need it to go on, parameters for themselves."""
         live = self.unit.training
-        return bool(
-            self.wants.gamma or self.wants.beta or self.needs_scale or (self.needs_dy if live else self.wants.bias)
-        )
+        return bool(self.wants.gamma or self.wants.beta or self.needs_scale or (self.needs_dy if live else self.wants.bias))
 
 
 def _through_bn(
@@ -64,7 +62,15 @@ def _through_bn(
         partials = first.vectors.new_zeros((1, 1 + len(branches), dout.shape[1]))
     coefficients = [
         bn_act_backward_finalize(
-            partials, row, dout.shape[0], b.vectors, b.unit.gamma, b.unit.beta, b.residual_scale, training=b.unit.training, backend=backend
+            partials,
+            row,
+            dout.shape[0],
+            b.vectors,
+            b.unit.gamma,
+            b.unit.beta,
+            b.residual_scale,
+            training=b.unit.training,
+            backend=backend,
         )
         for row, b in enumerate(branches, 1)
     ]
@@ -143,9 +149,7 @@ def backward(
     branches = [branch(count - 1, residual_scale, bool(needs.residual_scale))]
     if block.projection is not None:
         wants = needs.block.projection
-        branches.append(
-            _Branch(block.projection, saved.ys[count], saved.vectors[count], wants, bool(needs.x or wants.weight))
-        )
+        branches.append(_Branch(block.projection, saved.ys[count], saved.vectors[count], wants, bool(needs.x or wants.weight)))
     keep_masked = block.projection is None and bool(needs.skip if block.given else needs.x)
     coefficients, dys, masked = _through_bn(to_rows(dout), branches, saved.signs, keep_masked, backend)
     dscale = coefficients[0].dscale.sum() if needs.residual_scale else None

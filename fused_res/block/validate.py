@@ -1,4 +1,4 @@
-"""Checks of a block's arguments, made before anything is computed or written: the errors eager gives, with the name of the argument."""
+"""Checks of a block's arguments, before anything is computed or written: eager's errors, with the name of the argument."""
 
 from collections.abc import Sequence
 
