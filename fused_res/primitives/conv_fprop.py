@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fused_res.spec import ConvBN
 from fused_res.primitives.common import select
+from fused_res.spec import ConvBN
 
 
 def plain(x: Tensor, unit: ConvBN) -> Tensor:
