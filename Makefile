@@ -29,7 +29,7 @@ test: $(READY)
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest $(ARGS)
 
 bench: $(READY)
-	$(BIN)/fused-res bench $(ARGS)
+	$(BIN)/fused-res bench --time-budget 75 $(ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)

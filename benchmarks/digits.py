@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_res import BasicBlock, Bottleneck, use_backend
 from fused_res.console import require
-from fused_res.environment import temporarily
+from fused_res.environment import one_thread, temporarily
 
 EPOCHS, BATCH, ACCURACY = 12, 64, 0.97
 WINDOW, NUDGES, DRIFT = 20, 6, 4.0
@@ -124,7 +124,7 @@ def run(
     samples, nhwc = data(device), torch.channels_last
     first = window if steps is None else min(window, steps)
     losses, accuracy = {}, {}
-    with temporarily(torch.backends.cudnn, deterministic=True, benchmark=False, allow_tf32=False):
+    with one_thread(device), temporarily(torch.backends.cudnn, deterministic=True, benchmark=False, allow_tf32=False):
         losses["eager"], accuracy["eager"] = train(network(), samples, "eager", nhwc, steps, epochs, advance=advance)
         losses["fused"], accuracy["fused"] = train(network(), samples, None, nhwc, steps, epochs, advance=advance)
         disturbed = {

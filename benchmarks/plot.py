@@ -1,5 +1,6 @@
 """The plot of a result document: how far each peer is from the time of the block's bare convolutions, and the training losses."""
 
+import textwrap
 from pathlib import Path
 
 from fused_res.benchmarks.report import BARE, OURS, conditions, measured
@@ -20,9 +21,11 @@ def draw(document: dict, path: Path) -> None:
     figure = Figure(figsize=(14 if with_losses else 8.5, min(height, 40)), layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=(3, 2), squeeze=False)[0] if with_losses else [figure.subplots()]
     _blocks(axes[0], groups)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=8.5, frameon=False)
     if with_losses:
         _losses(axes[1], digits)
-    figure.suptitle(conditions(document), fontsize=9, color="#52606d", x=0.01, ha="left")
+    wrapped = textwrap.fill(conditions(document), 170 if with_losses else 100)
+    figure.suptitle(wrapped, fontsize=9, color="#52606d", x=0.01, ha="left")
     figure.savefig(path, dpi=150, facecolor="white")
 
 
@@ -47,7 +50,7 @@ def _blocks(axes, groups: list) -> None:
                 color=COLOURS[name],
                 xerr=[[max(0.0, middle - ratio["q20"])], [max(0.0, ratio["q80"] - middle)]],
                 error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#1f2933"},
-                label=None if name in shown else name,
+                label=None if name in shown else _label(name, groups),
             )
             shown.add(name)
             weight = "bold" if name == OURS else "normal"
@@ -65,13 +68,20 @@ def _blocks(axes, groups: list) -> None:
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
-    axes.set_xlabel("block time / time of its bare convolutions (lower is better)")
+    axes.set_xlabel("block time / time of its bare convolutions: medians, 20 % to 80 % quantiles (lower is better)")
     axes.set_title("Residual blocks", loc="left", fontsize=12, fontweight="bold")
     axes.grid(axis="x", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.09), ncols=3, fontsize=8.5, frameon=False)
+
+
+def _label(name: str, groups: list) -> str:
+    """A peer's name; fused_res with what it ran as."""
+    if name != OURS:
+        return name
+    ran = dict.fromkeys(peers[OURS]["backend"] for _, peers in groups if OURS in peers and peers[OURS]["reason"] is None)
+    return f"{OURS} ({'; '.join(ran)})"
 
 
 def _losses(axes, digits: dict) -> None:

@@ -1,8 +1,8 @@
 """Result files, and what is drawn from them: a terminal table, a markdown section, a plot.
 
-A result file is one JSON document: `schema` (version of this format), `created` (UTC), `command`, `device`, `machine`,
-`versions`, `git`, `source` (hash of the sources), `settings`, `rows` (see `runner.run_case`; milliseconds and bytes), and, where
-they were run, `check` and `digits`.
+A result file is one JSON document: `schema` (version of this format), `created` (UTC), `command`, `device`, `gpu` (the
+one used; `gpu_after` its clocks when the timing ended), `machine`, `versions`, `git`, `source` (hash of the sources), `settings`,
+`rows` (see `runner.run_case`; milliseconds and bytes), and, where they were run, `check` and `digits`.
 """
 
 import json
@@ -29,6 +29,7 @@ def new(command: str, device: torch.device) -> dict:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "device": device.type,
+        "gpu": environment.gpu(device.index) if device.type == "cuda" else None,
         "machine": environment.machine(),
         "versions": environment.versions(),
         "git": environment.git(),
@@ -80,8 +81,8 @@ def eager_of(peers: dict[str, dict]) -> str | None:
 
 def device_name(document: dict) -> str:
     machine = document["machine"]
-    if document["device"] == "cuda":
-        return machine["gpus"][0]["name"]
+    if document["gpu"] is not None:
+        return document["gpu"]["name"]
     return f"{machine['cpu']}, {machine['threads']} threads"
 
 
@@ -89,10 +90,9 @@ def conditions(document: dict) -> str:
     """One line: where and with what this was measured."""
     versions, git = document["versions"], document.get("git") or {}
     parts = [device_name(document), f"torch {versions['torch']}", f"fused_res {versions['fused_res']}"]
-    if document["device"] == "cuda":
-        parts[1:1] = [f"driver {document['machine']['gpus'][0].get('driver_version', 'unknown')}"]
-    if document["device"] == "cuda" and versions.get("triton"):
-        parts.append(f"Triton {versions['triton']}")
+    if document["gpu"] is not None:
+        parts[1:1] = [f"driver {document['gpu'].get('driver_version', 'unknown')}"]
+        parts += [f"Triton {versions['triton']}"] if versions["triton"] else []
     if git.get("commit"):
         parts.append(f"commit {git['commit'][:12]}{' with local changes' if git['dirty'] else ''}")
     return ", ".join([*parts, document["created"][:10]])
@@ -169,11 +169,10 @@ def caption() -> str:
 def summaries(document: dict) -> list[str]:
     """What fused_res ran on, and what the numerical check and the training run found, a line each, where they were run."""
     ran = Counter(row["backend"] for row in document["rows"] if row["peer"] == OURS and row["reason"] is None)
-    lines = (
-        [f"fused_res ran as: {'; '.join(f'{backend} ({count} of {ran.total()})' for backend, count in ran.items())}."]
-        if ran
-        else []
-    )
+    lines = []
+    if ran:
+        found = "; ".join(f"{backend} ({count} of {ran.total()})" for backend, count in ran.items())
+        lines.append(f"fused_res ran as: {found}.")
     if check := document.get("check"):
         verdict = "passed" if check["passed"] else "FAILED"
         largest = "not finite" if check["worst"] is None else f"at {check['worst']:.2f} of its limit"

@@ -157,4 +157,6 @@ def _measure(document: dict, options: Options) -> None:
                 deadline = now + max(0.0, end - now) / (len(setups) - n)
             document["rows"] += run_case(setup, options.peers, options.rounds, deadline, clock, advance)
             setup.release()
+            if options.device.type == "cuda":
+                document["gpu_after"] = environment.gpu(options.device.index)
             report.save(document, options.file)

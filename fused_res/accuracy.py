@@ -105,13 +105,21 @@ def _through_operator(block: ResidualBlock, x: Tensor) -> _Run:
 
 
 def step(
-    block: ResidualBlock, x: Tensor, dout: Tensor, dtype: torch.dtype, backend: str, level: str, channels_last: bool
+    block: ResidualBlock,
+    x: Tensor,
+    dout: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    level: str,
+    channels_last: bool,
+    pure: bool = False,
 ) -> Result:
-    """One forward and backward of a copy of the float64 block in a dtype: float32 as it is, 16 bits under autocast."""
+    """One forward and backward of a copy of the float64 block in a dtype, 16 bits under autocast unless `pure`."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    block = copy.deepcopy(block).to(torch.float32).to(memory_format=layout)
-    x = x.float().contiguous(memory_format=layout)
-    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+    parameters = dtype if pure else torch.float32
+    block = copy.deepcopy(block).to(parameters).to(memory_format=layout)
+    x = x.to(parameters).contiguous(memory_format=layout)
+    with torch.autocast(x.device.type, dtype, enabled=parameters != dtype):
         if backend == "eager":
             return _step(block, x, dout, lambda t: _through_modules(block, t))
         with use_backend(backend, level):
@@ -154,12 +162,13 @@ def judge(
     level: str,
     seeds: Iterable[int] = range(8),
     sign_tolerance: float | None = None,
+    pure: bool = False,
 ) -> list[Verdict]:
     """Hold a block on a backend and level against the rule.
 
     Args:
         make: from a seed, a float64 block, x and the incoming gradient, on the device to run on.
-        dtype: float32, float16 or bfloat16; the 16-bit ones under autocast.
+        dtype: float32, float16 or bfloat16; the 16-bit ones under autocast, or with all parameters and buffers if `pure`.
         backend, level: as for `use_backend`.
         seeds: at least 8 for a verdict.
         sign_tolerance: see `check_signs`; None to leave the signs unchecked.
@@ -172,9 +181,9 @@ def judge(
         block, x, dout = make(seed)
         plain = _truth(block, x, dout)
         runs = {
-            "fused": step(block, x, dout, dtype, backend, level, channels_last=True),
-            "NCHW": step(block, x, dout, dtype, "eager", level, channels_last=False),
-            "channels_last": step(block, x, dout, dtype, "eager", level, channels_last=True),
+            "fused": step(block, x, dout, dtype, backend, level, channels_last=True, pure=pure),
+            "NCHW": step(block, x, dout, dtype, "eager", level, channels_last=False, pure=pure),
+            "channels_last": step(block, x, dout, dtype, "eager", level, channels_last=True, pure=pure),
         }
         if sign_tolerance is not None:
             check_signs(runs["fused"], plain, sign_tolerance)
@@ -186,8 +195,7 @@ def judge(
     verdicts = []
     for name in fused:
         eager = max(nchw[name], nhwc[name])
-        stored = torch.float32 if name not in ("out", "dx") else dtype
-        stored = dtype if ".weight" in name and name.startswith("dconv") else stored
+        stored = dtype if pure or plain.tensors[name].dim() == 4 else torch.float32  # autocast casts images and weights
         verdicts.append(Verdict(name, fused[name], eager, max(MARGIN * eager, floor(stored))))
     return verdicts
 

@@ -1,7 +1,6 @@
 """The numerical check: each backend, level and dtype that runs on a device, held against fp64 by `fused_res.accuracy`'s rule."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import accuracy, backends
-from fused_res.environment import DTYPES, temporarily
+from fused_res.environment import DTYPES, one_thread, temporarily
 from fused_res.modules import BasicBlock, Bottleneck, ResidualBlock
 from fused_res.planner import LEVELS
 
@@ -124,19 +123,6 @@ def plan(
     return jobs, refused
 
 
-@contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    """IEEE fp32 instead of TF32 on the GPU; one thread on the CPU, where these blocks are too small for more."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        with temporarily(torch.backends.cudnn, allow_tf32=False), temporarily(torch.backends.cuda.matmul, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def run(
     device: torch.device,
     dtypes: Sequence[str] = CHECKED,
@@ -144,9 +130,10 @@ def run(
     seeds: int = SEEDS,
     advance: Callable[[str], None] = lambda label: None,
 ) -> list[Row]:
-    """The whole check on one device; calls `advance` with a label before each job of `plan`."""
+    """The whole check on one device, fp32 being IEEE's, not TF32; calls `advance` with a label before each job of `plan`."""
     jobs, rows = plan(device, dtypes, names)
-    with _settings(device):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    with one_thread(device), temporarily(cudnn, allow_tf32=False), temporarily(matmul, allow_tf32=False):
         for job in jobs:
             advance(str(job))
             rows += judge(job, device, seeds)

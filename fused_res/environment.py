@@ -38,6 +38,18 @@ def temporarily(holder: object, **values: object) -> Iterator[None]:
             setattr(holder, name, value)
 
 
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """One thread on the CPU, for tensors so small that more would only wait for each other."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _output(*command: str, cwd: Path | None = None) -> str | None:
     """Standard output of a command, or None where it is missing or fails."""
     if shutil.which(command[0]) is None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_res import planner, reference
 from fused_res.block.op import block_forward
@@ -40,7 +41,8 @@ def residual_block(
 
     The running statistics and `num_batches_tracked` of a unit with `training=True` are updated in place as `nn.BatchNorm2d`
     does, after the block has been computed. Differentiable twice; the second derivative runs in ordinary autograd. An empty
-    batch, and any call under `use_backend("eager")`, runs through `fused_res.reference`.
+    batch, and any call under `use_backend("eager")`, forward-mode AD or a `torch.func` transform, runs through
+    `fused_res.reference`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -48,10 +50,15 @@ def residual_block(
             batch, as in eager); an epsilon BN does not take.
         RuntimeError: shapes, dtypes or devices that do not fit; a backend forced by `use_backend` that cannot run.
     """
-    if isinstance(x, Tensor) and (planner.is_eager_forced() or x.numel() == 0):
+    if isinstance(x, Tensor) and (planner.is_eager_forced() or x.numel() == 0 or is_transformed()):
         check_arguments(x, *_parts(main, shortcut, pool), residual_scale, names)
         return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
     return residual_block_with_saved(x, main, shortcut, pool=pool, residual_scale=residual_scale, names=names)[0]
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a `torch.func` transform is active, which only ordinary autograd can follow."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _parts(main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None) -> tuple[Block, Tensor | None]:

@@ -33,6 +33,16 @@ def nhwc(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
 
 
+def in_layout(image: Tensor, channels_last: bool) -> Tensor:
+    """The image with exactly the strides of that layout, without a copy where it can be had so.
+
+    `contiguous` alone leaves the strides of dimensions of size 1 as they are.
+    """
+    image = image.contiguous(memory_format=memory_format(channels_last))
+    strides = torch.empty(image.shape, device="meta", memory_format=memory_format(channels_last)).stride()
+    return image if image.stride() == strides else image.as_strided(image.shape, strides)
+
+
 def to_rows(image: Tensor) -> Tensor:
     """[N, C, H, W] as a contiguous matrix [N*H*W, C]; a view where the image is channels_last."""
     n, c, h, w = image.shape

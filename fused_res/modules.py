@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fused_res import planner, reference
 from fused_res.eligibility import foreign, global_hooks, shortcut_of, unit_of, unit_reason
-from fused_res.functional import residual_block
+from fused_res.functional import is_transformed, residual_block
 
 _warned: set[str] = set()
 
@@ -37,11 +37,10 @@ class ResidualBlock(nn.Module):
     expansion: int
     depth: int
 
-    def __init__(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
-        super().__init__()
+    def _set_shortcut(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
+        # Comes last: optimizers number parameters in the order of their registration, which is torchvision's.
         if downsample is not None and not isinstance(downsample, nn.Module):
             raise TypeError(f"downsample: expected an nn.Module or None, got {type(downsample).__name__}")
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
         scale = None if residual_scale is None else nn.Parameter(torch.tensor(float(residual_scale)))
@@ -56,15 +55,17 @@ class ResidualBlock(nn.Module):
     def unfused_reason(self, x: Tensor) -> str | None:
         """Why this block, called with x now, runs through its child modules; None where the operator runs.
 
-        `use_backend("eager")` and an empty batch are such reasons too.
+        `use_backend("eager")`, an empty batch and function transforms are such reasons too.
         """
         if planner.is_eager_forced():
             return 'use_backend("eager")'
         if x.numel() == 0:
             return "the batch is empty"
-        return self._structural_reason(x)
+        if is_transformed():
+            return "a torch.func transform or forward-mode AD is active"
+        return self._structural_reason()
 
-    def _structural_reason(self, x: Tensor) -> str | None:
+    def _structural_reason(self) -> str | None:
         reason = global_hooks() or foreign("relu", self.relu, nn.ReLU)
         if reason is not None:
             return reason
@@ -162,12 +163,14 @@ class BasicBlock(ResidualBlock):
             raise ValueError(f"BasicBlock only supports groups=1 and base_width=64, got {groups} and {base_width}")
         if dilation > 1:
             raise NotImplementedError(f"Dilation > 1 not supported in BasicBlock, got {dilation}")
-        super().__init__(downsample, stride, residual_scale)
+        super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         self.conv1 = _conv3x3(inplanes, planes, stride)
         self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
         self.conv2 = _conv3x3(planes, planes)
         self.bn2 = norm_layer(planes)
+        self._set_shortcut(downsample, stride, residual_scale)
 
 
 class Bottleneck(ResidualBlock):
@@ -203,7 +206,7 @@ class Bottleneck(ResidualBlock):
         *,
         residual_scale: float | None = None,
     ) -> None:
-        super().__init__(downsample, stride, residual_scale)
+        super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
         self.conv1 = _conv1x1(inplanes, width)
@@ -212,3 +215,5 @@ class Bottleneck(ResidualBlock):
         self.bn2 = norm_layer(width)
         self.conv3 = _conv1x1(width, planes * self.expansion)
         self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self._set_shortcut(downsample, stride, residual_scale)

@@ -25,12 +25,17 @@ class Forced(NamedTuple):
     level: str | None
 
 
-_local = threading.local()
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.forced: Forced | None = None
+
+
+_local = _Local()
 
 
 def forced() -> Forced | None:
     """What the innermost `use_backend` of this thread asks for, or None outside of one."""
-    return getattr(_local, "forced", None)
+    return _local.forced
 
 
 @contextmanager

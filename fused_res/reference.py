@@ -25,7 +25,8 @@ def compose(
 ) -> Tensor:
     """`out = act(a * main(x) + shortcut(x))`, with an activation after each unit of `main` (He et al., https://arxiv.org/abs/1512.03385).
 
-    The sum is rounded to the main branch's dtype, as the in-place `out += identity` of the usual implementations does.
+    The sum has the main branch's shape and dtype, as with the usual `out += identity`, but is not made in place: what hooks
+    on the last BN see stays as it was, and full backward hooks may be registered.
     """
     out = x
     for unit in main[:-1]:

@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
+import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,40 @@ def few_programs(monkeypatch):
     """Reductions run few programs, so that each has several blocks of rows already at small sizes."""
     common = pytest.importorskip("fused_res.kernels.common")
     monkeypatch.setattr(common, "PROGRAMS", 4)
+
+
+_operators = []  # keeps the placeholders alive
+
+
+def _load_torchvision_operators():
+    """A torchvision built for CUDA cannot load its operators beside a CPU torch. Its models need none, its import needs two."""
+    package = importlib.util.find_spec("torchvision").submodule_search_locations[0]
+    for path in Path(package).glob("_C*.so"):
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            continue
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _operators.append(library)
+
+
+def _import(package, module):
+    for name in {"torchvision", package}:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    if "torchvision" not in sys.modules:
+        _load_torchvision_operators()
+    return importlib.import_module(module)
+
+
+@pytest.fixture(scope="session")
+def torchvision_resnet():
+    return _import("torchvision", "torchvision.models.resnet")
+
+
+@pytest.fixture(scope="session")
+def timm_resnet():
+    return _import("timm", "timm.models.resnet")

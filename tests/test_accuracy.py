@@ -36,8 +36,8 @@ def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_s
     return make
 
 
-def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None):
-    verdicts = accuracy.judge(make, dtype, backend, "bn_act", range(seeds), sign_tolerance)
+def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None, pure=False):
+    verdicts = accuracy.judge(make, dtype, backend, "bn_act", range(seeds), sign_tolerance, pure)
     failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
     assert not failed, "\n".join(failed)
 
@@ -53,6 +53,12 @@ def tolerance(dtype):
 def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype):
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7)
     assert_accurate(make, dtype, sign_tolerance=tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_modules_converted_to_sixteen_bits(kind, dtype):
+    assert_accurate(case(kind, "projection", (4, 9, 7), 20), dtype, sign_tolerance=tolerance(dtype), pure=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

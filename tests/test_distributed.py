@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fused_res
 
 WORLD = 2
-SCENARIOS = ("step", "eager step", "frozen, two forwards", "two forwards", "channels_last")
+SCENARIOS = ("step", "eager step", "frozen, two forwards", "two forwards", "channels_last", "float32")
 
 
 def network(eager=False):
@@ -48,14 +48,17 @@ class Eager(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-def images(rank):
-    return torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + rank))
+def images(scenario, rank):
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + rank))
+    return x.float() if scenario == "float32" else x
 
 
 def prepare(scenario):
     model = network(eager=scenario == "eager step")
     if scenario == "frozen, two forwards":
         model.eval()
+    # In float32 the library lays out the gradient of a 1x1 weight otherwise than the weight.
+    model = model.float() if scenario == "float32" else model
     return model.to(memory_format=torch.channels_last) if scenario == "channels_last" else model
 
 
@@ -83,9 +86,9 @@ def worker(rank, folder):
         # The second time, gradients are views of buckets and buffers have been broadcast.
         for _ in range(2):
             parallel.zero_grad()
-            run(scenario, parallel, images(rank))
+            run(scenario, parallel, images(scenario, rank))
         results[scenario] = state(model)
-        parallel(images(rank))
+        parallel(images(scenario, rank))
         results[f"{scenario}: broadcast buffers"] = state(model)[1]
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -110,6 +113,10 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)], "\n".join(output)
 
 
+def tolerance(scenario):
+    return {"rtol": 1e-4, "atol": 1e-4} if scenario == "float32" else {"rtol": 1e-9, "atol": 1e-11}
+
+
 def single(scenario):
     """The ranks' mean gradients, and rank 0's buffers, without processes: every forward starts from rank 0's buffers."""
     models = [prepare(scenario) for _ in range(WORLD)]
@@ -119,21 +126,21 @@ def single(scenario):
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
             model.zero_grad()
-            run(scenario, model, images(rank))
+            run(scenario, model, images(scenario, rank))
     gradients = [state(model)[0] for model in models]
     return {n: sum(g[n] for g in gradients) / WORLD for n in gradients[0]}, state(models[0])[1]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_gradients_are_the_mean_over_processes_and_alike_on_all(results, scenario):
-    expected, buffers = single(scenario)
+    (expected, buffers), near = single(scenario), tolerance(scenario)
     for rank in range(WORLD):
         gradients = results[0][rank][scenario][0]
         assert gradients.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(gradients[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(gradients[name], value, **near, msg=lambda m, name=name: f"{name}: {m}")
     for name, value in buffers.items():
-        torch.testing.assert_close(results[0][0][scenario][1][name], value, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(results[0][0][scenario][1][name], value, **near, msg=name)
 
 
 def test_gradients_and_buffers_equal_those_of_eager_blocks(results):
@@ -147,16 +154,14 @@ def test_gradients_and_buffers_equal_those_of_eager_blocks(results):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_next_forward_starts_from_rank_zeros_buffers(results, scenario):
-    """With the same counter everywhere, and statistics a tenth of a batch away from each other."""
-    first, second = (results[0][rank][f"{scenario}: broadcast buffers"] for rank in range(WORLD))
-    own = [images(rank) for rank in range(WORLD)]
     before = dict(results[0][0][scenario][1])
-    for rank, after in enumerate((first, second)):
+    for rank in range(WORLD):
+        after = results[0][rank][f"{scenario}: broadcast buffers"]
         model = prepare(scenario)
         model.load_state_dict({**model.state_dict(), **before})
-        model(own[rank])
+        model(images(scenario, rank))
         for name, buffer in model.named_buffers():
-            torch.testing.assert_close(after[name], buffer, rtol=1e-10, atol=1e-12, msg=name)
+            torch.testing.assert_close(after[name], buffer, **tolerance(scenario), msg=name)
 
 
 def test_no_process_printed_a_warning(results):

@@ -4,51 +4,13 @@ import copy
 import importlib
 import importlib.util
 import inspect
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fused_res
-
-_operators = []  # keeps the placeholders alive
-
-
-def _load_torchvision_operators():
-    """A torchvision built for CUDA cannot load its operators beside a CPU torch. Its models need none, its import needs two."""
-    package = importlib.util.find_spec("torchvision").submodule_search_locations[0]
-    for path in Path(package).glob("_C*.so"):
-        try:
-            torch.ops.load_library(path)
-        except OSError:
-            continue
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.append(library)
-
-
-def _import(package, module):
-    for name in {"torchvision", package}:
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    if "torchvision" not in sys.modules:
-        _load_torchvision_operators()
-    return importlib.import_module(module)
-
-
-@pytest.fixture(scope="module")
-def torchvision_resnet():
-    return _import("torchvision", "torchvision.models.resnet")
-
-
-@pytest.fixture(scope="module")
-def timm_resnet():
-    return _import("timm", "timm.models.resnet")
 
 
 def _randomise(module):

@@ -1,6 +1,5 @@
 """The package as installed: what it exports, what it needs, and that its parts are named alike."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -74,8 +73,7 @@ def test_every_backend_answers_the_same_questions():
         assert all(callable(getattr(module, f)) for f in ("supports", "preference", "find")), name
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
-def test_readme_examples_run(torchvision):
+def test_readme_examples_run(torchvision_resnet):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3
     namespace = {}

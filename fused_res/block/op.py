@@ -11,7 +11,7 @@ from torch.library import Library, register_autograd, register_fake
 from fused_res import planner, reference
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
-from fused_res.layout import as_parameter, empty_like_parameter, is_channels_last, memory_format
+from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.common import statistics_dtype
@@ -46,7 +46,7 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     backend = planner.resolve(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         out, saved = forward(x, skip, residual_scale, block, save, backend)
-    return out.contiguous(memory_format=memory_format(_output_channels_last(x, block))), saved
+    return in_layout(out, _output_channels_last(x, block)), saved
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
@@ -81,7 +81,7 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
         gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), backend)
     found = []
     if needs[0]:
-        found.append(gradients.x.contiguous(memory_format=memory_format(is_channels_last(x))))
+        found.append(in_layout(gradients.x, is_channels_last(x)))
     if needs[1]:
         found.append(gradients.skip)
     if needs[2]:

@@ -1,0 +1,186 @@
+"""The command line: exit codes, JSON, and what it says where something is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_res import accuracy, check, cli, console, environment
+from fused_res.benchmarks import peers, suite
+
+ROOT = Path(__file__).resolve().parents[1]
+# conftest.py may have switched this process to Triton's interpreter; a user's has not.
+VARIABLES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+ONLY = ["--backend", "reference", "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    monkeypatch.setattr(check, "SHAPES", check.SHAPES[:1])
+
+
+def test_info_names_every_backend(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert all(name in text for name in cli.backends.NAMES)
+
+
+def test_info_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = document["backends"]
+    assert {row["backend"] for row in rows} == set(cli.backends.NAMES)
+    assert {row["dtype"] for row in rows} == set(environment.DTYPES)
+    assert [row["reason"] for row in rows if row["backend"] == "reference"] == [None] * len(rows[::2])
+
+
+def test_info_needs_no_extra():
+    """Without rich, matplotlib and scikit-learn, as after a plain installation."""
+    hide = "import sys; sys.modules.update(rich=None, matplotlib=None, sklearn=None)"
+    run = f"{hide}; from fused_res.cli import main; print(main(['info'])); print(main(['bench']), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", run], env=VARIABLES, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0\n")
+    assert "pip install 'fused-res[bench]'" in done.stderr
+    assert done.stderr.endswith("\n2\n")
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_check_passes(capsys):
+    assert cli.main(["check", *ONLY]) == 0
+    assert "All passed" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_check_json_has_every_quantity(capsys):
+    assert cli.main(["check", *ONLY, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    quantities = {row["quantity"] for row in document["rows"]}
+    assert {"out", "dx", "dconv1.weight", "dbn2.bias", "bn1.running_var"} <= quantities
+    assert {row["mode"] for row in document["rows"]} == {"train", "eval"}
+    assert document["passed"]
+
+
+@pytest.mark.usefixtures("few_shapes")
+@pytest.mark.parametrize("wrong", [1e-5, float("nan")])
+def test_check_fails_where_a_result_is_wrong(monkeypatch, capsys, wrong):
+    step = accuracy.step
+
+    def spoiled(block, x, dout, dtype, backend, *rest, **more):
+        result = step(block, x, dout, dtype, backend, *rest, **more)
+        if backend == "reference":
+            result.tensors["dbn1.weight"] = result.tensors["dbn1.weight"] * (1 + wrong)
+        return result
+
+    monkeypatch.setattr(accuracy, "step", spoiled)
+    assert cli.main(["check", *ONLY]) == 1
+    assert "FAIL" in capsys.readouterr().out
+    assert cli.main(["check", *ONLY, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert {row["quantity"] for row in document["rows"] if not row["passed"]} == {"dbn1.weight"}
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_nothing_checked_is_not_a_pass(monkeypatch, capsys):
+    monkeypatch.setattr(cli.backends, "supports", lambda name, device, dtype: "not today")
+    assert cli.main(["check", *ONLY]) == 1
+    text = capsys.readouterr().out
+    assert "not run: not today" in text
+    assert "Nothing could run" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["check", "--dtype", "int8"],
+        ["check", "--seeds", "0"],
+        ["check", "--device", "cuda:99"],
+        ["check", "--device", "moon"],
+        ["bench", "--suite", "all"],
+        ["bench", "--batch", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_unknown_peer(capsys):
+    assert cli.main(["bench", "--peers", "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_choices_are_those_of_the_benchmark():
+    assert set(cli.SUITES) == set(suite.SUITES)
+    assert set(cli.MODES) == set(peers.MODES)
+
+
+@pytest.fixture
+def small_suite(monkeypatch):
+    from fused_res.benchmarks.cases import Case
+
+    monkeypatch.setitem(suite.SUITES, "resnet18", (Case("small.identity", "basic", 8, 8, 6),))
+    return ["bench", "--suite", "resnet18", "--device", "cpu", "--batch", "2", "--rounds", "5", "--mode", "forward"]
+
+
+def test_bench_writes_result_and_plot_and_resumes(small_suite, tmp_path, capsys):
+    arguments = [*small_suite, "--output", str(tmp_path), "--peers", "eager channels_last", "bare convolutions", "fused_res"]
+    assert cli.main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    written = tmp_path / "resnet18-forward-fp32.json"
+    assert json.loads(written.read_text()) == document
+    assert written.with_suffix(".png").stat().st_size > 10_000
+    assert str(tmp_path) not in written.read_text()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert json.loads(written.read_text())["rows"] == document["rows"]
+    assert "fused_res" in capsys.readouterr().out
+
+
+def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch, capsys):
+    def wrong(setup):
+        module = setup.module("channels_last")
+        return peers.block_peer(setup, module, "channels_last", lambda x: 2 * module(x))
+
+    monkeypatch.setitem(peers.REGISTRY, "fused_res", wrong)
+    assert cli.main([*small_suite, "--output", str(tmp_path), "--peers", "eager channels_last", "fused_res"]) == 1
+    captured = capsys.readouterr()
+    assert "FAILED: small.identity" in captured.err
+    assert not captured.out
+
+
+def test_missing_module_of_an_installed_package_is_not_hidden():
+    with pytest.raises(ModuleNotFoundError, match=r"json\.nothing"):
+        console.require("json.nothing")
+
+
+def test_package_runs_as_a_module():
+    command = [sys.executable, "-m", "fused_res", "info", "--json"]
+    done = subprocess.run(command, env=VARIABLES, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_gpu_script_runs_dry(tmp_path):
+    """Without an installation: only the standard library and torch are given, the script finds the rest."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
+    done = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "resnet18.1.identity" in (tmp_path / "dry-run" / "summary.md").read_text()
