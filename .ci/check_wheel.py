@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fused_res.benchmarks
-import fused_res.kernels
 import torch
 
 import fused_res
+import fused_res.benchmarks
+import fused_res.kernels
 
 for module in (fused_res, fused_res.kernels, fused_res.benchmarks):
     assert Path(sys.prefix) in Path(module.__file__).parents, f"{module.__file__} is not in {sys.prefix}"

@@ -39,7 +39,7 @@ def _kernel(
         at = partials + offset(t * 2, C)[:, None] + c[None, :]  # [BLOCK_T, BLOCK_C]
         mask = (t < T)[:, None] & inside[None, :]
         more = tl.where(t < T, tl.where(t == T - 1, last, rows), 0).to(tl.float32)[:, None]
-        value = tl.where((t > 0)[:, None], tl.load(at, mask=mask, other=0.0) - pivot[None, :], 0.0)
+        value = tl.where(((t > 0) & (t < T))[:, None], tl.load(at, mask=mask, other=0.0) - pivot[None, :], 0.0)
         # Each slot merges the tiles it meets, by the formula of Chan, Golub and LeVeque.
         delta = value - mean
         both = count + more

@@ -140,12 +140,8 @@ def _dot_kernel(a, b, c, M: tl.constexpr):
 @triton.jit
 def _relu_kernel(x, y, KEEP_NAN: tl.constexpr, B: tl.constexpr):
     i = tl.arange(0, B)
-    v = tl.load(x + i)
-    if KEEP_NAN:
-        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        v = tl.maximum(v, 0.0)
-    tl.store(y + i, v)
+    NAN: tl.constexpr = tl.PropagateNan.ALL if KEEP_NAN else tl.PropagateNan.NONE
+    tl.store(y + i, tl.maximum(tl.load(x + i), 0.0, propagate_nan=NAN))
 
 
 @triton.jit
