@@ -58,10 +58,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
     """`[a][b]`: a's time over b's, taken round by round and then summarised."""
-    return {
-        a: {b: summary([x / y for x, y in zip(times[a], times[b], strict=True)]) for b in times if b != a}  #
-        for a in times
-    }
+    return {a: {b: summary([x / y for x, y in zip(times[a], times[b], strict=True)]) for b in times if b != a} for a in times}
 
 
 def run_case(
