@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 # Two threads a process keep oneDNN from oversubscribing small machines in the tests.
 TEST_THREADS ?= 2
 
-.PHONY: help setup test bench gpu lint format aot wheel clean
+.PHONY: help setup test test-slow bench gpu lint format aot wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times; result file and plot (sets itself up)"
 	@echo "make test    the tests (sets itself up)"
+	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make lint    ruff and clang-format, as CI runs them; make format applies them"
 	@echo "make aot     compile every Triton kernel variant for sm_80, sm_90 and sm_100, no GPU needed"
 	@echo "make wheel   build the wheel, install it into a fresh environment, run a block there"
@@ -33,6 +34,9 @@ bench: $(READY)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

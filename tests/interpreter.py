@@ -28,6 +28,7 @@ _create_dot = _Builder.create_dot
 _create_fma = _Builder.create_fma
 _masked_load = _Builder.create_masked_load
 _masked_store = _Builder.create_masked_store
+_patch_lang_tensor = interpreter._patch_lang_tensor
 _set_grid_dim = _Builder.set_grid_dim
 _set_grid_idx = _Builder.set_grid_idx
 
@@ -61,6 +62,12 @@ def _fma(builder, x, y, z):
         return _create_fma(builder, x, y, z)
     wide = x.data.astype(np.float64) * y.data + z.data
     return interpreter.TensorHandle(wide.astype(np.float32), tl.float32)
+
+
+def _patch_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    # NumPy 2.4 refuses int() of the arrays of one element that Triton 3.6 has for scalars.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _shuffled_dim(builder, nx, ny, nz):
@@ -119,6 +126,7 @@ def _bounded_store(builder, pointers, value, mask, *rest):
 def install() -> None:
     """Patch the interpreter; any number of times."""
     interpreter._convert_float = _convert
+    interpreter._patch_lang_tensor = _patch_tensor
     interpreter.InterpretedFunction.run = _bounded_run
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)  # int32 overflow, device_assert
     _Builder.binary_op = _checked_binary_op
@@ -164,6 +172,12 @@ def _offset_kernel(o, stride, WIDE: tl.constexpr):
         tl.store(o + p, p.to(tl.int64) * stride)
     else:
         tl.store(o + p, p * stride)
+
+
+@triton.jit
+def _count_kernel(o, n):
+    for i in range(n):
+        tl.store(o + i, i)
 
 
 @triton.jit
@@ -218,6 +232,10 @@ def prove() -> None:
     _offset_kernel[(4,)](o, 2**31 - 1, True)
     assert o.max() == 3 * (2**31 - 1), "int64 holds what int32 does not"
     assert _refuses("overflow", _offset_kernel, (4,), o, 2**31 - 1, False), "int32 overflow fails"
+
+    o = torch.zeros(4, dtype=torch.int64)
+    _count_kernel[(1,)](o, 4)
+    assert o.tolist() == [0, 1, 2, 3], "loops take their bounds from arguments"
 
     o = torch.zeros(65)
     _chain_kernel[(64,)](o)

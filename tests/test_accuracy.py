@@ -13,7 +13,7 @@ BLOCKS = ["BasicBlock", "Bottleneck"]
 SHORTCUTS = ["identity", "projection", "pooled"]
 
 
-def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_scale=None, eps=1e-5):
+def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_scale=None, eps=1e-5, device="cpu"):
     """A maker for `accuracy.judge`; channels is the width of x, which an identity keeps and the others change."""
 
     def make(seed):
@@ -31,7 +31,8 @@ def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_s
             bn.eps = eps
         x = torch.randn(shape[0], channels, *shape[1:], dtype=torch.float64) + mean
         size = tuple(-(-s // stride) for s in shape[1:])
-        return block, x, torch.randn(shape[0], out, *size, dtype=torch.float64)
+        dout = torch.randn(shape[0], out, *size, dtype=torch.float64)
+        return block.to(device), x.to(device), dout.to(device)
 
     return make
 
@@ -53,6 +54,20 @@ def tolerance(dtype):
 def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype):
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7)
     assert_accurate(make, dtype, sign_tolerance=tolerance(dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shortcut", "training", "dtype"),
+    [
+        ("BasicBlock", "identity", True, torch.float32),
+        ("Bottleneck", "pooled", True, torch.bfloat16),
+        ("Bottleneck", "projection", False, torch.float16),
+    ],
+)
+def test_blocks_on_triton_are_as_accurate_as_eager(kind, shortcut, training, dtype, device, proven_interpreter):
+    pytest.importorskip("triton")
+    make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7, device=device)
+    assert_accurate(make, dtype, "triton", seeds=8, sign_tolerance=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
