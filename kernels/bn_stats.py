@@ -55,7 +55,6 @@ def _kernel(y, partials, P, C, rows, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr,
     total = tl.sum(mean * count, axis=0) / left
     mean -= total[None, :]
     rest = tl.sum(mean * count, axis=0) / left  # what rounding left out of the total
-    mean -= rest[None, :]
     squares = tl.sum(squares + count * mean * mean, axis=0)
     if WIDE:
         total += pivot

@@ -150,7 +150,7 @@ def _addresses(tiles, out, rows, C, WIDE: tl.constexpr):
 
 
 def test_row_offsets_exceed_32_bits(device, proven_interpreter):
-    tile, rows, channels = 2**21 + 1, 2**9 + 1, 2**11 + 1
+    tile, rows, channels = 2**22 + 1, 2**10 + 1, 2**11 + 1
     tiles, out = torch.tensor([tile], dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     _addresses[(1,)](tiles, out, rows, channels, True)
     assert out.item() == tile * rows * channels

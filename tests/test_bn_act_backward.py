@@ -217,6 +217,8 @@ def test_gradient_passes_nan_and_stops_at_zero(backend, device, signs):
     )
     assert torch.equal(masked, 3.0 * opened)
     assert torch.equal(dy, 6.0 * opened)
+    partials = bn_act_backward_reduce(dout, values, vectors, backend=backend, **given)
+    assert torch.equal(partials.sum(0)[0], masked[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
