@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_res import use_backend
+
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
 INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
-def _interpreter():
-    spec = importlib.util.spec_from_file_location("interpreter", Path(__file__).with_name("interpreter.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
-    interpreter = _interpreter()
+    import interpreter
+
     interpreter.install()
 
 
@@ -103,3 +99,31 @@ def torchvision_resnet():
 @pytest.fixture(scope="session")
 def timm_resnet():
     return _import("timm", "timm.models.resnet")
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings(monkeypatch):
+    monkeypatch.setattr("fused_res.modules._warned", set())
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    yield torch._dynamo
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the reference backend's convolutions."""
+    count = dict.fromkeys(("conv_fprop", "conv_dgrad", "conv_wgrad"), 0)
+    for name in count:
+        module = importlib.import_module(f"fused_res.primitives.{name}")
+
+        def counting(*args, name=name, plain=module.plain):
+            count[name] += 1
+            return plain(*args)
+
+        monkeypatch.setattr(module, "plain", counting)
+    with use_backend("reference", level="bn_act"):
+        yield count

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_res
+from blocks import Eager
 
 WORLD = 2
 SCENARIOS = ("step", "eager step", "frozen, two forwards", "two forwards", "channels_last", "float32")
@@ -27,25 +28,6 @@ def network(eager=False):
     shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     blocks = [fused_res.BasicBlock(4, 8, 2, shortcut), fused_res.Bottleneck(8, 2, residual_scale=0.5)]
     return nn.Sequential(*(Eager(b) if eager else b for b in blocks)).double()
-
-
-class Eager(nn.Module):
-    """A block's child modules, run by hand as torchvision runs them."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.depth, self.residual_scale = block.depth, block.residual_scale
-        for name, child in block.named_children():
-            self.add_module(name, child)
-        self.downsample = block.downsample
-
-    def forward(self, x):
-        out = x
-        for i in range(1, self.depth + 1):
-            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
-            out = self.relu(out) if i < self.depth else out
-        out = out if self.residual_scale is None else out * self.residual_scale
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
 def images(scenario, rank):

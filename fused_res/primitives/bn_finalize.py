@@ -28,8 +28,11 @@ def plain(
     counts = torch.full((partials.shape[0], 1), float(rows), dtype=partials.dtype, device=partials.device)
     counts[-1] = pixels - rows * (partials.shape[0] - 1)
     means, squares = partials.unbind(1)
-    mean = (means * counts).sum(0) / pixels
-    var = (squares + counts * (means - mean).square()).sum(0) / pixels
+    if partials.shape[0] == 1:  # nothing to merge, and running statistics may be infinite
+        mean, var = means[0], squares[0] / pixels
+    else:
+        mean = (means * counts).sum(0) / pixels
+        var = (squares + counts * (means - mean).square()).sum(0) / pixels
     invstd = (var + eps).rsqrt()
     scale = invstd if gamma is None else invstd * gamma
     shift = -scale * mean if beta is None else beta - scale * mean

@@ -1,0 +1,188 @@
+"""Autograd's corners: frozen parameters, second derivatives, what is saved, function transforms."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from blocks import add_biases, assert_same, eager, every_block, image, make, step, weights
+from fused_res import use_backend
+
+
+def gradient_penalty(module, x):
+    module.zero_grad()
+    x = x.clone().requires_grad_()
+    out = module(x)
+    (dx,) = torch.autograd.grad(out, x, weights(out), create_graph=True)
+    (dx.square().sum() + out.square().sum()).backward()
+    return {"dx": x.grad} | {f"d{n}": p.grad for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("frozen", [None, "bn1", "all"])
+@every_block
+def test_gradient_penalty_has_eagers_gradients(kind, frozen):
+    block = make(kind)
+    add_biases(block)
+    if frozen is not None:
+        (block.bn1 if frozen == "bn1" else block).eval()
+    peer, x = eager(block), image(block)
+    got, expected = gradient_penalty(block, x), gradient_penalty(peer, x)
+    # Where the second derivative is zero, eager may leave None.
+    assert_same({k: v for k, v in got.items() if v is not None}, {k: v for k, v in expected.items() if got[k] is not None})
+    assert all(v is not None or not expected[k].any() for k, v in got.items())
+
+
+FROZEN = {
+    "weights": lambda name: "conv" in name or name == "downsample.0.weight" or name == "downsample.1.weight",
+    "conv1": lambda name: name.startswith("conv1"),
+    "affine": lambda name: "bn" in name,
+    "all but the last bn": lambda name: not name.startswith(("bn3", "bn2")),
+    "all": lambda name: True,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("x_wants", [True, False])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("kind", ["identity", "pooled"])
+def test_frozen_parameters_get_no_gradient_and_the_others_eagers(kind, frozen, x_wants, training):
+    block = make(kind).train(training)
+    for name, p in block.named_parameters():
+        p.requires_grad_(not FROZEN[frozen](name))
+    peer, x, results = eager(block), image(block), []
+    for module in (block, peer):
+        leaf = x.clone().requires_grad_(x_wants)
+        out = module(leaf)
+        if out.requires_grad:
+            out.backward(weights(out))
+        grads = {f"d{n}": p.grad for n, p in module.named_parameters()}
+        results.append({"out": out.detach(), "dx": leaf.grad, **grads, **dict(module.named_buffers())})
+        assert out.requires_grad == (x_wants or frozen != "all")
+    assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "x_wants", "dgrads", "wgrads"),
+    [
+        ("everything", True, 4, 4),
+        ("everything", False, 2, 4),
+        ("nothing", True, 4, 0),
+        ("nothing", False, 0, 0),
+        ("conv3.weight", False, 0, 1),
+        ("bn3.weight", False, 0, 0),
+        ("conv2.weight", False, 1, 1),
+        ("bn1.bias", False, 2, 0),
+        ("downsample.1.weight", False, 0, 1),
+    ],
+)
+def test_only_the_convolution_gradients_asked_for_are_computed(calls, wanted, x_wants, dgrads, wgrads):
+    block = make("pooled")
+    x = image(block)
+    for name, p in block.named_parameters():
+        p.requires_grad_(wanted in ("everything", name))
+    out = block(x.requires_grad_(x_wants))
+    assert calls == {"conv_fprop": 4, "conv_dgrad": 0, "conv_wgrad": 0}
+    if out.requires_grad:
+        out.sum().backward()
+    assert calls == {"conv_fprop": 4, "conv_dgrad": dgrads, "conv_wgrad": wgrads}
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_forward_mode_derivatives_are_eagers_or_refused(wants_gradients):
+    block = make("identity").eval().requires_grad_(wants_gradients)
+    x = image(block)
+    tangent = weights(x)
+    expected = torch.func.jvp(eager(block), (x,), (tangent,))[1]
+    try:
+        got = torch.func.jvp(block, (x,), (tangent,))[1]
+    except (RuntimeError, NotImplementedError):
+        return
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_two_forwards_before_one_backward_give_eagers_gradients():
+    block = make("projection")
+    peer, x = eager(block), image(block)
+    assert_same(step(block, x, call=lambda t: block(t) - 2 * block(t * 3)), step(peer, x, call=lambda t: peer(t) - 2 * peer(t * 3)))
+
+
+@every_block
+def test_running_statistics_written_between_forward_and_backward_do_not_reach_the_gradients(kind):
+    block = make(kind).eval()
+    peer, x = eager(block), image(block)
+
+    def forward_then_write(t):
+        out = block(t)
+        with torch.no_grad():
+            for buffer in block.buffers():
+                buffer.copy_(torch.full_like(buffer, 7))
+        return out
+
+    got, expected = step(block, x, call=forward_then_write), step(peer, x)
+    buffers = dict(block.named_buffers())
+    assert_same({k: v for k, v in got.items() if k not in buffers}, {k: v for k, v in expected.items() if k not in buffers})
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "bn2.weight", "residual_scale"])
+def test_a_parameter_written_between_forward_and_backward_is_an_error(name):
+    block = make("bottleneck")
+    out = block(image(block))
+    with torch.no_grad():
+        block.get_parameter(name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_backward_twice_needs_retain_graph_and_then_adds_the_same_gradients():
+    block = make("projection")
+    out = block(image(block))
+    out.backward(weights(out), retain_graph=True)
+    first = {n: p.grad.clone() for n, p in block.named_parameters()}
+    out.backward(weights(out))
+    assert_same({n: p.grad for n, p in block.named_parameters()}, {n: 2 * g for n, g in first.items()})
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+
+
+def kept_bytes(module, x):
+    """Tensors that autograd keeps for one forward, parameters and the module's buffers apart, and their bytes."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = t
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        out = module(x)
+    kept.pop(out.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), out
+
+
+@every_block
+def test_saved_are_x_convolution_outputs_vectors_and_sign_bits_alone(kind):
+    block = make(kind, torch.float32)
+    peer, x = eager(block), image(block, n=4, size=16, dtype=torch.float32).requires_grad_()
+    with use_backend("reference", level="bn_act"):
+        ours, out = kept_bytes(block, x)
+    units = [getattr(block, f"conv{i}") for i in range(1, block.depth + 1)]
+    outer = out.shape[2] * out.shape[3]
+    pixels = [16 * 16 if kind == "pooled" else outer, *[outer] * (len(units) - 1)]
+    if kind in ("projection", "pooled"):
+        units, pixels = [*units, block.downsample[-2]], [*pixels, outer]
+    of_ys = sum(4 * p * u.out_channels for u, p in zip(units, pixels, strict=True)) * x.itemsize
+    of_vectors = sum(5 * u.out_channels for u in units) * 4
+    of_signs = 4 * outer * -(-out.shape[1] // 8)
+    expected = x.nbytes + of_ys + of_vectors + of_signs
+    assert ours == expected
+    # Less than eager even without the output, which eager keeps for its last ReLU.
+    assert ours < kept_bytes(peer, x)[0]
+
+
+def test_output_is_not_kept_by_the_graph():
+    block, held = make("identity", torch.float32), []
+    with saved_tensors_hooks(lambda t: held.append(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        out = block(image(block, dtype=torch.float32))
+    assert held
+    assert out.untyped_storage().data_ptr() not in held

@@ -1,0 +1,91 @@
+"""Blocks under torch.compile and torch.export."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from blocks import assert_same, eager, image, make, step
+from fused_res import use_backend
+
+
+def recorder(graphs):
+    """The aot_eager backend, noting for each graph that it gets how many of our operators are in it."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, inputs):
+        graphs.append(sum("block_forward" in str(node.target) for node in graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["projection", "bottleneck", "as it is"])
+def test_compiled_in_one_graph_gives_eagers_step_without_recompiling(dynamo, kind):
+    block, graphs = make(kind), []
+    peer, x = eager(block), image(block)
+    compiled = torch.compile(block, backend=recorder(graphs), fullgraph=True)
+    assert_same(step(block, x, call=compiled), step(peer, x))
+    with dynamo.config.patch(error_on_recompile=True):
+        assert_same(step(block, x + 1, call=compiled), step(peer, x + 1))
+    assert graphs == [1]
+
+
+def test_compiled_evaluation_gives_eagers_output(dynamo):
+    block = make("pooled").eval()
+    x = image(block)
+    with torch.no_grad():
+        got = torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(got, eager(block)(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_inductor_gives_eagers_step(dynamo):
+    block = make("projection", torch.float32)
+    peer, x = eager(block), image(block, dtype=torch.float32)
+    assert_same(step(block, x, call=torch.compile(block, fullgraph=True)), step(peer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_use_backend_around_a_compiled_block_takes_effect_and_ends(dynamo):
+    block, graphs = make("identity"), []
+    peer, x = eager(block), image(block)
+    compiled = torch.compile(block, backend=recorder(graphs), fullgraph=True)
+
+    def run():
+        assert_same(step(block, x, call=compiled), step(peer, x))
+        with use_backend("eager"):
+            assert_same(step(block, x, call=compiled), step(peer, x))
+        assert graphs == [1, 0]
+        with dynamo.config.patch(error_on_recompile=True):
+            assert_same(step(block, x, call=compiled), step(peer, x))
+
+    # In a thread that has never entered use_backend.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+
+
+def test_freezing_a_bn_after_compilation_takes_effect(dynamo):
+    block = make("identity")
+    x = image(block)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    step(block, x, call=compiled)
+    block.bn1.eval()
+    peer = eager(block)
+    assert_same(step(block, x, call=compiled), step(peer, x))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["pooled", "as it is"])
+def test_exported_program_gives_the_blocks_output_and_buffers(kind, training, decomposed):
+    block = make(kind).train(training)
+    peer, x = eager(block), image(block)
+    program = torch.export.export(block, (x,))
+    if decomposed:
+        program = program.run_decompositions()
+        statistics = {n for n, _ in block.named_buffers()} if training else set()
+        assert set(program.graph_signature.buffers_to_mutate.values()) == statistics
+    module = program.module()
+    for k in range(2):
+        torch.testing.assert_close(module(x + k), peer(x + k), rtol=1e-10, atol=1e-12)
+    assert_same(dict(module.named_buffers()), dict(peer.named_buffers()))
