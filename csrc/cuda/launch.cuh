@@ -23,12 +23,16 @@ struct Queue {
 };
 
 #ifdef __CUDACC__
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fused_res: CUDA error: ") + cudaGetErrorString(error));
+}
+
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, const Queue& queue, const Arguments& arguments) {
   if (blocks == 0) return;
   kernel<<<blocks, kThreads, 0, queue.stream>>>(arguments);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  check(cudaGetLastError());
 }
 #else
 template <class Arguments>

@@ -23,7 +23,7 @@ struct Layout {
 
 /// `group`: channels of one thread. The layout never depends on alignment, so that results do not either.
 inline Layout make_layout(std::int64_t rows, int channels, int group) {
-  const int groups = (channels + group - 1) / group;
+  const int groups = channels > 0 ? (channels - 1) / group + 1 : 1;
   const int chunks = (groups + kMostAcross - 1) / kMostAcross;
   int across = (groups + chunks - 1) / chunks;
   // Two groups of four share a byte of signs: they must be neighbours in a warp.
@@ -40,8 +40,8 @@ struct Tiles {
 /// About 512 blocks: they occupy the largest GPUs, are all resident on those of 108 multiprocessors, and one block of a
 /// finalize kernel reads their partial results.
 inline Tiles row_tiles(std::int64_t rows, int channels, int blocks = 512) {
-  const int step = channels < 256 ? 4096 / channels : 16;
-  const int chunks = (channels + 255) / 256;
+  const int step = channels < 1 ? 4096 : channels < 256 ? 4096 / channels : 16;
+  const int chunks = channels > 0 ? (channels - 1) / 256 + 1 : 1;
   const std::int64_t most = blocks > chunks ? blocks / chunks : 1;
   const std::int64_t steps = (rows + step - 1) / step;
   const std::int64_t each = steps > most ? (steps + most - 1) / most * step : step;
