@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "-std=c++17 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing".split()
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNELS = (
     *("bn_stats", "bn_finalize", "bn_act", "bn_act_backward_reduce", "bn_act_backward_finalize", "bn_act_backward_apply"),
     *("row_tiles", "widen", "narrow", "toy"),
@@ -19,7 +19,7 @@ KERNELS = (
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """The process died; the message is what it had to say."""
 
 
@@ -102,5 +102,5 @@ class Emulator:
         if len(data) < size:
             message = self.process.communicate()[1].decode(errors="replace")
             self.process = None
-            raise Crash(message)
+            raise CrashError(message)
         return data
