@@ -220,6 +220,27 @@ def test_bn_act(emulator, dtype, channels, shortcut):
         assert torch.equal(without.view(torch.uint8), out.view(torch.uint8))
 
 
+def test_signs_are_of_the_rounded_output(emulator):
+    y, v = torch.ones(2, 8, dtype=torch.float16), torch.zeros(5, 8)
+    v[3] = 2.0 ** (-torch.arange(18.0, 26.0))
+    out, signs = run_act(emulator, y, v)
+    assert torch.equal(act.unpack_signs(signs, 8), out > 0)
+    assert signs[0] == 0b01111111  # the smallest number is 2^-24, and half of it rounds to 0
+
+
+def test_forward_and_backward_round_once(emulator):
+    """What scale * y + shift leaves where the rounded product would cancel decides the sign, in both directions."""
+    y, v = torch.full((3, 8), 1 + 2.0**-12), torch.zeros(5, 8)
+    v[3] = y[0]
+    v[4] = -(y[0] * y[0])
+    out, signs = run_act(emulator, y, v)
+    assert torch.equal(out, torch.full_like(y, 2.0**-24))
+    assert signs.eq(255).all()
+    _, _, masked = run_apply(emulator, y, y, v, random(7, 8), None, True, None, None, False, True)
+    assert torch.equal(masked, y)
+    assert torch.equal(run_reduce(emulator, y, y, v, None, None, None, 3)[0, 0], y.sum(0))
+
+
 # bn_act_backward
 
 

@@ -29,12 +29,11 @@ __device__ __forceinline__ std::int64_t sign_byte(std::int64_t row, int channel,
   return row * ((static_cast<std::int64_t>(channels) + 7) / 8) + channel / 8;
 }
 
-/// Keep the signs of a group, bit j of `open` for its channel j. All lanes of a warp must come here.
+/// Keep the signs of a group, bit j of `open` for its channel j, 0 where there is no such channel (its scale and shift
+/// were loaded as 0). All lanes of a warp must come here.
 template <int kCount>
 __device__ __forceinline__ void store_signs(std::uint8_t* signs, unsigned open, std::int64_t row, int channel,
                                             int valid, int channels) {
-  // Channels that do not exist have no sign.
-  open &= (1u << valid) - 1u;
   if constexpr (kCount == 4) {
     // The neighbour has the byte's upper half. It is of the same row: `across` is even.
     open |= __shfl_down_sync(~0u, open, 1) << 4;
