@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fused_res.primitives.bn_act import pack_signs, sign_bytes
+
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -17,6 +19,10 @@ KERNELS = (
     *("row_tiles", "widen", "narrow", "toy"),
 )
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+SHORTCUTS = ("none", "identity", "projection")
+RELUS = ("inner", "outer", "two")
+# Few multiprocessors make blocks of the persistent kernels take several steps.
+MULTIPROCESSORS = 1
 
 
 class CrashError(Exception):
@@ -104,3 +110,75 @@ class Emulator:
             self.process = None
             raise CrashError(message)
         return data
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * 2 + 0.5).to(dtype)
+
+
+def vectors(channels, seed=0):
+    return random(5, channels, seed=seed)
+
+
+def number(tensor):
+    return 0 if tensor is None else NUMBERS[tensor.dtype]
+
+
+def run_stats(emulator, y, rows, **options):
+    pixels, channels = y.shape
+    tiles = -(-pixels // rows)
+    partials = torch.empty(tiles, 2, channels)
+    emulator.run("bn_stats", (number(y), pixels, tiles, rows, channels), (y, partials), (partials,), **options)
+    return partials
+
+
+def run_act(emulator, y, v, skip=None, y2=None, v2=None, signs=True, **options):
+    pixels, channels = y.shape
+    out = torch.empty_like(y)
+    bits = torch.empty(pixels, sign_bytes(channels), dtype=torch.uint8) if signs else None
+    shortcut = 1 if skip is not None else 2 if y2 is not None else 0
+    buffers = (y, v, y2 if skip is None else skip, v2, out, bits)
+    integers = (number(y), shortcut, pixels, channels, MULTIPROCESSORS)
+    emulator.run("bn_act", integers, buffers, [b for b in (out, bits) if b is not None], **options)
+    return out, bits
+
+
+def act_arguments(pixels, channels, dtype, shortcut):
+    y, v = random(pixels, channels, dtype=dtype), vectors(channels)
+    y.view(-1)[pixels * channels // 2] = float("nan")
+    other = random(pixels, channels, dtype=dtype, seed=1)
+    skip = other if shortcut == "identity" else None
+    return (y, v, skip, other, vectors(channels, 2)) if shortcut == "projection" else (y, v, skip, None, None)
+
+
+def backward_arguments(pixels, channels, dtype, relu):
+    """dout, y, vectors, signs, y2, vectors2."""
+    dout, y, v = random(pixels, channels, dtype=dtype), random(pixels, channels, dtype=dtype, seed=1), vectors(channels)
+    signs = None if relu == "inner" else pack_signs(random(pixels, channels, seed=2) > 0)
+    if relu == "two":
+        return dout, y, v, signs, random(pixels, channels, dtype=dtype, seed=3), vectors(channels, 4)
+    return dout, y, v, signs, None, None
+
+
+def run_reduce(emulator, dout, y, v, signs, y2, v2, rows, **options):
+    pixels, channels = y.shape
+    tiles = max(1, -(-pixels // rows))
+    partials = torch.empty(tiles, 2 if y2 is None else 3, channels)
+    relu = 0 if signs is None else 1 if y2 is None else 2
+    integers = (number(y), relu, pixels, tiles, rows, channels)
+    emulator.run("bn_act_backward_reduce", integers, (dout, y, v, signs, y2, v2, partials), (partials,), **options)
+    return partials
+
+
+def run_apply(emulator, dout, y, v, c, signs, training, y2, c2, training2, keep_masked, **options):
+    pixels, channels = y.shape
+    dy, dy2 = torch.empty_like(y), None if y2 is None else torch.empty_like(y)
+    masked = torch.empty_like(y) if keep_masked else None
+    relu = 0 if signs is None else 1 if y2 is None else 2
+    integers = (number(y), relu, pixels, channels, training, training2, MULTIPROCESSORS)
+    # What is not to be read is not there.
+    value, value2 = (y if training or signs is None else None), (y2 if training2 else None)
+    buffers = (dout, v, signs, value, c, dy, value2, c2, dy2, masked)
+    emulator.run("bn_act_backward_apply", integers, buffers, [b for b in (dy, dy2, masked) if b is not None], **options)
+    return dy, dy2, masked

@@ -20,29 +20,25 @@ def beside(name):
     return module
 
 
-emulation = beside("cuda_emulator")
+cuda = beside("cuda_emulator")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The last two are wider than a block, in vectors of 16 bytes and, but for float32, without.
 CHANNELS = (1, 3, 8, 20, 64, 100, 520, 300)
 PIXELS = (1, 2, 17, 130, 601)
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-SHORTCUTS = ("none", "identity", "projection")
-RELUS = ("inner", "outer", "two")
-# Few multiprocessors make blocks of the persistent kernels take several steps.
-MULTIPROCESSORS = 1
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return emulation.build(tmp_path_factory.mktemp("emulator"))
+    return cuda.build(tmp_path_factory.mktemp("emulator"))
 
 
 @pytest.fixture(scope="module")
 def emulator(program):
-    emulator = emulation.Emulator(program)
+    emulator = cuda.Emulator(program)
     yield emulator
     emulator.close()
 
@@ -54,19 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * 2 + 0.5).to(dtype)
-
-
-def vectors(channels, seed=0):
-    return random(5, channels, seed=seed)
-
-
-def number(tensor):
-    return 0 if tensor is None else emulation.NUMBERS[tensor.dtype]
 
 
 def pixels_for(channels):
@@ -91,19 +74,11 @@ def close(got, expected, magnitude, dtype=torch.float32, factor=1.0):
 # bn_stats
 
 
-def run_stats(emulator, y, rows, **options):
-    pixels, channels = y.shape
-    tiles = -(-pixels // rows)
-    partials = torch.empty(tiles, 2, channels)
-    emulator.run("bn_stats", (number(y), pixels, tiles, rows, channels), (y, partials), (partials,), **options)
-    return partials
-
-
 @over_shapes
 def test_bn_stats(emulator, dtype, channels):
     for pixels, rows in [(pixels, min(pixels, rows)) for pixels in pixels_for(channels) for rows in (40, 1000)]:
-        y = random(pixels, channels, dtype=dtype)
-        partials = run_stats(emulator, y, rows)
+        y = cuda.random(pixels, channels, dtype=dtype)
+        partials = cuda.run_stats(emulator, y, rows)
         for tile, (mean, squares) in zip(y.double().split(rows), partials, strict=True):
             expected = (tile - tile.mean(0)).square().sum(0)
             close(mean, tile.mean(0), tile.abs().mean(0), factor=8)
@@ -112,8 +87,8 @@ def test_bn_stats(emulator, dtype, channels):
 
 
 def test_bn_stats_keep_the_digits_of_a_far_mean(emulator):
-    y = random(601, 20) + 4000
-    mean, squares = run_stats(emulator, y, 601)[0]
+    y = cuda.random(601, 20) + 4000
+    mean, squares = cuda.run_stats(emulator, y, 601)[0]
     truth = y.double()
     close(mean, truth.mean(0), truth.mean(0))
     close(squares, (truth - truth.mean(0)).square().sum(0), (truth - truth.mean(0)).square().sum(0), factor=64)
@@ -122,7 +97,7 @@ def test_bn_stats_keep_the_digits_of_a_far_mean(emulator):
 def test_bn_stats_of_a_constant_are_exact(emulator):
     for dtype in DTYPES:
         y = torch.tensor([3.0, -1000.0, 0.0, 0.25], dtype=dtype).repeat(601, 2)
-        mean, squares = run_stats(emulator, y, 601)[0]
+        mean, squares = cuda.run_stats(emulator, y, 601)[0]
         assert torch.equal(mean, y[0].float())
         assert not squares.any()
 
@@ -130,10 +105,10 @@ def test_bn_stats_of_a_constant_are_exact(emulator):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("row", [0, 129])
 def test_bn_stats_not_finite_spoils_its_channel_only(emulator, poison, row):
-    y = random(130, 20)
-    clean = run_stats(emulator, y, 130)
+    y = cuda.random(130, 20)
+    clean = cuda.run_stats(emulator, y, 130)
     y[row, 7] = poison
-    partials = run_stats(emulator, y, 130)
+    partials = cuda.run_stats(emulator, y, 130)
     assert not partials[0, 1, 7].isfinite()
     others = [c for c in range(20) if c != 7]
     assert torch.equal(partials[..., others], clean[..., others])
@@ -159,14 +134,14 @@ def test_tiles_cover_all_rows(emulator):
 def test_bn_finalize(emulator, tiles, channels):
     rows, last = 7, 3
     pixels = rows * (tiles - 1) + last
-    partials = random(tiles, 2, channels)
+    partials = cuda.random(tiles, 2, channels)
     partials[:, 1] = partials[:, 1].abs() * rows
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     for i, dtype in enumerate((None, *kinds)):
-        gamma, beta, scale = (None,) * 3 if dtype is None else (random(channels, dtype=k, seed=3) for k in (kinds * 3)[i : i + 3])
+        gamma, beta, scale = (None if dtype is None else cuda.random(channels, dtype=kinds[(i + k) % 4], seed=3) for k in range(3))
         scale = None if scale is None else scale[0].clone()
         out = torch.empty(5, channels)
-        parameters = [number(p) for p in (gamma, beta, scale)]
+        parameters = [cuda.number(p) for p in (gamma, beta, scale)]
         buffers = (partials, gamma, beta, scale, out)
         emulator.run("bn_finalize", (*parameters, tiles, rows, last, pixels, channels), buffers, (out,))
         wide = [None if p is None else p.double() for p in (gamma, beta, scale)]
@@ -184,31 +159,12 @@ def test_bn_finalize_passes_running_statistics_unchanged(emulator):
 # bn_act
 
 
-def run_act(emulator, y, v, skip=None, y2=None, v2=None, signs=True, **options):
-    pixels, channels = y.shape
-    out = torch.empty_like(y)
-    bits = torch.empty(pixels, act.sign_bytes(channels), dtype=torch.uint8) if signs else None
-    shortcut = 1 if skip is not None else 2 if y2 is not None else 0
-    buffers = (y, v, y2 if skip is None else skip, v2, out, bits)
-    integers = (number(y), shortcut, pixels, channels, MULTIPROCESSORS)
-    emulator.run("bn_act", integers, buffers, [b for b in (out, bits) if b is not None], **options)
-    return out, bits
-
-
-def act_arguments(pixels, channels, dtype, shortcut):
-    y, v = random(pixels, channels, dtype=dtype), vectors(channels)
-    y.view(-1)[pixels * channels // 2] = float("nan")
-    other = random(pixels, channels, dtype=dtype, seed=1)
-    skip = other if shortcut == "identity" else None
-    return (y, v, skip, other, vectors(channels, 2)) if shortcut == "projection" else (y, v, skip, None, None)
-
-
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("shortcut", cuda.SHORTCUTS)
 @over_shapes
 def test_bn_act(emulator, dtype, channels, shortcut):
     for pixels in pixels_for(channels):
-        arguments = act_arguments(pixels, channels, dtype, shortcut)
-        out, signs = run_act(emulator, *arguments)
+        arguments = cuda.act_arguments(pixels, channels, dtype, shortcut)
+        out, signs = cuda.run_act(emulator, *arguments)
         wide = [None if a is None else a.double() for a in arguments]
         expected, _ = act.plain(*wide, False)
         terms = [wide[0] * wide[1][3], wide[1][4].expand_as(wide[0])]
@@ -216,14 +172,14 @@ def test_bn_act(emulator, dtype, channels, shortcut):
         terms += [] if wide[3] is None else [wide[3] * wide[4][3], wide[4][4].expand_as(wide[0])]
         close(out, expected, sum(t.abs() for t in terms).nan_to_num(), dtype)
         assert torch.equal(signs, act.pack_signs(~(out <= 0)))
-        without, _ = run_act(emulator, *arguments, signs=False)
+        without, _ = cuda.run_act(emulator, *arguments, signs=False)
         assert torch.equal(without.view(torch.uint8), out.view(torch.uint8))
 
 
 def test_signs_are_of_the_rounded_output(emulator):
     y, v = torch.ones(2, 8, dtype=torch.float16), torch.zeros(5, 8)
     v[3] = 2.0 ** (-torch.arange(18.0, 26.0))
-    out, signs = run_act(emulator, y, v)
+    out, signs = cuda.run_act(emulator, y, v)
     assert torch.equal(act.unpack_signs(signs, 8), out > 0)
     assert signs[0] == 0b01111111  # the smallest number is 2^-24, and half of it rounds to 0
 
@@ -233,24 +189,15 @@ def test_forward_and_backward_round_once(emulator):
     y, v = torch.full((3, 8), 1 + 2.0**-12), torch.zeros(5, 8)
     v[3] = y[0]
     v[4] = -(y[0] * y[0])
-    out, signs = run_act(emulator, y, v)
+    out, signs = cuda.run_act(emulator, y, v)
     assert torch.equal(out, torch.full_like(y, 2.0**-24))
     assert signs.eq(255).all()
-    _, _, masked = run_apply(emulator, y, y, v, random(7, 8), None, True, None, None, False, True)
+    _, _, masked = cuda.run_apply(emulator, y, y, v, cuda.random(7, 8), None, True, None, None, False, True)
     assert torch.equal(masked, y)
-    assert torch.equal(run_reduce(emulator, y, y, v, None, None, None, 3)[0, 0], y.sum(0))
+    assert torch.equal(cuda.run_reduce(emulator, y, y, v, None, None, None, 3)[0, 0], y.sum(0))
 
 
 # bn_act_backward
-
-
-def backward_arguments(pixels, channels, dtype, relu):
-    """dout, y, vectors, signs, y2, vectors2."""
-    dout, y, v = random(pixels, channels, dtype=dtype), random(pixels, channels, dtype=dtype, seed=1), vectors(channels)
-    signs = None if relu == "inner" else act.pack_signs(random(pixels, channels, seed=2) > 0)
-    if relu == "two":
-        return dout, y, v, signs, random(pixels, channels, dtype=dtype, seed=3), vectors(channels, 4)
-    return dout, y, v, signs, None, None
 
 
 def opened(y, v, signs):
@@ -268,23 +215,13 @@ def doubled(*tensors):
     return [None if t is None else t if t.dtype == torch.uint8 else t.double() for t in tensors]
 
 
-def run_reduce(emulator, dout, y, v, signs, y2, v2, rows, **options):
-    pixels, channels = y.shape
-    tiles = max(1, -(-pixels // rows))
-    partials = torch.empty(tiles, 2 if y2 is None else 3, channels)
-    relu = 0 if signs is None else 1 if y2 is None else 2
-    integers = (number(y), relu, pixels, tiles, rows, channels)
-    emulator.run("bn_act_backward_reduce", integers, (dout, y, v, signs, y2, v2, partials), (partials,), **options)
-    return partials
-
-
-@pytest.mark.parametrize("relu", RELUS)
+@pytest.mark.parametrize("relu", cuda.RELUS)
 @over_shapes
 def test_reduce(emulator, dtype, channels, relu):
     for pixels in pixels_for(channels):
-        dout, y, v, signs, y2, v2 = backward_arguments(pixels, channels, dtype, relu)
+        dout, y, v, signs, y2, v2 = cuda.backward_arguments(pixels, channels, dtype, relu)
         rows = min(pixels, 150)
-        partials = run_reduce(emulator, dout, y, v, signs, y2, v2, rows)
+        partials = cuda.run_reduce(emulator, dout, y, v, signs, y2, v2, rows)
         g = torch.where(opened(y, v, signs), dout.double(), 0)
         factors = [torch.ones_like(g), y.double() - v[0].double()]
         factors += [] if y2 is None else [y2.double() - v2[0].double()]
@@ -294,8 +231,8 @@ def test_reduce(emulator, dtype, channels, relu):
 
 
 def test_reduce_of_no_rows_is_zero(emulator):
-    for relu in RELUS:
-        partials = run_reduce(emulator, *backward_arguments(0, 20, torch.float32, relu), 64)
+    for relu in cuda.RELUS:
+        partials = cuda.run_reduce(emulator, *cuda.backward_arguments(0, 20, torch.float32, relu), 64)
         assert partials.shape[0] == 1
         assert not partials.any()
 
@@ -305,12 +242,12 @@ def test_reduce_of_no_rows_is_zero(emulator):
 @pytest.mark.parametrize("tiles", [1, 33, 100])
 @pytest.mark.parametrize("channels", [1, 20, 64])
 def test_backward_finalize(emulator, channels, tiles, row, training):
-    partials, v, out = random(tiles, 1 + row, channels), vectors(channels), torch.empty(7, channels)
+    partials, v, out = cuda.random(tiles, 1 + row, channels), cuda.vectors(channels), torch.empty(7, channels)
     pixels = 13 * tiles
     for given in (False, True):
-        gamma, beta = (random(channels, seed=s).half() if given else None for s in (5, 6))
-        scale = random(1, seed=7).double()[0].clone() if given else None
-        parameters = [number(p) for p in (gamma, beta, scale)]
+        gamma, beta = (cuda.random(channels, seed=s).half() if given else None for s in (5, 6))
+        scale = cuda.random(1, seed=7).double()[0].clone() if given else None
+        parameters = [cuda.number(p) for p in (gamma, beta, scale)]
         integers = (*parameters, tiles, pixels, 1 + row, row, channels, training)
         emulator.run("bn_act_backward_finalize", integers, (partials, v, gamma, beta, scale, out), (out,))
         wide = doubled(partials, v, gamma, beta, scale)
@@ -319,28 +256,15 @@ def test_backward_finalize(emulator, channels, tiles, row, training):
         assert ((out - expected).abs() <= 2.0**-23 * (expected.abs() + sizes)).all()
 
 
-def run_apply(emulator, dout, y, v, c, signs, training, y2, c2, training2, keep_masked, **options):
-    pixels, channels = y.shape
-    dy, dy2 = torch.empty_like(y), None if y2 is None else torch.empty_like(y)
-    masked = torch.empty_like(y) if keep_masked else None
-    relu = 0 if signs is None else 1 if y2 is None else 2
-    integers = (number(y), relu, pixels, channels, training, training2, MULTIPROCESSORS)
-    buffers = (dout, v, signs, y, c, dy, y2, c2, dy2, masked)
-    emulator.run("bn_act_backward_apply", integers, buffers, [b for b in (dy, dy2, masked) if b is not None], **options)
-    return dy, dy2, masked
-
-
 @pytest.mark.parametrize(("relu", "modes"), [("inner", "10"), ("inner", "00"), ("outer", "11"), ("two", "11"), ("two", "01")])
 @over_shapes
 def test_apply(emulator, dtype, channels, relu, modes):
     for pixels in pixels_for(channels):
         training = modes[0] == "1"
         training2 = keep_masked = modes[1] == "1"
-        dout, y, v, signs, y2, _ = backward_arguments(pixels, channels, dtype, relu)
-        if not training and relu != "inner":
-            y.fill_(float("nan"))  # not to be read
-        c, c2 = random(7, channels, seed=8), None if y2 is None else random(7, channels, seed=9)
-        got = run_apply(emulator, dout, y, v, c, signs, training, y2, c2, training2, keep_masked)
+        dout, y, v, signs, y2, _ = cuda.backward_arguments(pixels, channels, dtype, relu)
+        c, c2 = cuda.random(7, channels, seed=8), None if y2 is None else cuda.random(7, channels, seed=9)
+        got = cuda.run_apply(emulator, dout, y, v, c, signs, training, y2, c2, training2, keep_masked)
         signs = as_signs(y, v, signs)
         wide = doubled(dout, y, v, c, signs, y2, c2)
         expected = backward.plain_apply(*wide[:5], training, *wide[5:], training2, keep_masked)
@@ -354,9 +278,9 @@ def test_apply(emulator, dtype, channels, relu, modes):
 
 
 def test_nan_passes_the_inner_relu(emulator):
-    dout, y, v, *_ = backward_arguments(17, 8, torch.bfloat16, "inner")
+    dout, y, v, *_ = cuda.backward_arguments(17, 8, torch.bfloat16, "inner")
     y[3, 5] = float("nan")
-    _, _, masked = run_apply(emulator, dout, y, v, random(7, 8), None, False, None, None, False, True)
+    _, _, masked = cuda.run_apply(emulator, dout, y, v, cuda.random(7, 8), None, False, None, None, False, True)
     assert masked[3, 5] == dout[3, 5] != 0
 
 
@@ -365,16 +289,16 @@ def test_nan_passes_the_inner_relu(emulator):
 
 def all_kernels(emulator, dtype, channels, **options):
     """Name and results of every kernel that takes activations."""
-    yield "bn_stats", run_stats(emulator, random(130, channels, dtype=dtype), 40, **options)
-    for shortcut in SHORTCUTS:
-        out, signs = run_act(emulator, *act_arguments(130, channels, dtype, shortcut), **options)
+    yield "bn_stats", cuda.run_stats(emulator, cuda.random(130, channels, dtype=dtype), 40, **options)
+    for shortcut in cuda.SHORTCUTS:
+        out, signs = cuda.run_act(emulator, *cuda.act_arguments(130, channels, dtype, shortcut), **options)
         yield f"bn_act {shortcut}", torch.cat([out.view(torch.uint8), signs], 1)
-    for relu in RELUS:
-        arguments = backward_arguments(130, channels, dtype, relu)
-        yield f"reduce {relu}", run_reduce(emulator, *arguments, 40, **options)
+    for relu in cuda.RELUS:
+        arguments = cuda.backward_arguments(130, channels, dtype, relu)
+        yield f"reduce {relu}", cuda.run_reduce(emulator, *arguments, 40, **options)
         dout, y, v, signs, y2, _ = arguments
-        c, two = random(7, channels), relu == "two"
-        results = run_apply(emulator, dout, y, v, c, signs, True, y2, c if two else None, two, True, **options)
+        c, two = cuda.random(7, channels), relu == "two"
+        results = cuda.run_apply(emulator, dout, y, v, c, signs, True, y2, c if two else None, two, True, **options)
         yield f"apply {relu}", torch.cat([r for r in results if r is not None])
 
 
@@ -392,7 +316,7 @@ def test_number_formats(emulator, dtype):
     """The emulation's conversions, which the comparisons above rest on, against torch's."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     wide, back = torch.empty(2**16), torch.empty(2**16, dtype=torch.int16)
-    kind = emulation.NUMBERS[dtype]
+    kind = cuda.NUMBERS[dtype]
     emulator.run("widen", (kind, 2**16), (bits, wide, back), (wide, back))
     values = bits.view(dtype)
     assert torch.equal(wide.nan_to_num(1e38), values.float().nan_to_num(1e38))
@@ -410,8 +334,8 @@ def test_number_formats(emulator, dtype):
 
 def test_every_missing_barrier_shows(emulator):
     """Each barrier of the kernels that have any, left out in turn, changes a result or leaves memory of nobody's in it."""
-    y, arguments = random(130, 20), backward_arguments(130, 20, torch.float32, "two")
-    partials, v = random(100, 2, 20).abs(), vectors(20)
+    y, arguments = cuda.random(130, 20), cuda.backward_arguments(130, 20, torch.float32, "two")
+    partials, v = cuda.random(100, 2, 20).abs(), cuda.vectors(20)
 
     def bn_finalize(**options):
         out = torch.empty(5, 20)
@@ -425,8 +349,8 @@ def test_every_missing_barrier_shows(emulator):
         return out
 
     kernels = {
-        "bn_stats": lambda **options: run_stats(emulator, y, 130, **options),
-        "reduce": lambda **options: run_reduce(emulator, *arguments, 130, **options),
+        "bn_stats": lambda **options: cuda.run_stats(emulator, y, 130, **options),
+        "reduce": lambda **options: cuda.run_reduce(emulator, *arguments, 130, **options),
         "bn_finalize": bn_finalize,
         "backward_finalize": backward_finalize,
     }
@@ -438,32 +362,32 @@ def test_every_missing_barrier_shows(emulator):
 
 
 def test_a_thread_that_does_not_take_part_shows(emulator):
-    y = random(130, 64)
-    assert not torch.equal(run_stats(emulator, y, 130, absent_thread=77), run_stats(emulator, y, 130))
+    y = cuda.random(130, 64)
+    assert not torch.equal(cuda.run_stats(emulator, y, 130, absent_thread=77), cuda.run_stats(emulator, y, 130))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_overrun_of_a_real_kernel_shows(emulator, dtype, shift):
-    y = random(130, 64, dtype=dtype)
-    with pytest.raises(emulation.CrashError, match=r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size"):
-        run_stats(emulator, y, 130, short=1, shift=shift)
-    with pytest.raises(emulation.CrashError, match="heap-buffer-overflow"):
-        run_act(emulator, y, vectors(64), short=1, shift=shift)
-    with pytest.raises(emulation.CrashError, match="heap-buffer-overflow"):
-        run_reduce(emulator, *backward_arguments(130, 64, dtype, "two"), 130, short=1, shift=shift)
+    y = cuda.random(130, 64, dtype=dtype)
+    with pytest.raises(cuda.CrashError, match=r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size"):
+        cuda.run_stats(emulator, y, 130, short=1, shift=shift)
+    with pytest.raises(cuda.CrashError, match="heap-buffer-overflow"):
+        cuda.run_act(emulator, y, cuda.vectors(64), short=1, shift=shift)
+    with pytest.raises(cuda.CrashError, match="heap-buffer-overflow"):
+        cuda.run_reduce(emulator, *cuda.backward_arguments(130, 64, dtype, "two"), 130, short=1, shift=shift)
 
 
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        (1, emulation.CrashError, "heap-buffer-overflow"),  # past the end of shared memory
+        (1, cuda.CrashError, "heap-buffer-overflow"),  # past the end of shared memory
         (2, RuntimeError, "some threads wait where the others never come"),
-        (3, emulation.CrashError, r"heap-buffer-overflow[\s\S]*WRITE of size 4"),
+        (3, cuda.CrashError, r"heap-buffer-overflow[\s\S]*WRITE of size 4"),
     ],
 )
 def test_planted_faults_show(emulator, fault, error, message):
-    x, to = random(100), torch.empty(100)
+    x, to = cuda.random(100), torch.empty(100)
     with pytest.raises(error, match=message):
         emulator.run("toy", (100, fault), (x, to), (to,))
     emulator.run("toy", (100, 0), (x, to), (to,))
