@@ -1,0 +1,30 @@
+// bn_act on the CPU.
+#include "launch.h"
+
+namespace fused_res::cpu {
+namespace {
+
+std::tuple<Tensor, OptionalTensor> bn_act(const Tensor& y, const Tensor& vectors, const OptionalTensor& skip,
+                                          const OptionalTensor& y2, const OptionalTensor& vectors2, bool keep_signs) {
+  check_bn_act(y, vectors, skip, y2, vectors2);
+  const int64_t pixels = y.size(0), channels = y.size(1);
+  const Tensor out = torch::stable::new_empty(y, {pixels, channels});
+  OptionalTensor signs;
+  if (keep_signs) signs = torch::stable::new_empty(y, {pixels, sign_bytes(channels)}, ScalarType::Byte);
+  const BnAct arguments{channels,
+                        data(y),
+                        data(vectors),
+                        data(skip),
+                        data(y2),
+                        data(vectors2),
+                        output(out),
+                        static_cast<uint8_t*>(output(signs)),
+                        streams(y, {output(out)})};
+  run_rows(kernels().bn_act[dtype_of(y)], arguments, pixels);
+  return {out, signs};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_act", TORCH_BOX(&bn_act)); }
+
+}  // namespace
+}  // namespace fused_res::cpu

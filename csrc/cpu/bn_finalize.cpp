@@ -1,0 +1,61 @@
+// bn_finalize on the CPU, in double: it is a few numbers for each channel.
+#include <cmath>
+
+#include "parameters.h"
+
+namespace fused_res::cpu {
+namespace {
+
+struct Merge {
+  int64_t tiles, rows, pixels, channels;
+  double eps;
+};
+
+template <class A>
+void finalize(const Merge& m, const A* partials, const Parameter& gamma, const Parameter& beta, double a, A* vectors,
+              int64_t from, int64_t to) {
+  double mean[kChannels] = {}, var[kChannels] = {};
+  const auto count = [&](int64_t t) { return static_cast<double>(t + 1 < m.tiles ? m.rows : m.pixels - m.rows * t); };
+  const auto tile = [&](int64_t t) { return partials + t * 2 * m.channels; };
+  // Means count from the first tile's, which itself then is exactly 0: a single tile passes unchanged, infinite or not.
+  for (int64_t t = 1; t < m.tiles; ++t) {
+    for (int64_t c = from; c < to; ++c) mean[c - from] += count(t) * (double(tile(t)[c]) - double(tile(0)[c]));
+  }
+  for (int64_t c = from; c < to; ++c) mean[c - from] /= static_cast<double>(m.pixels);
+  for (int64_t t = 0; t < m.tiles; ++t) {
+    for (int64_t c = from; c < to; ++c) {
+      const double delta = (t == 0 ? 0 : double(tile(t)[c]) - double(tile(0)[c])) - mean[c - from];
+      var[c - from] += double(tile(t)[m.channels + c]) + count(t) * delta * delta;
+    }
+  }
+  for (int64_t c = from; c < to; ++c) {
+    const double total = mean[c - from] + double(tile(0)[c]), variance = var[c - from] / static_cast<double>(m.pixels);
+    const double invstd = 1 / std::sqrt(variance + m.eps), scale = gamma[c] * invstd, shift = beta[c] - scale * total;
+    const double rows[kVectors] = {total, variance, invstd, a * scale, a * shift};
+    for (int64_t row = 0; row < kVectors; ++row) vectors[row * m.channels + c] = static_cast<A>(rows[row]);
+  }
+}
+
+Tensor bn_finalize(const Tensor& partials, int64_t rows, int64_t pixels, const OptionalTensor& gamma,
+                   const OptionalTensor& beta, double eps, const OptionalTensor& residual_scale) {
+  check_bn_finalize(partials, rows, pixels, gamma, beta, residual_scale);
+  const Merge merge{partials.size(0), rows, pixels, partials.size(2), eps};
+  const Tensor vectors = torch::stable::new_empty(partials, {kVectors, merge.channels});
+  const Parameter g(gamma, 1), b(beta, 0);
+  const double a = Parameter(residual_scale, 1)[0];
+  for_stretches(merge.channels, merge.tiles, [&](int64_t from, int64_t to) {
+    if (partials.scalar_type() == ScalarType::Double) {
+      finalize(merge, static_cast<const double*>(data(partials)), g, b, a, static_cast<double*>(output(vectors)), from,
+               to);
+    } else {
+      finalize(merge, static_cast<const float*>(data(partials)), g, b, a, static_cast<float*>(output(vectors)), from,
+               to);
+    }
+  });
+  return vectors;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_finalize", TORCH_BOX(&bn_finalize)); }
+
+}  // namespace
+}  // namespace fused_res::cpu

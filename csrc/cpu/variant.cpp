@@ -1,0 +1,24 @@
+// The CPU kernels for one instruction set: the build compiles this file once for each, with FUSED_RES_VARIANT as its
+// name.
+#include "bn_act_backward_kernel.h"
+#include "bn_act_kernel.h"
+#include "bn_stats_kernel.h"
+#include "kernels.h"
+
+#define FUSED_RES_TEXT(name) #name
+#define FUSED_RES_NAME(name) FUSED_RES_TEXT(name)
+
+namespace fused_res::cpu::FUSED_RES_VARIANT {
+
+extern const Kernels table;
+const Kernels table = {
+    FUSED_RES_NAME(FUSED_RES_VARIANT),
+    {bn_stats<float>, bn_stats<half>, bn_stats<bfloat16>, bn_stats<double>},
+    {bn_act<float>, bn_act<half>, bn_act<bfloat16>, bn_act<double>},
+    {bn_act_backward_reduce<float>, bn_act_backward_reduce<half>, bn_act_backward_reduce<bfloat16>,
+     bn_act_backward_reduce<double>},
+    {bn_act_backward_apply<float>, bn_act_backward_apply<half>, bn_act_backward_apply<bfloat16>,
+     bn_act_backward_apply<double>},
+};
+
+}  // namespace fused_res::cpu::FUSED_RES_VARIANT

@@ -1,0 +1,108 @@
+"""Compiled kernels: C++ on CPUs, CUDA C++ on NVIDIA GPUs, from the library that csrc/ is built into.
+
+The library is loaded when this backend is first asked for. FUSED_RES_NATIVE=0 in the environment leaves it alone.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[1] / "_native.so"
+RECORD = LIBRARY.with_suffix(".json")
+PRIMITIVES = (
+    "bn_stats",
+    "bn_finalize",
+    "bn_act",
+    "bn_act_backward_reduce",
+    "bn_act_backward_finalize",
+    "bn_act_backward_apply",
+)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@functools.cache
+def record() -> dict:
+    """What the library was built from and for; empty where this installation never tried to build one."""
+    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+
+
+def missing() -> str | None:
+    """Why there is no library to load, or None where there is one."""
+    if os.environ.get("FUSED_RES_NATIVE") == "0":
+        return "switched off by FUSED_RES_NATIVE=0"
+    if LIBRARY.is_file():
+        return None
+    return f"the compiled library is missing: {record().get('missing', f'{LIBRARY} does not exist')}"
+
+
+def _refuse_gradient(ctx, *incoming):
+    raise NotImplementedError("fused_res's primitives have no gradient of their own: call fused_res.residual_block")
+
+
+@functools.cache
+def load() -> None:
+    """Load the library, once.
+
+    Raises:
+        RuntimeError: if it is there but cannot be loaded, with the versions that matter.
+    """
+    try:
+        torch.ops.load_library(LIBRARY)
+    except (OSError, RuntimeError) as error:
+        import fused_res
+
+        built = record()
+        raise RuntimeError(
+            f"fused_res {fused_res.__version__}: cannot load {LIBRARY}, built with torch {built.get('torch')}, "
+            f"CUDA {built.get('cuda')}, for {built.get('machine')}; here is torch {torch.__version__}, "
+            f"CUDA {torch.version.cuda}. Reinstall fused_res, or set FUSED_RES_NATIVE=0 to do without. The loader says: {error}"
+        ) from error
+    for primitive in PRIMITIVES:
+        torch.library.register_autograd(f"fused_res::{primitive}", _refuse_gradient)
+
+
+def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs code for one of these architectures: of its own major version and no later, or PTX no later."""
+
+    def runs(arch: str) -> bool:
+        number = arch.removesuffix("+PTX")
+        major, minor = (int(digits) for digits in number.rstrip("af").split("."))
+        if number[-1] in "af":
+            return (major, minor) == capability
+        same = major == capability[0] and minor <= capability[1]
+        return same or (arch.endswith("+PTX") and (major, minor) <= capability)
+
+    return any(runs(arch) for arch in archs)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in _DTYPES:
+        return f"takes float32, float16, bfloat16 and float64, got {str(dtype).removeprefix('torch.')}"
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip):
+        return f"needs a CPU or an NVIDIA GPU, got a tensor on {device.type}"
+    reason = missing()
+    if reason is not None:
+        return reason
+    load()
+    if device.type == "cuda":
+        archs = record().get("cuda_archs", [])
+        if not archs:
+            return "the compiled library has no CUDA kernels: there was no nvcc when it was built, or FUSED_RES_CUDA=0"
+        capability = torch.cuda.get_device_capability(device)
+        if not _runs_on(archs, capability):
+            return (
+                f"the compiled library is for compute capability {', '.join(archs)}, this GPU has {capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def preference(device: torch.device) -> int:
+    return 2
+
+
+def find(primitive: str) -> Callable | None:
+    return getattr(torch.ops.fused_res, primitive).default if primitive in PRIMITIVES else None

@@ -1,0 +1,246 @@
+// Serves runs of the CUDA kernels on the CPU over standard input and output; tests/test_cuda_kernels.py is the client.
+//
+// A request: kernel, seed, skipped barrier, absent thread (int64 each); count and values of integers; count of buffers,
+// and for each its size (-1: null), distance from 16-byte alignment, whether it is an output, and, if not, its bytes.
+// The answer: 0 and the bytes of all outputs, or the length of an error message and the message.
+#include "cuda_on_cpu.h"
+//
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "bn_act.cuh"
+#include "bn_act_backward.cuh"
+#include "bn_finalize.cuh"
+#include "bn_stats.cuh"
+
+namespace {
+
+using namespace fused_res::cuda;
+
+struct Toy {
+  const float* from;
+  float* to;
+  std::int64_t size;
+  std::int64_t fault;
+};
+
+struct ToyScratch {
+  float value[kThreads];
+};
+
+/// Reverses up to 256 numbers through shared memory; with one fault or another.
+void toy_kernel(Toy a) {
+  ToyScratch& scratch = shared_memory<ToyScratch>();
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < a.size) scratch.value[i] = a.from[i];
+  if (a.fault == 1) scratch.value[i + 1] = 0.f;
+  if (a.fault == 2 && i % 2 == 0) __syncwarp();
+  __syncthreads();
+  if (i < a.size) a.to[i] = scratch.value[a.size - 1 - i];
+  if (a.fault == 3 && i == a.size) a.to[i] = 0.f;
+}
+
+/// A device allocation: as large as asked for to the byte, so that AddressSanitizer sees every access beyond it.
+struct Buffer {
+  std::unique_ptr<char[]> memory;
+  char* data = nullptr;
+  std::int64_t size = 0;
+  bool output = false;
+  std::vector<char> before;
+};
+
+struct Request {
+  std::vector<std::int64_t> integers;
+  std::vector<Buffer> buffers;
+  std::size_t next_integer = 0, next_buffer = 0;
+
+  std::int64_t integer() { return integers.at(next_integer++); }
+  Number number() { return static_cast<Number>(integer()); }
+  template <class T>
+  T* buffer() {
+    return reinterpret_cast<T*>(buffers.at(next_buffer++).data);
+  }
+  Parameter parameter() { return {buffer<void>(), number()}; }
+};
+
+// Brace lists are evaluated from left to right: they name the fields in the order in which the client sends them.
+
+void serve_stats(Request& r) {
+  const Number number = r.number();
+  const std::int64_t P = r.integer(), tiles = r.integer(), rows = r.integer();
+  const int C = static_cast<int>(r.integer());
+  BnStats a{r.buffer<void>(), r.buffer<float>(), rows, make_layout(P, C, group_of(number))};
+  bn_stats(a, number, tiles, {});
+}
+
+void serve_finalize(Request& r) {
+  BnFinalize a{r.buffer<float>(),
+               r.parameter(),
+               r.parameter(),
+               r.parameter(),
+               r.buffer<float>(),
+               r.integer(),
+               r.integer(),
+               r.integer(),
+               r.integer(),
+               static_cast<int>(r.integer()),
+               1e-5f};
+  bn_finalize(a, {});
+}
+
+void serve_act(Request& r) {
+  const Number number = r.number();
+  const Shortcut shortcut = static_cast<Shortcut>(r.integer());
+  const std::int64_t P = r.integer(), C = r.integer();
+  BnAct a{r.buffer<void>(),
+          r.buffer<float>(),
+          r.buffer<void>(),
+          r.buffer<float>(),
+          r.buffer<void>(),
+          r.buffer<std::uint8_t>(),
+          make_layout(P, static_cast<int>(C), group_of(number))};
+  bn_act(a, number, shortcut, {nullptr, static_cast<int>(r.integer())});
+}
+
+void serve_reduce(Request& r) {
+  const Number number = r.number();
+  const Relu relu = static_cast<Relu>(r.integer());
+  const std::int64_t P = r.integer(), tiles = r.integer(), rows = r.integer(), C = r.integer();
+  BnActBackwardReduce a{r.buffer<void>(),
+                        r.buffer<void>(),
+                        r.buffer<float>(),
+                        r.buffer<std::uint8_t>(),
+                        r.buffer<void>(),
+                        r.buffer<float>(),
+                        r.buffer<float>(),
+                        rows,
+                        make_layout(P, static_cast<int>(C), group_of(number))};
+  bn_act_backward_reduce(a, number, relu, tiles, {});
+}
+
+void serve_backward_finalize(Request& r) {
+  BnActBackwardFinalize a{r.buffer<float>(),
+                          r.buffer<float>(),
+                          r.parameter(),
+                          r.parameter(),
+                          r.parameter(),
+                          r.buffer<float>(),
+                          r.integer(),
+                          r.integer(),
+                          static_cast<int>(r.integer()),
+                          static_cast<int>(r.integer()),
+                          static_cast<int>(r.integer()),
+                          r.integer() != 0};
+  bn_act_backward_finalize(a, {});
+}
+
+void serve_apply(Request& r) {
+  const Number number = r.number();
+  const Relu relu = static_cast<Relu>(r.integer());
+  const std::int64_t P = r.integer(), C = r.integer();
+  const auto bn = [&] { return BackwardBn{r.buffer<void>(), r.buffer<float>(), r.buffer<void>(), r.integer() != 0}; };
+  BnActBackwardApply a{r.buffer<void>(),
+                       r.buffer<float>(),
+                       r.buffer<std::uint8_t>(),
+                       bn(),
+                       bn(),
+                       r.buffer<void>(),
+                       make_layout(P, static_cast<int>(C), group_of(number))};
+  bn_act_backward_apply(a, number, relu, {nullptr, static_cast<int>(r.integer())});
+}
+
+void serve_tiles(Request& r) {
+  std::int64_t* to = r.buffer<std::int64_t>();
+  const std::int64_t P = r.integer();
+  const Tiles tiles = row_tiles(P, static_cast<int>(r.integer()));
+  to[0] = tiles.count;
+  to[1] = tiles.rows;
+}
+
+void serve_widen(Request& r) {
+  const Number number = r.number();
+  const auto* from = r.buffer<std::uint16_t>();
+  float* to = r.buffer<float>();
+  auto* back = r.buffer<std::uint16_t>();
+  for (std::int64_t i = 0, size = r.integer(); i < size; ++i) {
+    to[i] = number == Number::kHalf ? widen(Half{from[i]}) : widen(BFloat16{from[i]});
+    back[i] = number == Number::kHalf ? narrow<Half>(to[i]).bits : narrow<BFloat16>(to[i]).bits;
+  }
+}
+
+void serve_narrow(Request& r) {
+  const Number number = r.number();
+  const auto* from = r.buffer<float>();
+  auto* to = r.buffer<std::uint16_t>();
+  for (std::int64_t i = 0, size = r.integer(); i < size; ++i) {
+    to[i] = number == Number::kHalf ? narrow<Half>(from[i]).bits : narrow<BFloat16>(from[i]).bits;
+  }
+}
+
+void serve_toy(Request& r) {
+  launch(toy_kernel, 1, Queue{}, Toy{r.buffer<float>(), r.buffer<float>(), r.integer(), r.integer()});
+}
+
+void (*const kServers[])(Request&) = {serve_stats, serve_finalize, serve_act,   serve_reduce, serve_backward_finalize,
+                                      serve_apply, serve_tiles,    serve_widen, serve_narrow, serve_toy};
+
+bool read(void* to, std::size_t size) { return std::fread(to, 1, size, stdin) == size; }
+
+void write(const void* from, std::size_t size) {
+  if (std::fwrite(from, 1, size, stdout) != size) std::exit(1);
+}
+
+std::int64_t read_integer() {
+  std::int64_t value;
+  if (!read(&value, sizeof value)) std::exit(0);
+  return value;
+}
+
+Buffer read_buffer() {
+  Buffer buffer;
+  buffer.size = read_integer();
+  const std::int64_t shift = read_integer();
+  buffer.output = read_integer() != 0;
+  if (buffer.size < 0) return buffer;
+  buffer.memory.reset(new char[buffer.size + shift]);
+  buffer.data = buffer.memory.get() + shift;
+  std::memset(buffer.data, 0xff, buffer.size);
+  if (!buffer.output) {
+    if (!read(buffer.data, buffer.size)) std::exit(1);
+    buffer.before.assign(buffer.data, buffer.data + buffer.size);
+  }
+  return buffer;
+}
+
+void serve() {
+  const std::int64_t kernel = read_integer();
+  cuda_on_cpu::random_order.seed(static_cast<unsigned>(read_integer()));
+  cuda_on_cpu::faults.skipped_barrier = static_cast<int>(read_integer());
+  cuda_on_cpu::faults.absent_thread = static_cast<int>(read_integer());
+  Request request;
+  for (std::int64_t left = read_integer(); left > 0; --left) request.integers.push_back(read_integer());
+  for (std::int64_t left = read_integer(); left > 0; --left) request.buffers.push_back(read_buffer());
+  std::string message;
+  try {
+    kServers[kernel](request);
+    for (const Buffer& b : request.buffers) {
+      if (!std::equal(b.before.begin(), b.before.end(), b.data)) throw std::logic_error("an input was written to");
+    }
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  const std::int64_t length = static_cast<std::int64_t>(message.size());
+  write(&length, sizeof length);
+  write(message.data(), message.size());
+  for (const Buffer& b : request.buffers) {
+    if (message.empty() && b.output && b.size > 0) write(b.data, b.size);
+  }
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  for (;;) serve();
+}

@@ -1,0 +1,88 @@
+"""What nvcc makes of the CUDA kernels: nothing in local memory, and 16 bytes an access where alignment allows."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward")
+ARCHS = ("sm_80", "sm_90")
+INCLUDE = Path(torch.__file__).parent / "include"
+# Instances of each kernel: number formats, wide or not, modes.
+KERNELS = {
+    "bn_stats": 3 * 2,
+    "bn_finalize": 1,
+    "bn_act": 3 * 2 * 3,
+    "bn_act_backward_reduce": 3 * 2 * 3,
+    "bn_act_backward_finalize": 1,
+    "bn_act_backward_apply": 3 * 2 * 3,
+}
+
+
+def find(tool):
+    """A tool of the CUDA toolkit, which Triton's package brings in part."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(os.environ[home]) / "bin" for home in ("CUDA_HOME", "CUDA_PATH") if home in os.environ]
+    folders += [Path("/usr/local/cuda/bin")]
+    folders += [Path(root) / "backends" / "nvidia" / "bin" for root in (triton.submodule_search_locations if triton else ())]
+    return shutil.which(tool) or next((str(f / tool) for f in folders if (f / tool).is_file()), None)
+
+
+NVCC, CUOBJDUMP = find("nvcc"), find("cuobjdump")
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(not (INCLUDE / "torch/csrc/stable").is_dir(), reason="this torch has no headers of the stable ABI"),
+]
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def compiled(request, tmp_path_factory):
+    """The report of ptxas and the device code, of all files."""
+    folder, reports, cubins = tmp_path_factory.mktemp(request.param), [], []
+    for stem in STEMS:
+        cubins.append(folder / f"{stem}.cubin")
+        command = [NVCC, "-cubin", f"-arch={request.param}", "-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
+        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", f"-I{ROOT / 'csrc'}", "-isystem", INCLUDE]
+        command += [ROOT / "csrc" / "cuda" / f"{stem}.cu", "-o", cubins[-1]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        reports.append(done.stderr)
+    return "".join(reports), cubins
+
+
+def kernel_of(function):
+    """The kernel's name in a mangled one, and whether this instance moves 16 bytes at once."""
+    return re.search(r"\d+([a-z_]+)_kernel", function)[1], "Lb1E" in function
+
+
+def test_no_kernel_touches_local_memory(compiled):
+    functions = compiled[0].split("Compiling entry function '")[1:]
+    names = [kernel_of(function)[0] for function in functions]
+    assert {name: names.count(name) for name in names} == KERNELS
+    for function in functions:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
+        registers = int(re.search(r"Used (\d+) registers", function)[1])
+        # Of 65536: where memory sets the pace, two blocks of 256 threads must be resident, and one elsewhere.
+        assert registers <= (128 if kernel_of(function)[1] else 255), function
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is not installed")
+def test_wide_kernels_move_16_bytes_at_once(compiled):
+    seen = set()
+    for cubin in compiled[1]:
+        listing = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        for function in listing.split("Function : ")[1:]:
+            name, wide = kernel_of(function.split()[0])
+            accesses = re.findall(r"\b((?:LD|ST|LDG|STG|LDL|STL)\b[.\w]*)", function)
+            assert not [a for a in accesses if a.split(".")[0] not in ("LDG", "STG")], function.split()[0]
+            activations = [a for a in accesses if ".U8" not in a]
+            assert all((".128" in a) == wide for a in activations), (function.split()[0], set(activations))
+            assert not wide or sum(a.startswith("LDG") for a in activations) >= 4
+            seen.add(name)
+    assert seen == set(KERNELS)
