@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # The tests' tensors are too small for more than one thread, which on a busy machine would mostly wait for each other.
 TEST_THREADS ?= 1
 
+CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
+
 .PHONY: help setup test test-slow bench gpu lint format aot wheel clean
 
 help:
@@ -20,7 +22,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
@@ -41,14 +43,12 @@ test-slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@sources="$$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh')"; \
-		if [ -n "$$sources" ]; then $(BIN)/clang-format --dry-run --Werror $$sources; fi
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	@sources="$$(git ls-files 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.h' 'csrc/*.cuh')"; \
-		if [ -n "$$sources" ]; then $(BIN)/clang-format -i $$sources; fi
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 aot: $(READY)
 	$(BIN)/python -m fused_res.aot $(ARGS)

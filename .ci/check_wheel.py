@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import fused_res
+import fused_res.backends
 import fused_res.benchmarks
 import fused_res.kernels
 
@@ -16,10 +17,14 @@ for module in (fused_res, fused_res.kernels, fused_res.benchmarks):
 for name in ("kernels", "benchmarks"):
     assert importlib.util.find_spec(name) is None, f"the wheel installs a top-level {name}"
 
+assert fused_res.backends.load("native").missing() is None, fused_res.backends.load("native").missing()
+
 block = fused_res.Bottleneck(64, 16)
 x = torch.randn(2, 64, 8, 8, requires_grad=True)
 out = block(x)
 out.square().sum().backward()
+with fused_res.use_backend("native"):
+    torch.testing.assert_close(block(x), out)
 with fused_res.use_backend("eager"):
     torch.testing.assert_close(block(x), out)
 assert x.grad.isfinite().all()

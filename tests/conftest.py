@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import use_backend
+from fused_res import backends, use_backend
 
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
@@ -30,9 +30,11 @@ def proven_interpreter():
         interpreter.prove()
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend(request):
     """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
+    if request.param == "native" and backends.load("native").missing() is not None:
+        pytest.skip(backends.load("native").missing())
     if request.param == "triton":
         pytest.importorskip("triton")
         request.getfixturevalue("proven_interpreter")

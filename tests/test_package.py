@@ -67,7 +67,7 @@ def test_one_stem_names_one_thing_everywhere(stem):
 
 
 def test_every_backend_answers_the_same_questions():
-    assert {"reference", "triton"} <= set(backends.NAMES)
+    assert {"native", "reference", "triton"} <= set(backends.NAMES)
     for name in backends.NAMES:
         module = backends.load(name)
         assert all(callable(getattr(module, f)) for f in ("supports", "preference", "find")), name
