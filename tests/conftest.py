@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_res import backends
+
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
 INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
@@ -32,9 +34,13 @@ def proven_interpreter():
         interpreter.prove()
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "native"])
 def backend(request):
     """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
+    if request.param == "native":
+        reason = backends.supports("native", torch.device(request.getfixturevalue("device")), torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
     if request.param == "triton":
         pytest.importorskip("triton")
         request.getfixturevalue("proven_interpreter")
