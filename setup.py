@@ -101,6 +101,17 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
     return tuple(map(int, re.search(r"release (\d+)\.(\d+)", text).groups()))
 
 
+def cuda_libraries(nvcc: Path) -> list[str]:
+    """Flags for the static CUDA runtime, from where nvcc itself says it lives: `nvcc` may be a wrapper."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+    home = Path(re.search(r"TOP=(.*)", subprocess.run(command, capture_output=True, text=True, check=True).stderr)[1])
+    folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    found = next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+    if found is None:
+        raise SystemExit(f"found nvcc, but no libcudart_static.a under {home.resolve()}; FUSED_RES_CUDA=0 builds without CUDA")
+    return [f"-L{found.resolve()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
 def cuda_archs(version: tuple[int, int]) -> list[str]:
     """Such as 8.0, or 9.0+PTX: asked for, or all that this nvcc knows from Turing or, since CUDA 13, Ampere on."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
@@ -179,8 +190,7 @@ class Plan:
             ]
             for source in self.cuda_sources:
                 compile_with("nvcc", source, f"cuda.{source.stem}", [])
-            home = self.nvcc.resolve().parents[1]
-            libraries += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            libraries += cuda_libraries(self.nvcc)
         libraries += ["-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
         text.append(f"build {line([library])}: link {line(objects)}\n  flags = {line(libraries)}")
         return "\n".join(text) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import backends, use_backend
+from fused_res import backends
 
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
@@ -30,11 +30,21 @@ def proven_interpreter():
         interpreter.prove()
 
 
+<<<<<<< HEAD
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend(request):
     """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
     if request.param == "native" and backends.load("native").missing() is not None:
         pytest.skip(backends.load("native").missing())
+=======
+@pytest.fixture(params=["reference", "triton", "native"])
+def backend(request):
+    """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
+    if request.param == "native":
+        reason = backends.supports("native", torch.device(request.getfixturevalue("device")), torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
+>>>>>>> native
     if request.param == "triton":
         pytest.importorskip("triton")
         request.getfixturevalue("proven_interpreter")

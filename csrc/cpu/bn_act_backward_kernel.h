@@ -92,24 +92,25 @@ void apply_rows(const BnActBackwardApply& a, int64_t begin, int64_t end) {
   const A *scale = static_cast<const A*>(a.vectors) + 3 * channels, *shift = scale + channels;
   const A* coefficients = static_cast<const A*>(a.coefficients);
   const A* coefficients2 = static_cast<const A*>(a.coefficients2);
-  const bool training = a.training, training2 = a.training2, stream = a.stream;
+  const bool training = a.training, training2 = a.training2;
+  Row<T> dys(a.dy, channels, a.stream), dy2s(a.dy2, channels, a.stream), kepts(a.masked, channels, a.stream);
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = p * channels;
     const T *dout = static_cast<const T*>(a.dout) + row, *y = static_cast<const T*>(a.y) + row;
     const T* y2 = a.y2 == nullptr ? nullptr : static_cast<const T*>(a.y2) + row;
-    T* dy = static_cast<T*>(a.dy) + row;
-    T* dy2 = a.dy2 == nullptr ? nullptr : static_cast<T*>(a.dy2) + row;
-    T* kept = a.masked == nullptr ? nullptr : static_cast<T*>(a.masked) + row;
+    T *dy = dys.begin(p), *dy2 = dy2s ? dy2s.begin(p) : nullptr, *kept = kepts ? kepts.begin(p) : nullptr;
     const uint8_t* signs = outer ? a.signs + p * bytes : nullptr;
     for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
       const V incoming = load<V>(dout + c, lanes);
       const V g = masked<T>(incoming, outer ? incoming : load<V>(y + c, lanes), signs, scale, shift, c, lanes);
-      if (kept != nullptr) store(kept + c, g, lanes, stream);
-      store(dy + c, gradient(g, y, coefficients, channels, training, c, lanes), lanes, stream);
-      if (y2 != nullptr) store(dy2 + c, gradient(g, y2, coefficients2, channels, training2, c, lanes), lanes, stream);
+      if (kept != nullptr) store(kept + c, g, lanes);
+      store(dy + c, gradient(g, y, coefficients, channels, training, c, lanes), lanes);
+      if (y2 != nullptr) store(dy2 + c, gradient(g, y2, coefficients2, channels, training2, c, lanes), lanes);
     });
+    dys.end(p);
+    dy2s.end(p);
+    kepts.end(p);
   }
-  fence(stream);
 }
 
 template <class T>

@@ -25,10 +25,11 @@ void bn_act_rows(const BnAct& a, int64_t begin, int64_t end) {
     scale2 = static_cast<const A*>(a.vectors2) + 3 * channels;
     shift2 = scale2 + channels;
   }
+  Row<T> results(a.out, channels, a.stream);
   for (int64_t p = begin; p < end; ++p) {
     const int64_t row = p * channels;
     const T* y = static_cast<const T*>(a.y) + row;
-    T* out = static_cast<T*>(a.out) + row;
+    T* out = results.begin(p);
     uint8_t* signs = a.signs == nullptr ? nullptr : a.signs + p * bytes;
     for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
       V v = affine<T>(load<V>(y + c, lanes), scale, shift, c, lanes);
@@ -36,11 +37,11 @@ void bn_act_rows(const BnAct& a, int64_t begin, int64_t end) {
       if (shortcut == kSecond) {
         v = v + affine<T>(load<V>(static_cast<const T*>(a.y2) + row + c, lanes), scale2, shift2, c, lanes);
       }
-      const V rounded = store(out + c, v.relu(), lanes, a.stream);
+      const V rounded = store(out + c, v.relu(), lanes);
       if (signs != nullptr) store_bits<V::width>(signs + c / 8, rounded.open(), lanes);
     });
+    results.end(p);
   }
-  fence(a.stream);
 }
 
 template <class T>

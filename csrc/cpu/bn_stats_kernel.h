@@ -1,5 +1,5 @@
-// Statistics of a tile: in each block of rows, while it is in the cache, the mean and then the deviations from it; the
-// blocks are merged by the formula of Chan, Golub and LeVeque.
+// Statistics of a tile, in one pass: the mean and squared deviations of a few rows at a time, while they are in
+// registers, are merged into their block's, and the blocks into the tile's, by the formula of Chan, Golub and LeVeque.
 #pragma once
 
 #include "kernels.h"
@@ -7,53 +7,53 @@
 
 namespace fused_res::cpu::FUSED_RES_VARIANT {
 
-// sums[c] += f(row, c) over n rows, four rows at a time.
-template <class V, class A, class F>
-inline void add_rows(A* sums, int64_t n, int64_t channels, F f) {
-  int64_t p = 0;
-  for (; p + 4 <= n; p += 4) {
-    for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
-      const V four = (f(p, c, lanes) + f(p + 1, c, lanes)) + (f(p + 2, c, lanes) + f(p + 3, c, lanes));
-      (V::load(sums + c) + four).store(sums + c);
-    });
-  }
-  for (; p < n; ++p) {
-    for_channels<V::width>(channels,
-                           [&](int64_t c, auto lanes) { (V::load(sums + c) + f(p, c, lanes)).store(sums + c); });
-  }
+// Merges `group` rows, of which `seen` came before in the block. Where the tensor is as wide as the arithmetic, values
+// count from a pivot, which keeps the digits of a mean far from 0; narrower ones have none to lose.
+template <int group, bool pivoted, class T, class A>
+inline void add_group(const T* y, int64_t stride, int64_t seen, int64_t channels, const A* pivot, A* mean, A* squares) {
+  using V = typename Arithmetic<T>::Vec;
+  const A more = group / static_cast<A>(seen + group);
+  const V weight = V::set(more), both = V::set(more * static_cast<A>(seen)), share = V::set(A(1) / group);
+  for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
+    V x[group];
+    for (int i = 0; i < group; ++i) {
+      x[i] = load<V>(y + i * stride + c, lanes);
+      if (pivoted) x[i] = x[i] - V::load(pivot + c);
+    }
+    V m = x[0], q = V::set(0);
+    for (int i = 1; i < group; ++i) m = m + x[i];
+    m = m * share;
+    for (int i = 0; i < group; ++i) q = fma(x[i] - m, x[i] - m, q);
+    const V old = V::load(mean + c), delta = m - old;
+    fma(delta, weight, old).store(mean + c);
+    (V::load(squares + c) + fma(delta * delta, both, q)).store(squares + c);
+  });
 }
 
 // Mean and sum of squared deviations of a block of n rows.
 template <class T, class A>
 inline void block_statistics(const T* y, int64_t n, int64_t stride, int64_t channels, A* mean, A* squares) {
   using V = typename Arithmetic<T>::Vec;
-  alignas(64) A rest[kStretch];
-  const A count = static_cast<A>(n);
-  for (int64_t c = 0; c < channels; ++c) mean[c] = rest[c] = squares[c] = 0;
-  add_rows<V>(mean, n, channels, [&](int64_t p, int64_t c, auto lanes) { return load<V>(y + p * stride + c, lanes); });
-  for (int64_t c = 0; c < channels; ++c) mean[c] /= count;
+  constexpr int group = 8;
+  constexpr bool pivoted = sizeof(T) == sizeof(A);
+  alignas(64) A pivot[kStretch];
+  for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+  if (pivoted) {
+    // Roughly the mean: of a few rows, so that no single one of them sets it.
+    const int64_t few = min(n, group);
+    for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
+      V sum = load<V>(y + c, lanes);
+      for (int64_t p = 1; p < few; ++p) sum = sum + load<V>(y + p * stride + c, lanes);
+      (sum * V::set(1 / static_cast<A>(few))).store(pivot + c);
+    });
+  }
   int64_t p = 0;
-  for (; p + 2 <= n; p += 2) {
-    for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
-      const V m = V::load(mean + c);
-      const V a = load<V>(y + p * stride + c, lanes) - m, b = load<V>(y + (p + 1) * stride + c, lanes) - m;
-      (V::load(rest + c) + (a + b)).store(rest + c);
-      fma(a, a, fma(b, b, V::load(squares + c))).store(squares + c);
-    });
+  for (; p + group <= n; p += group) {
+    add_group<group, pivoted>(y + p * stride, stride, p, channels, pivot, mean, squares);
   }
-  for (; p < n; ++p) {
-    for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
-      const V a = load<V>(y + p * stride + c, lanes) - V::load(mean + c);
-      (V::load(rest + c) + a).store(rest + c);
-      fma(a, a, V::load(squares + c)).store(squares + c);
-    });
-  }
-  // The deviations add up to what rounding left out of the mean. Where the mean is infinite they are NaN, and it stays.
-  for (int64_t c = 0; c < channels; ++c) {
-    const A error = rest[c] / count, correction = error * rest[c];
-    mean[c] = error == error ? mean[c] + error : mean[c];
-    squares[c] = squares[c] < correction ? 0 : squares[c] - correction;
-  }
+  for (; p < n; ++p) add_group<1, pivoted>(y + p * stride, stride, p, channels, pivot, mean, squares);
+  if (!pivoted) return;
+  for (int64_t c = 0; c < channels; ++c) mean[c] += pivot[c];
 }
 
 template <class T>
@@ -61,14 +61,12 @@ void bn_stats(const BnStats& a, int64_t begin, int64_t end) {
   using A = typename Arithmetic<T>::type;
   const Tiling& tiling = a.tiling;
   const int64_t stride = tiling.channels;
-  // The vector that covers the last channels may reach past them.
   alignas(64) A mean[kStretch], squares[kStretch], block_mean[kStretch], block_squares[kStretch];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t tile = task / tiling.stretches, from = task % tiling.stretches * kStretch;
     const int64_t first = tile * tiling.rows, rows = min(tiling.rows, tiling.pixels - first);
     const int64_t channels = min(kStretch, tiling.channels - from);
     const T* y = static_cast<const T*>(a.y) + first * stride + from;
-    for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
     for (int64_t seen = 0; seen < rows; seen += tiling.block) {
       const int64_t more = min(tiling.block, rows - seen);
       block_statistics(y + seen * stride, more, stride, channels, seen == 0 ? mean : block_mean,

@@ -12,6 +12,9 @@ namespace fused_res::cpu {
 // Widest stretch of channels that a reduction's task covers; its accumulators stay in the innermost cache.
 constexpr int64_t kStretch = 256;
 
+// Longest row, in bytes, of results that are written past the caches.
+constexpr int64_t kStreamedRow = 4096;
+
 // How a reduction cuts [pixels, channels]: a task is a tile of rows times a stretch of channels, and goes through its
 // tile in blocks of rows that fit the cache. A function of the shape and the element size alone, whatever the number of
 // threads.

@@ -38,7 +38,7 @@ constexpr int64_t kTasks = 128;
 // Elements that are worth a thread of their own.
 constexpr int64_t kGrain = 32 * 1024;
 // Results of this size are no longer in the cache when they are next read, so they are written past it.
-constexpr int64_t kStreamBytes = 32 * 1024 * 1024;
+constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
 inline Tiling tiling(const Tensor& y) {
   const int64_t pixels = y.size(0), channels = y.size(1);
@@ -70,7 +70,7 @@ void run_rows(void (*kernel)(const Arguments&, int64_t, int64_t), const Argument
 // Whether results like y go past the caches: the instructions for it need aligned rows.
 inline bool streams(const Tensor& y, std::initializer_list<const void*> outputs) {
   const int64_t row = y.size(1) * static_cast<int64_t>(y.element_size());
-  if (row % 64 != 0 || y.size(0) * row < kStreamBytes) return false;
+  if (row % 64 != 0 || row > kStreamedRow || y.size(0) * row < kStreamBytes) return false;
   return std::all_of(outputs.begin(), outputs.end(),
                      [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
 }

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -67,12 +69,12 @@ inline V load(const T* p, Part part) {
 
 // The stores give back what the memory now holds.
 template <class V, class T>
-inline V store(T* p, V v, Full, bool stream) {
-  return stream ? v.stream(p) : v.store(p);
+inline V store(T* p, V v, Full) {
+  return v.store(p);
 }
 
 template <class V, class T>
-inline V store(T* p, V v, Part part, bool) {
+inline V store(T* p, V v, Part part) {
   return v.store_part(p, part.n);
 }
 
@@ -112,14 +114,46 @@ inline void for_channels(int64_t channels, F f) {
   if (c < channels) f(c, Part{static_cast<int>(channels - c)});
 }
 
-// Results written past the caches become visible to the other threads.
-inline void fence(bool stream) {
+// Where a row of results is put together: in place, or, where results go past the caches, in a buffer from which whole
+// cache lines are then written. That takes rows of whole, aligned lines, of at most kStreamedRow bytes.
+template <class T>
+class Row {
+ public:
+  Row(void* tensor, int64_t channels, bool stream)
+      : to_(static_cast<T*>(tensor)), channels_(channels), stream_(stream) {}
+
+  explicit operator bool() const { return to_ != nullptr; }
+
+  T* begin(int64_t p) { return stream_ ? reinterpret_cast<T*>(lines_) : to_ + p * channels_; }
+
+  void end(int64_t p) {
 #if defined(__AVX2__)
-  if (stream) _mm_sfence();
+    if (!stream_ || to_ == nullptr) return;
+    __m256i* to = reinterpret_cast<__m256i*>(to_ + p * channels_);
+    const __m256i* from = reinterpret_cast<const __m256i*>(lines_);
+    for (const __m256i* last = from + channels_ * static_cast<int64_t>(sizeof(T)) / 32; from != last;
+         from += 2, to += 2) {
+      _mm256_stream_si256(to, from[0]);
+      _mm256_stream_si256(to + 1, from[1]);
+    }
 #else
-  (void)stream;
+    if (stream_ && to_ != nullptr) std::memcpy(to_ + p * channels_, lines_, channels_ * sizeof(T));
 #endif
-}
+  }
+
+  // What was written past the caches becomes visible to the other threads.
+  ~Row() {
+#if defined(__AVX2__)
+    if (stream_) _mm_sfence();
+#endif
+  }
+
+ private:
+  alignas(64) unsigned char lines_[kStreamedRow];
+  T* to_;
+  int64_t channels_;
+  bool stream_;
+};
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 

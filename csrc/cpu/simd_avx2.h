@@ -25,23 +25,12 @@ struct Avx2Vec {
     _mm256_storeu_ps(p, v);
     return *this;
   }
-  Avx2Vec stream(float* p) const {
-    _mm256_stream_ps(p, v);
-    return *this;
-  }
   template <class T>
   Avx2Vec store(T* p) const {
     const __m128i shorts = narrow(T{});
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), shorts);
     return widen(shorts, T{});
   }
-  template <class T>
-  Avx2Vec stream(T* p) const {
-    const __m128i shorts = narrow(T{});
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), shorts);
-    return widen(shorts, T{});
-  }
-
   template <class T>
   Avx2Vec store_part(T* p, int n) const {
     T lanes[width];

@@ -26,10 +26,6 @@ struct Avx512Vec {
     _mm512_storeu_ps(p, v);
     return *this;
   }
-  Avx512Vec stream(float* p) const {
-    _mm512_stream_ps(p, v);
-    return *this;
-  }
   Avx512Vec store_part(float* p, int n) const {
     _mm512_mask_storeu_ps(p, first(n), v);
     return *this;
@@ -38,12 +34,6 @@ struct Avx512Vec {
   Avx512Vec store(T* p) const {
     const __m256i shorts = narrow(T{});
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), shorts);
-    return widen(shorts, T{});
-  }
-  template <class T>
-  Avx512Vec stream(T* p) const {
-    const __m256i shorts = narrow(T{});
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), shorts);
     return widen(shorts, T{});
   }
   template <class T>

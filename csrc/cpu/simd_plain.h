@@ -58,11 +58,6 @@ struct PlainVec {
   }
 
   template <class T>
-  PlainVec stream(T* p) const {
-    return store(p);
-  }
-
-  template <class T>
   PlainVec store_part(T* p, int n) const {
     T lanes[8];
     const PlainVec rounded = store(lanes);

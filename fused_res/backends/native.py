@@ -48,8 +48,11 @@ def load() -> None:
     """Load the library, once.
 
     Raises:
-        RuntimeError: if it is there but cannot be loaded, with the versions that matter.
+        RuntimeError: if it is missing, with the reason, or cannot be loaded, with the versions that matter.
     """
+    reason = missing()
+    if reason is not None:
+        raise RuntimeError(f"backend 'native': {reason}")
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
@@ -79,6 +82,7 @@ def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
     return any(runs(arch) for arch in archs)
 
 
+@functools.cache
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"takes float32, float16, bfloat16 and float64, got {str(dtype).removeprefix('torch.')}"
@@ -104,5 +108,9 @@ def preference(device: torch.device) -> int:
     return 2
 
 
+@functools.cache
 def find(primitive: str) -> Callable | None:
-    return getattr(torch.ops.fused_res, primitive).default if primitive in PRIMITIVES else None
+    if primitive not in PRIMITIVES:
+        return None
+    load()
+    return getattr(torch.ops.fused_res, primitive).default

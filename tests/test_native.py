@@ -1,0 +1,238 @@
+"""The compiled CPU kernels: against float64 on every instruction set of this CPU, whatever the threads and the arguments."""
+
+import ctypes
+import itertools
+import os
+
+import pytest
+import torch
+
+from fused_res import accuracy, backends, explain, use_backend
+from fused_res.backends import native
+from fused_res.modules import BasicBlock, Bottleneck
+from fused_res.primitives import bn_act, bn_act_backward, bn_finalize
+
+CPU = torch.device("cpu")
+WHY = backends.supports("native", CPU, torch.float32)
+pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+CHANNELS = [1, 3, 8, 20, 64, 100, 300]
+PIXELS = [1, 2, 3, 17, 130, 1000]
+
+
+def ops():
+    native.load()
+    return torch.ops.fused_res
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+def capability(request):
+    """Every instruction set that this CPU has, forced in turn."""
+    library = ctypes.CDLL(str(native.LIBRARY))
+    library.fused_res_set_cpu_capability.restype = ctypes.c_bool
+    if not library.fused_res_set_cpu_capability(request.param.encode()):
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.fused_res_set_cpu_capability(None)
+
+
+def operands(pixels, channels, dtype, seed=0):
+    """Arguments of all primitives: two BNs with their vectors and coefficients, an incoming gradient, signs."""
+    generator = torch.Generator().manual_seed(seed + 1000 * pixels + channels)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y, y2, skip, dout = (random(pixels, channels).to(dtype) for _ in range(4))
+    vectors, vectors2 = (random(5, channels).to(wide) for _ in range(2))
+    coefficients, coefficients2 = (random(7, channels).to(wide) for _ in range(2))
+    signs = bn_act.pack_signs(random(pixels, channels) > 0)
+    return y, y2, skip, dout, vectors, vectors2, coefficients, coefficients2, signs
+
+
+def in_double(*arguments):
+    """The arguments in float64, where they are tensors of numbers."""
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def close(got, want, dtype):
+    """One rounding of the stored dtype, and a few of the arithmetic where terms cancel."""
+    wide = 2.0**-50 if dtype == torch.float64 else 2.0**-21
+    limit = torch.finfo(dtype).eps / 2 * want.abs() + wide * 8 + torch.finfo(dtype).smallest_normal
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_primitives_match_float64(capability, poisoned_memory, dtype, channels):
+    for pixels in PIXELS:
+        y, y2, skip, dout, v, v2, c, c2, signs = operands(pixels, channels, dtype)
+        wide = v.dtype
+
+        partials, rows = ops().bn_stats(y)
+        tiles = [torch.stack((t.double().mean(0), t.double().var(0, correction=0) * len(t))) for t in y.split(rows)]
+        torch.testing.assert_close(partials, torch.stack(tiles).to(wide), rtol=1e-5, atol=1e-5)
+
+        for shortcut in ((None, None, None), (skip, None, None), (None, y2, v2)):
+            out, got = ops().bn_act(y, v, *shortcut, True)
+            # An element within rounding of 0 may fall on either side of the ReLU: both are then within rounding of 0.
+            close(out, bn_act.plain(*in_double(y, v, *shortcut), False)[0], dtype)
+            assert torch.equal(got, bn_act.pack_signs(~(out <= 0)))
+
+        for arguments in ((dout, y, v, signs, None, None), (dout, y, v, signs, y2, v2)):
+            sums = ops().bn_act_backward_reduce(*arguments)
+            want = bn_act_backward.plain_reduce(*in_double(*arguments))
+            torch.testing.assert_close(sums.double().sum(0), want[0], rtol=1e-4, atol=1e-5 * pixels**0.5)
+
+        for training, second, training2, masked in itertools.product((False, True), repeat=4):
+            pair = (y2, c2, training2) if second else (None, None, False)
+            got = ops().bn_act_backward_apply(dout, y, v, c, signs, training, *pair, masked)
+            want = bn_act_backward.plain_apply(*in_double(dout, y, v, c, signs, training, *pair, masked))
+            for a, b in zip(got, want, strict=True):
+                assert (a is None) == (b is None)
+                if a is not None:
+                    close(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 20, 64])
+def test_backward_takes_the_signs_of_the_forward(capability, dtype, channels):
+    """The inner ReLU's signs are not saved: both directions compute scale * y + shift, and must agree on every element."""
+    y, _, _, dout, v, _, c, *_ = operands(1000, channels, dtype)
+    v[4] = -v[3] * y[7].to(v.dtype)  # row 7 is within rounding of 0
+    _, signs = ops().bn_act(y, v, None, None, None, True)
+    if dtype != torch.float16:  # whose outputs may underflow to 0
+        assert torch.equal(
+            ops().bn_act_backward_reduce(dout, y, v, None, None, None), ops().bn_act_backward_reduce(dout, y, v, signs, None, None)
+        )
+        inner, outer = (ops().bn_act_backward_apply(dout, y, v, c, s, True, None, None, False, True) for s in (None, signs))
+        assert all(torch.equal(a, b) for a, b in zip(inner[::2], outer[::2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_finalize_matches_float64(dtype):
+    for channels in CHANNELS:
+        generator = torch.Generator().manual_seed(channels)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        partials = torch.rand(5, 2, channels, generator=generator, dtype=torch.float64).to(wide)
+        gamma, beta = (torch.randn(channels, generator=generator).to(dtype) for _ in range(2))
+        scale = torch.tensor(0.7).to(dtype)
+        tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        for parameters in ((gamma, beta, 1e-5, scale), (gamma, None, 1e-3, None), (None, None, 1e-5, None)):
+            got = ops().bn_finalize(partials, 10, 47, *parameters)
+            torch.testing.assert_close(got.double(), bn_finalize.plain(*in_double(partials, 10, 47, *parameters)), **tolerance)
+        v = torch.rand(5, channels, generator=generator, dtype=torch.float64).to(wide)
+        for row, training, parameters in itertools.product((1, 2), (False, True), ((gamma, beta, scale), (None, None, None))):
+            sums = torch.rand(5, 3, channels, generator=generator, dtype=torch.float64).to(wide)
+            got = ops().bn_act_backward_finalize(sums, row, 47, v, *parameters, training)
+            want = bn_act_backward.plain_finalize(*in_double(sums, row, 47, v, *parameters, training))
+            torch.testing.assert_close(got.double(), want, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_not_finite(capability, dtype):
+    poison = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, torch.finfo(dtype).max], dtype=torch.float64)
+    y, _, _, dout, v, _, c, _, signs = operands(20, 20, dtype)
+    v[3], v[4] = 1, 0
+    y[:5, 3], y[5:10, 17] = poison.to(dtype), poison.to(dtype)
+    out, got = ops().bn_act(y, v, None, None, None, True)
+    assert torch.equal(out.nan_to_num(7), torch.relu(y).nan_to_num(7))
+    assert torch.equal(out.isnan(), y.isnan())
+    assert torch.equal(bn_act.unpack_signs(got, 20), ~(out <= 0))
+    for backward_signs in (None, signs):
+        dy, _, g = ops().bn_act_backward_apply(dout, y, v, c, backward_signs, False, None, None, False, True)
+        assert dy.isfinite().all()
+        assert g.isfinite().all()
+    dout[3, 5] = float("nan")
+    open_ = bn_act.unpack_signs(signs, 20)
+    _, _, g = ops().bn_act_backward_apply(dout, y, v, c, signs, False, None, None, False, True)
+    assert torch.equal(g.isnan(), dout.isnan() & open_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("pixels", "channels"), [(5000, 64), (3001, 100), (40000, 64), (300, 600)])
+def test_same_bits_whatever_the_threads(dtype, pixels, channels):
+    y, y2, _, dout, v, v2, c, c2, signs = operands(pixels, channels, dtype)
+
+    def everything():
+        partials, rows = ops().bn_stats(y)
+        sums = ops().bn_act_backward_reduce(dout, y, v, signs, y2, v2)
+        return [
+            partials,
+            ops().bn_finalize(partials, rows, pixels, None, None, 1e-5, None),
+            sums,
+            ops().bn_act_backward_finalize(sums, 2, pixels, v, None, None, None, True),
+            *ops().bn_act(y, v, None, y2, v2, True),
+            *ops().bn_act_backward_apply(dout, y, v, c, signs, True, y2, c2, True, True),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_results_that_go_past_the_caches(capability):
+    """Large results are written with other instructions: the same bits as piece by piece, and all of them."""
+    pixels, channels = 9000, 128
+    y, y2, _, dout, v, v2, c, c2, signs = operands(pixels, channels, torch.float32)
+    whole = ops().bn_act(y, v, None, y2, v2, True), ops().bn_act_backward_apply(dout, y, v, c, signs, True, y2, c2, True, True)
+    parts = []
+    for at in (slice(0, 1000), slice(1000, pixels)):
+        forward = ops().bn_act(y[at], v, None, y2[at], v2, True)
+        parts.append((*forward, *ops().bn_act_backward_apply(dout[at], y[at], v, c, signs[at], True, y2[at], c2, True, True)))
+    for got, first, second in zip((*whole[0], *whole[1]), *parts, strict=True):
+        assert torch.equal(got, torch.cat((first, second)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_memory(capability, dtype):
+    def shifted(tensor):
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view_as(tensor)
+
+    y, y2, _, dout, v, v2, c, c2, signs = operands(130, 64, dtype)
+    arguments = (dout, y, v, c, signs, True, y2, c2, True, True)
+    moved = [shifted(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    for a, b in zip(ops().bn_act_backward_apply(*arguments), ops().bn_act_backward_apply(*moved), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ops().bn_stats(y)[0], ops().bn_stats(shifted(y))[0])
+    assert torch.equal(
+        ops().bn_act(y, v, None, y2, v2, True)[0], ops().bn_act(*map(shifted, (y, v)), None, shifted(y2), shifted(v2), True)[0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [lambda: BasicBlock(16, 16), lambda: Bottleneck(32, 8)], ids=["BasicBlock", "Bottleneck"])
+def test_blocks_are_as_accurate_as_eager(make, dtype):
+    def case(seed):
+        generator = torch.Generator().manual_seed(seed)
+        block = accuracy.random_block(make(), seed)
+        x, dout = (torch.randn(2, block.conv1.in_channels, 9, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+        return block, x, dout
+
+    tolerance = 64 * torch.finfo(dtype).eps
+    verdicts = accuracy.judge(case, dtype, "native", "bn_act", seeds=range(16), sign_tolerance=tolerance)
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, failed
+
+
+def test_gradcheck_through_the_compiled_kernels():
+    block = BasicBlock(3, 3).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    with use_backend("native"):
+        assert torch.autograd.gradcheck(lambda x, *_: block(x), (x, *block.parameters()))
+
+
+@pytest.mark.skipif("FUSED_RES_NATIVE" in os.environ, reason="the environment decides")
+def test_automatic_choice_on_a_cpu():
+    rows = explain(BasicBlock(4, 4), torch.randn(2, 4, 5, 5)).rows
+    assert rows[0].backend == "native"
