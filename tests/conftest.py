@@ -30,13 +30,6 @@ def proven_interpreter():
         interpreter.prove()
 
 
-<<<<<<< HEAD
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend(request):
-    """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
-    if request.param == "native" and backends.load("native").missing() is not None:
-        pytest.skip(backends.load("native").missing())
-=======
 @pytest.fixture(params=["reference", "triton", "native"])
 def backend(request):
     """Each backend that can run a primitive here, in fresh memory that is full of NaN."""
@@ -44,7 +37,6 @@ def backend(request):
         reason = backends.supports("native", torch.device(request.getfixturevalue("device")), torch.float32)
         if reason is not None:
             pytest.skip(reason)
->>>>>>> native
     if request.param == "triton":
         pytest.importorskip("triton")
         request.getfixturevalue("proven_interpreter")
