@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res import backends
+from fused_res import backends, use_backend
 
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
