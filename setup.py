@@ -70,7 +70,8 @@ def find_ninja() -> str | None:
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    asked = os.environ.get("CXX")
+    return shutil.which(asked) if asked else shutil.which("g++") or shutil.which("c++")
 
 
 def why_pure() -> str | None:
@@ -247,16 +248,17 @@ class Wheel(bdist_wheel):
 
 PURE = why_pure()
 
-setup(
-    packages=[
-        "fused_res",
-        "fused_res.backends",
-        "fused_res.block",
-        "fused_res.primitives",
-        "fused_res.kernels",
-        "fused_res.benchmarks",
-    ],
-    package_dir={"fused_res.kernels": "kernels", "fused_res.benchmarks": "benchmarks"},
-    ext_modules=[] if PURE is not None else [Extension("fused_res._native", [])],
-    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "fused_res",
+            "fused_res.backends",
+            "fused_res.block",
+            "fused_res.primitives",
+            "fused_res.kernels",
+            "fused_res.benchmarks",
+        ],
+        package_dir={"fused_res.kernels": "kernels", "fused_res.benchmarks": "benchmarks"},
+        ext_modules=[] if PURE is not None else [Extension("fused_res._native", [])],
+        cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": Wheel},
+    )
