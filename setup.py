@@ -38,7 +38,7 @@ NVCC_FLAGS = [*COMMON, "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompi
 # Instruction sets that csrc/cpu/variant.cpp is compiled for. GCC's intrinsics look uninitialised to GCC itself.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-VARIANTS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+VARIANTS = {"plain": [], "avx2": AVX2, "avx512": AVX512}
 VARIANT_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
@@ -70,7 +70,8 @@ def find_ninja() -> str | None:
 
 
 def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    asked = os.environ.get("CXX")
+    return shutil.which(asked) if asked else shutil.which("g++") or shutil.which("c++")
 
 
 def why_pure() -> str | None:
@@ -247,16 +248,17 @@ class Wheel(bdist_wheel):
 
 PURE = why_pure()
 
-setup(
-    packages=[
-        "fused_res",
-        "fused_res.backends",
-        "fused_res.block",
-        "fused_res.primitives",
-        "fused_res.kernels",
-        "fused_res.benchmarks",
-    ],
-    package_dir={"fused_res.kernels": "kernels", "fused_res.benchmarks": "benchmarks"},
-    ext_modules=[] if PURE is not None else [Extension("fused_res._native", [])],
-    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "fused_res",
+            "fused_res.backends",
+            "fused_res.block",
+            "fused_res.primitives",
+            "fused_res.kernels",
+            "fused_res.benchmarks",
+        ],
+        package_dir={"fused_res.kernels": "kernels", "fused_res.benchmarks": "benchmarks"},
+        ext_modules=[] if PURE is not None else [Extension("fused_res._native", [])],
+        cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": Wheel},
+    )

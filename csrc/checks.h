@@ -175,7 +175,7 @@ inline void check_bn_act_backward_finalize(const Tensor& partials, int64_t row, 
                                            const OptionalTensor& residual_scale) {
   check_statistics("partials", partials, 3);
   const int64_t sums = partials.size(1), channels = partials.size(2);
-  STD_TORCH_CHECK(sums == 2 || sums == 3, "partials: expected shape [T, 2 or 3, C], got ",
+  STD_TORCH_CHECK(partials.size(0) >= 1 && (sums == 2 || sums == 3), "partials: expected shape [T, 2 or 3, C], got ",
                   shape_string(partials.sizes().data(), 3));
   STD_TORCH_CHECK(row >= 1 && row < sums, "row: expected 1 to ", sums - 1, ", got ", row);
   STD_TORCH_CHECK(pixels >= 1, "pixels: expected at least 1, got ", pixels);

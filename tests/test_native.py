@@ -26,7 +26,7 @@ def ops():
     return torch.ops.fused_res
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["plain", "avx2", "avx512"])
 def capability(request):
     """Every instruction set that this CPU has, forced in turn."""
     library = ctypes.CDLL(str(native.LIBRARY))

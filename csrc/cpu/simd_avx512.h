@@ -61,19 +61,12 @@ struct Avx512Vec {
 
   __m256i narrow(half) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   __m256i narrow(bfloat16) const {
-#if defined(__AVX512BF16__)
-    const __m256bh shorts = _mm512_cvtneps_pbh(v);
-    __m256i bits;
-    std::memcpy(&bits, &shorts, sizeof bits);
-    return bits;
-#else
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i words = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7FC0));
     return _mm512_cvtepi32_epi16(words);
-#endif
   }
 };
 

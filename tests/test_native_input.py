@@ -1,0 +1,215 @@
+"""Bad arguments straight into `torch.ops.fused_res.*`: an exception that names the argument, never a crash."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_res import backends
+from fused_res.backends import native
+
+WHY = backends.supports("native", torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+
+P, C = 6, 12
+
+
+def calls():
+    """A right call of every operator."""
+    native.load()
+    y, dout, y2, skip = (torch.randn(P, C) for _ in range(4))
+    v, v2 = torch.rand(5, C), torch.rand(5, C)
+    c, c2 = torch.rand(7, C), torch.rand(7, C)
+    signs = torch.randint(0, 256, (P, 2), dtype=torch.uint8)
+    gamma, beta, scale = torch.rand(C), torch.rand(C), torch.tensor(0.5)
+    return {
+        "bn_stats": [y],
+        "bn_finalize": [torch.rand(3, 2, C), 2, P, gamma, beta, 1e-5, scale],
+        "bn_act": [y, v, None, y2, v2, True],
+        "bn_act_backward_reduce": [dout, y, v, signs, y2, v2],
+        "bn_act_backward_finalize": [torch.rand(3, 3, C), 2, P, v, gamma, beta, scale, True],
+        "bn_act_backward_apply": [dout, y, v, c, signs, True, y2, c2, True, True],
+    } | {"bn_act with a skip": [y, v, skip, None, None, True]}
+
+
+def call(name, arguments):
+    return getattr(torch.ops.fused_res, name.split()[0]).default(*arguments)
+
+
+def empty_storage(tensor):
+    """Of the right shape, over memory that is gone."""
+    view = tensor.clone()
+    view.untyped_storage().resize_(0)
+    return view
+
+
+def short_storage(tensor):
+    view = tensor.clone()
+    view.untyped_storage().resize_(max(1, view.untyped_storage().nbytes() - 1))
+    return view
+
+
+MUTATIONS = {
+    "one row more": lambda t: torch.cat([t, t[:1]]) if t.dim() else t.expand(1).clone(),
+    "one row less": lambda t: t[1:] if t.dim() else t.expand(2).clone(),
+    "one column more": lambda t: torch.cat([t, t[..., :1]], -1) if t.dim() else t.expand(3).clone(),
+    "one column less": lambda t: t[..., 1:].contiguous() if t.dim() else t.reshape(1),
+    "one dimension more": lambda t: t.unsqueeze(0),
+    "flat": lambda t: t.flatten() if t.dim() != 1 else t.view(1, -1),
+    "no elements": lambda t: t[:0] if t.dim() else torch.empty(0),
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else torch.stack([t, t], -1)[..., 0] if t.dim() else t.expand(2),
+    "expanded": lambda t: t[:1].expand_as(t) if t.dim() else t.expand(2),
+    "every other": lambda t: torch.stack([t, t], -1)[..., 0] if t.dim() else t.expand(2),
+    "integers": lambda t: t.to(torch.int32),
+    "complex": lambda t: t.to(torch.complex64),
+    "booleans": lambda t: t.bool(),
+    "bytes": lambda t: t.to(torch.uint8) if t.dtype != torch.uint8 else t.float(),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "no storage": empty_storage,
+    "too little storage": short_storage,
+}
+
+# Sizes that no other argument has.
+FREE = {("bn_stats", 0): ("row", "column"), ("bn_act_backward_finalize", 0): ("row",)}
+
+
+@pytest.mark.parametrize("name", list(calls()) if WHY is None else [])
+def test_the_call_itself_is_right(name):
+    call(name, calls()[name])
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", list(calls()) if WHY is None else [])
+def test_one_wrong_tensor(name, mutation):
+    for position, argument in enumerate(calls()[name]):
+        if not isinstance(argument, torch.Tensor):
+            continue
+        arguments = calls()[name]
+        wrong = MUTATIONS[mutation](argument)
+        arguments[position] = wrong
+        if any(size in mutation for size in FREE.get((name, position), ())):
+            call(name, arguments)
+            continue
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            call(name, arguments)
+
+
+@pytest.mark.parametrize("name", list(calls()) if WHY is None else [])
+def test_other_dtypes_do_not_mix(name):
+    for position, argument in enumerate(calls()[name]):
+        if not isinstance(argument, torch.Tensor) or argument.dtype == torch.uint8:
+            continue
+        for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+            arguments = calls()[name]
+            arguments[position] = argument.to(dtype)
+            parameter = "finalize" in name and argument.dim() < 2
+            if (parameter or name == "bn_stats" or ("finalize" in name and position == 0)) and dtype != torch.float8_e4m3fn:
+                if "finalize" not in name or parameter:
+                    call(name, arguments)
+                continue
+            with pytest.raises(RuntimeError):
+                call(name, arguments)
+
+
+def test_optional_arguments_that_belong_together():
+    y, v, _, y2, v2, _ = calls()["bn_act"]
+    signs = calls()["bn_act_backward_reduce"][3]
+    for arguments in ((y, v, y2, y2, v2, True), (y, v, None, y2, None, True), (y, v, None, None, v2, True)):
+        with pytest.raises(RuntimeError, match=r"skip: expected|vectors2: expected together"):
+            call("bn_act", arguments)
+    for arguments in ((y, y, v, None, y2, v2), (y, y, v, signs, y2, None), (y, y, v, signs, None, v2)):
+        with pytest.raises(RuntimeError, match=r"signs: expected with y2|vectors2: expected together"):
+            call("bn_act_backward_reduce", arguments)
+    _, _, _, c, _, _, _, c2, _, _ = calls()["bn_act_backward_apply"]
+    for signs_, second, coefficients2 in ((None, y2, c2), (signs, y2, None), (signs, None, c2)):
+        with pytest.raises(RuntimeError, match=r"signs: expected with y2|coefficients2: expected together"):
+            call("bn_act_backward_apply", (y, y, v, c, signs_, True, second, coefficients2, True, False))
+
+
+@pytest.mark.parametrize(
+    "numbers", [(0, 6), (2, 0), (2, 4), (2, 7), (-2, 6), (2, -6), (2**62, 2**62), (2**63 - 1, 6), (1, 2**63 - 1)]
+)
+def test_rows_and_pixels_that_do_not_fit(numbers):
+    arguments = calls()["bn_finalize"]
+    arguments[1:3] = numbers
+    with pytest.raises(RuntimeError, match="pixels: 3 tiles of"):
+        call("bn_finalize", arguments)
+
+
+@pytest.mark.parametrize(("row", "pixels"), [(0, 6), (3, 6), (-1, 6), (2**62, 6), (1, 0), (1, -1)])
+def test_sums_that_do_not_exist(row, pixels):
+    arguments = calls()["bn_act_backward_finalize"]
+    arguments[1:3] = row, pixels
+    with pytest.raises(RuntimeError, match=r"row: expected|pixels: expected"):
+        call("bn_act_backward_finalize", arguments)
+
+
+def test_no_elements_are_no_crash():
+    v, c = torch.rand(5, 4), torch.rand(7, 4)
+    y, signs = torch.empty(0, 4), torch.empty(0, 1, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="y: expected at least one row"):
+        call("bn_stats", [y])
+    out, got = call("bn_act", [y, v, None, None, None, True])
+    assert out.shape == (0, 4)
+    assert got.shape == (0, 1)
+    assert not call("bn_act_backward_reduce", [y, y, v, signs, None, None]).any()
+    assert call("bn_act_backward_apply", [y, y, v, c, signs, True, None, None, False, True])[0].shape == (0, 4)
+    assert call("bn_stats", [torch.empty(3, 0)])[0].numel() == 0
+    assert call("bn_act", [torch.empty(3, 0), torch.empty(5, 0), None, None, None, True])[0].shape == (3, 0)
+
+
+def test_inputs_are_left_alone():
+    for name, arguments in calls().items():
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        call(name, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True) if isinstance(a, torch.Tensor)), name
+
+
+def test_gradients_do_not_get_lost():
+    for name, arguments in calls().items():
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+        tensors[0].requires_grad_()
+        out = call(name, arguments)
+        out = out[0] if isinstance(out, tuple) else out
+        with pytest.raises(NotImplementedError, match="have no gradient of their own"):
+            out.sum().backward()
+
+
+FUZZ = """
+import random, sys
+sys.path.insert(0, {folder!r})
+import torch
+import test_native_input as t
+generator = random.Random({seed})
+torch.manual_seed({seed})
+survived = 0
+for _ in range(1500):
+    name = generator.choice(list(t.calls()))
+    arguments = t.calls()[name]
+    for i in generator.sample(range(len(arguments)), min(len(arguments), generator.choice((1, 1, 2, 3)))):
+        if isinstance(arguments[i], torch.Tensor):
+            change = generator.choice(list(t.MUTATIONS.values()) + [lambda _: None])
+            arguments[i] = change(arguments[i])
+        elif isinstance(arguments[i], int):
+            arguments[i] = generator.choice((0, 1, -1, 2, 7, 2**31, 2**62, -2**62))
+        elif arguments[i] is None:
+            arguments[i] = torch.rand(generator.choice(((5, 12), (6, 12), (7, 12), (12,), (), (6, 2))))
+    try:
+        t.call(name, arguments)
+        survived += 1
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        pass
+print("survived", survived)
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_fuzz(seed):
+    """In a process of its own, so that a crash is a failure of this test alone."""
+    code = FUZZ.format(folder=str(Path(__file__).parent), seed=seed)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "survived" in done.stdout

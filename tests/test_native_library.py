@@ -1,0 +1,213 @@
+"""The compiled library as a file: how it is built, what it needs, and what is said where it is missing or broken."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_res import backends
+from fused_res.backends import native
+
+ROOT = Path(__file__).parents[1]
+WHY = backends.supports("native", torch.device("cpu"), torch.float32)
+built = pytest.mark.skipif(WHY is not None, reason=str(WHY))
+checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a checkout")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+def run(code, **environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=os.environ | environment)
+
+
+def setup_module_of(root):
+    spec = importlib.util.spec_from_file_location("fused_res_setup", root / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@built
+@pytest.mark.parametrize("first", ["library", "package"])
+def test_library_and_block_operators_load_in_either_order(first):
+    load = f"torch.ops.load_library({str(native.LIBRARY)!r})"
+    order = [load, "import fused_res"] if first == "library" else ["import fused_res", load]
+    code = "\n".join(
+        [
+            "import torch",
+            *order,
+            "torch.ops.fused_res.bn_stats(torch.rand(3, 4)), torch.ops.fused_res.block_forward",
+            "with fused_res.use_backend('native'): fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5)).sum().backward()",
+        ]
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@built
+def test_importing_the_package_loads_no_library():
+    code = "import fused_res, torch; print(hasattr(torch.ops.fused_res, 'bn_stats'))"
+    assert run(code).stdout.strip() == "False"
+
+
+def test_switched_off_it_says_so():
+    code = """
+import torch, fused_res
+block, x = fused_res.BasicBlock(4, 4), torch.rand(2, 4, 5, 5)
+print(fused_res.explain(block, x).rows[0].backend)
+with fused_res.use_backend("native"):
+    block(x)
+"""
+    done = run(code, FUSED_RES_NATIVE="0")
+    assert done.stdout.strip() == "reference"
+    assert "backend 'native' cannot run this block: switched off by FUSED_RES_NATIVE=0" in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
+def test_a_missing_library_gives_its_reason_and_a_broken_one_the_versions(tmp_path, content):
+    (tmp_path / "_native.json").write_text(json.dumps({"missing": "no compiler"} if content is None else {"torch": "2.99"}))
+    if content is not None:
+        (tmp_path / "_native.so").write_bytes(content)
+    code = f"""
+import torch, fused_res
+from pathlib import Path
+from fused_res.backends import native
+native.LIBRARY, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
+with fused_res.use_backend("native"):
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
+"""
+    error = run(code, FUSED_RES_NATIVE="1").stderr
+    if content is None:
+        assert "the compiled library is missing: no compiler" in error
+    else:
+        for words in ("cannot load", "built with torch 2.99", f"here is torch {torch.__version__}", "FUSED_RES_NATIVE=0"):
+            assert words in error, error
+
+
+@built
+def test_an_unknown_instruction_set_is_an_error():
+    code = "import torch; from fused_res.backends import native; native.load(); torch.ops.fused_res.bn_stats(torch.rand(3, 4))"
+    assert (
+        "FUSED_RES_CPU_CAPABILITY: this CPU or this library has no nonsense"
+        in run(code, FUSED_RES_CPU_CAPABILITY="nonsense").stderr
+    )
+    assert run(code, FUSED_RES_CPU_CAPABILITY="plain").returncode == 0
+
+
+@built
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_only_the_stable_interface_of_torch_is_used():
+    names = subprocess.run(["nm", "-D", "--undefined-only", native.LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"\b_Z\w*(?:2at|3c10|5torch)\w*", names)
+    assert "aoti_torch" in names
+    needed = subprocess.run(["readelf", "-d", native.LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"NEEDED.*(?:cudart|libtorch_python|libtorch_cuda|libpython)", needed)
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["8.0", "9.0"], (8, 6), True),
+        (["8.0", "9.0"], (7, 5), False),
+        (["8.6"], (8, 0), False),
+        (["9.0"], (10, 0), False),
+        (["9.0+PTX"], (12, 0), True),
+        (["9.0a"], (9, 0), True),
+        (["9.0a"], (10, 0), False),
+    ],
+)
+def test_gpus_that_the_library_runs_on(archs, capability, runs):
+    assert native._runs_on(archs, capability) is runs
+
+
+@checkout
+def test_architectures_follow_nvcc_and_the_environment(monkeypatch):
+    setup = setup_module_of(ROOT)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup.cuda_archs((12, 6)) == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
+    assert setup.cuda_archs((13, 0)) == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
+    assert setup.gencode(setup.cuda_archs((13, 0))) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    with pytest.raises(SystemExit, match="expected numbers such as"):
+        setup.gencode(["Hopper"])
+
+
+@checkout
+def test_cuda_is_decided_by_nvcc_alone(monkeypatch):
+    setup = setup_module_of(ROOT)
+    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    monkeypatch.delenv("FUSED_RES_CUDA", raising=False)
+    assert setup.cuda_compiler() is None
+    monkeypatch.setenv("FUSED_RES_CUDA", "1")
+    with pytest.raises(SystemExit, match="found no nvcc"):
+        setup.cuda_compiler()
+    monkeypatch.setattr(setup, "find_nvcc", lambda: Path("/some/nvcc"))
+    assert setup.cuda_compiler() == Path("/some/nvcc")
+    monkeypatch.setenv("FUSED_RES_CUDA", "0")
+    assert setup.cuda_compiler() is None
+
+
+@checkout
+@pytest.mark.slow
+def test_without_a_compiler_the_package_is_pure_python_and_says_why(tmp_path):
+    command = [sys.executable, "setup.py", "build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "lib"]
+    environment = os.environ | {"CXX": "/nonexistent"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "no native library: there was no C++ compiler" in done.stderr
+    assert "no C++ compiler" in json.loads((tmp_path / "lib/fused_res/_native.json").read_text())["missing"]
+    assert not (tmp_path / "lib/fused_res/_native.so").exists()
+
+
+@checkout
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512"])
+def test_kernels_under_sanitizers(tmp_path, name):
+    setup = setup_module_of(ROOT)
+    if name != "plain":
+        library = ctypes.CDLL(str(native.LIBRARY)) if WHY is None else pytest.skip(str(WHY))
+        if not library.fused_res_set_cpu_capability(name.encode()):
+            pytest.skip(f"this CPU has no {name}")
+        library.fused_res_set_cpu_capability(None)
+    flags = [flag for flag in setup.CXX_FLAGS if not flag.startswith("-O")] + setup.VARIANTS[name] + setup.VARIANT_FLAGS
+    sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-DFUSED_RES_VARIANT={name}"]
+    sources = ["csrc/cpu/variant.cpp", Path(__file__).with_name("cpu_kernels.cpp")]
+    compiled = subprocess.run(
+        ["g++", *flags, *sanitize, *sources, "-o", tmp_path / "kernels"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if "cannot find" in compiled.stderr:
+        pytest.skip("the sanitizers' libraries are not installed")
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == name
+
+
+@checkout
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="one instruction set only")
+def test_no_instruction_set_leaks_into_shared_functions(tmp_path):
+    """A weak function outside the variant's own namespace could replace, for every CPU, one compiled for any."""
+    setup = setup_module_of(ROOT)
+    for name, flags in setup.VARIANTS.items():
+        command = ["g++", *setup.CXX_FLAGS, "-O0", *flags, *setup.VARIANT_FLAGS, f"-DFUSED_RES_VARIANT={name}"]
+        subprocess.run([*command, "-c", "csrc/cpu/variant.cpp", "-o", tmp_path / "object.o"], cwd=ROOT, check=True)
+        symbols = subprocess.run(["nm", "-C", tmp_path / "object.o"], capture_output=True, text=True, check=True).stdout
+        shared = [line for line in symbols.splitlines() if " W " in line]
+        foreign = [line for line in shared if f"fused_res::cpu::{name}::" not in line]
+        assert not foreign, foreign
