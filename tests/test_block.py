@@ -6,7 +6,7 @@ from torch import nn
 from torch.library import opcheck
 
 import fused_res
-from fused_res import accuracy
+from fused_res import accuracy, backends, use_backend
 from fused_res.functional import residual_block_with_saved
 from fused_res.primitives import bn_act_backward
 from fused_res.spec import Block, ConvBN, pack
@@ -62,9 +62,14 @@ def backward_arguments(arguments):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_gradcheck_through_our_backward(kind, shortcut, training):
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_gradcheck_through_our_backward(kind, shortcut, training, backend):
+    reason = backends.supports(backend, torch.device("cpu"), torch.float64)
+    if reason is not None:
+        pytest.skip(reason)
     block, x = make(kind, shortcut, training=training, bias=shortcut == "projection")
-    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -91,7 +96,8 @@ def test_gradcheck_fails_on_a_wrong_sign(row, monkeypatch):
 
     monkeypatch.setattr(bn_act_backward, "plain_finalize", wrong)
     block, x = make("Bottleneck", "projection")
-    assert not torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), raise_exception=False)
+    with use_backend("reference"):
+        assert not torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), raise_exception=False)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
