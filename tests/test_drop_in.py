@@ -78,8 +78,13 @@ def test_three_training_steps_and_an_evaluation_give_torchvisions_numbers(torchv
     block, layers, options = NETWORKS[name]
     ours, theirs = _networks(torchvision_resnet, block, layers, **options)
     images, labels = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([1, 7])
-    errors = _errors(_train(ours, images, labels, 3), _train(theirs, images, labels, 3))
-    assert max(errors.values()) < 1e-8, {k: v for k, v in errors.items() if v >= 1e-8}
+    nudged = copy.deepcopy(theirs)
+    expected = _train(theirs, images, labels, 3)
+    # Three steps of a deep network amplify rounding; how far, torchvision's own network tells, on images one ulp away.
+    drift = max(_errors(_train(nudged, torch.nextafter(images, images + 1), labels, 3), expected).values())
+    assert drift < 1e-6
+    errors = _errors(_train(ours, images, labels, 3), expected)
+    assert max(errors.values()) < 10 * drift, (drift, {k: v for k, v in errors.items() if v >= 10 * drift})
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-7, atol=1e-10)
 
