@@ -22,6 +22,10 @@ help:
 
 setup: $(READY)
 
+# A development environment compiles the CUDA kernels for the GPUs at hand only, or for one architecture where there is none.
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
+$(READY): export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
+
 $(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

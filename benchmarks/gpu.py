@@ -24,7 +24,8 @@ TIME_LIMIT, LEAST = 480, 45
 SOURCES = ("fused_res", "kernels", "csrc", "benchmarks", "tests")
 PASSED = "passed"
 BUILD = f"""
-import os, runpy, sys
+import os, runpy, sys, torch
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{{}}.{{}}".format(*torch.cuda.get_device_capability()))
 os.chdir({str(ROOT)!r})
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
