@@ -211,3 +211,7 @@ def test_no_instruction_set_leaks_into_shared_functions(tmp_path):
         shared = [line for line in symbols.splitlines() if " W " in line]
         foreign = [line for line in shared if f"fused_res::cpu::{name}::" not in line]
         assert not foreign, foreign
+
+
+def test_float64_is_refused_on_a_gpu_with_the_reason():
+    assert native.supports(torch.device("cuda"), torch.float64) == "takes float64 on the CPU only"

@@ -88,6 +88,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"takes float32, float16, bfloat16 and float64, got {str(dtype).removeprefix('torch.')}"
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip):
         return f"needs a CPU or an NVIDIA GPU, got a tensor on {device.type}"
+    if device.type == "cuda" and dtype == torch.float64:
+        return "takes float64 on the CPU only"
     reason = missing()
     if reason is not None:
         return reason
