@@ -59,7 +59,7 @@ aot: $(READY)
 
 wheel: $(READY)
 	rm -rf dist build/wheel
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
