@@ -186,3 +186,33 @@ def test_output_is_not_kept_by_the_graph():
         out = block(image(block, dtype=torch.float32))
     assert held
     assert out.untyped_storage().data_ptr() not in held
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+@every_block
+def test_a_consumer_without_a_gradient_leaves_the_block_none(kind):
+    block = make(kind)
+    x = image(block).requires_grad_()
+    _NoGradient.apply(block(x)).sum().backward()
+    assert x.grad is None
+    assert all(p.grad is None for p in block.parameters())
+
+
+@every_block
+def test_no_gradients_are_made_up_for_what_is_saved(kind):
+    block = make(kind)
+    out = block(image(block).requires_grad_())
+    sizes = {tuple(t.shape) for t in out.grad_fn.saved_tensors if t.dim() == 2}
+    with torch.profiler.profile(record_shapes=True) as profile:
+        out.backward(weights(out))
+    zeroed = {tuple(event.input_shapes[0]) for event in profile.events() if event.name == "aten::zero_"}
+    assert sizes and not sizes & zeroed

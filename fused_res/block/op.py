@@ -110,6 +110,8 @@ def _save_for_backward(ctx, inputs, output):
     x, _, residual_scale, tensors, spec, eps, save, level, backend = inputs
     _, saved = output
     ctx.mark_non_differentiable(*saved)
+    # Without this, autograd makes a tensor of zeros for each tensor of `saved`, whose gradient nobody reads.
+    ctx.set_materialize_grads(False)
     ctx.save = save
     if not save:
         return
@@ -124,6 +126,8 @@ def _save_for_backward(ctx, inputs, output):
 def _forward_gradient(ctx, dout, _):
     if not ctx.save:
         raise RuntimeError("block_forward: called with save=False, which keeps nothing for backward")
+    if dout is None:
+        return None, None, None, [None] * len(ctx.needs_input_grad[3]), None, None, None, None, None
     x, *rest = ctx.saved_tensors
     residual_scale = rest.pop(0) if ctx.has_scale else None
     kept, saved = rest[: ctx.kept_count], rest[ctx.kept_count :]
@@ -142,6 +146,7 @@ def _forward_gradient(ctx, dout, _):
 
 def _save_for_double_backward(ctx, inputs, output):
     dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, _, _ = inputs
+    ctx.set_materialize_grads(False)
     ctx.has_scale, ctx.tensors_count, ctx.saved_count = residual_scale is not None, len(tensors), len(saved)
     ctx.save_for_backward(dout, x, *([residual_scale] if ctx.has_scale else []), *tensors, *saved)
 
