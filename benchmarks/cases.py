@@ -1,14 +1,54 @@
-"""The blocks that are measured: one table, shared by the benchmark and its tests."""
+"""What is measured: one table of residual blocks and networks, shared by the command, the tests and pytest-benchmark."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 import fused_res
 
-BATCHES = {"cpu": (4,), "cuda": (64, 256)}
+BATCHES = {"cpu": (8,), "cuda": (16, 64, 256)}
 """Default batch sizes of a device type."""
+IMAGE = 224
+"""Height and width of a network's input."""
+
+
+def randomise(module: nn.Module, seed: int) -> nn.Module:
+    """Give every parameter and buffer a random value, in fp64, such that activations keep their size from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: Tensor, low: float, high: float) -> None:
+        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+
+    module.double()
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, nn.Conv2d | nn.Linear):
+                fan_in = child.weight[0].numel()
+                child.weight.copy_(torch.randn(child.weight.shape, generator=generator, dtype=torch.float64) * fan_in**-0.5)
+                if child.bias is not None:
+                    uniform(child.bias, -0.5, 0.5)
+            elif isinstance(child, nn.BatchNorm2d):
+                uniform(child.weight, 0.5, 1.5)
+                uniform(child.bias, -0.5, 0.5)
+                uniform(child.running_mean, -0.5, 0.5)
+                uniform(child.running_var, 0.5, 1.5)
+    return module
+
+
+def convert(module: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device) -> nn.Module:
+    """Convolutions and linear layers in `dtype`, BN in fp32 as under autocast (fp64 for fp64)."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d | nn.Linear):
+            child.to(dtype)
+        elif isinstance(child, nn.BatchNorm2d):
+            child.to(torch.promote_types(dtype, torch.float32))
+    return module.to(device, memory_format=memory_format)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -21,6 +61,10 @@ class Case:
     planes: int
     size: int
     stride: int = 1
+    groups: int = 1
+    base_width: int = 64
+
+    is_network = False
 
     @property
     def block(self) -> type[nn.Module]:
@@ -28,7 +72,12 @@ class Case:
 
     @property
     def outplanes(self) -> int:
-        return self.planes * {"basic": 1, "bottleneck": 4}[self.kind]
+        return self.planes * self.block.expansion
+
+    @property
+    def width(self) -> int:
+        """Channels of the inner activations."""
+        return self.planes if self.kind == "basic" else int(self.planes * (self.base_width / 64.0)) * self.groups
 
     @property
     def projection(self) -> bool:
@@ -38,69 +87,107 @@ class Case:
     def output_size(self) -> int:
         return (self.size - 1) // self.stride + 1
 
-    def build(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0) -> nn.Module:
-        """The block in training mode: convolutions in `dtype`, BN in fp32 as under autocast (fp64 for fp64), every value random.
+    def describe(self) -> dict:
+        """What a row of a result file says about the case."""
+        return asdict(self) | {"case": self.name, "projection": self.projection, "is_network": False}
 
-        One seed gives the same values, up to rounding, in every dtype and layout.
-        """
-        generator = torch.Generator().manual_seed(seed)
+    def module(self) -> nn.Module:
+        """The block as its class makes it."""
         downsample = None
         if self.projection:
             conv = nn.Conv2d(self.inplanes, self.outplanes, 1, self.stride, bias=False)
             downsample = nn.Sequential(conv, nn.BatchNorm2d(self.outplanes))
-        block = self.block(self.inplanes, self.planes, self.stride, downsample).double()
-        with torch.no_grad():
-            for module in block.modules():
-                if isinstance(module, nn.Conv2d):
-                    fan_in = module.weight[0].numel()
-                    module.weight.copy_(torch.randn(module.weight.shape, generator=generator, dtype=torch.float64) * fan_in**-0.5)
-                elif isinstance(module, nn.BatchNorm2d):
-                    for tensor, low, high in (
-                        (module.weight, 0.5, 1.5),
-                        (module.bias, -0.5, 0.5),
-                        (module.running_mean, -0.5, 0.5),
-                        (module.running_var, 0.5, 1.5),
-                    ):
-                        uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-                        tensor.copy_(low + (high - low) * uniform)
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d):
-                module.to(dtype)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.to(torch.promote_types(dtype, torch.float32))
-        return block.to(device, memory_format=memory_format)
+        return self.block(self.inplanes, self.planes, self.stride, downsample, self.groups, self.base_width)
+
+    def build(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0) -> nn.Module:
+        """The block in training mode, every value random. One seed gives the same values, up to rounding, everywhere."""
+        return convert(randomise(self.module(), seed), dtype, memory_format, device)
 
     def input(
         self, batch: int, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
         """A block input (non-negative, as after a ReLU) and an incoming gradient, made on the device from the seed."""
         generator = torch.Generator(device).manual_seed(seed)
-        x = torch.randn(batch, self.inplanes, self.size, self.size, generator=generator, device=device).relu_()
-        shape = batch, self.outplanes, self.output_size, self.output_size
-        grad = torch.randn(shape, generator=generator, device=device)
+        x = _random((batch, self.inplanes, self.size, self.size), generator).relu_()
+        grad = _random((batch, self.outplanes, self.output_size, self.output_size), generator)
         return tuple(tensor.to(dtype).contiguous(memory_format=memory_format) for tensor in (x, grad))
 
 
-def _stages(kind: str, prefix: str) -> tuple[Case, ...]:
-    """First (where it projects) and further blocks of the four stages of ResNet-18 (basic) or ResNet-50 (bottleneck)."""
-    expansion = {"basic": 1, "bottleneck": 4}[kind]
-    cases, inplanes, size = [], 64, 56
-    for stage, planes in enumerate((64, 128, 256, 512), start=1):
-        stride = 1 if stage == 1 else 2
-        first = Case(f"{prefix}.{stage}.projection", kind, inplanes, planes, size, stride)
-        if first.projection:
-            cases.append(first)
-        inplanes, size = planes * expansion, first.output_size
-        cases.append(Case(f"{prefix}.{stage}.identity", kind, inplanes, planes, size))
-    return tuple(cases)
+@dataclass(frozen=True)
+class Network:
+    """A ResNet for 1000 classes; `layers` blocks in its four stages. Blocks that recur are one case."""
+
+    name: str
+    kind: str
+    layers: tuple[int, int, int, int]
+    groups: int = 1
+    base_width: int = 64
+
+    is_network = True
+    projection = False
+
+    def describe(self) -> dict:
+        return {"case": self.name, "kind": self.kind, "size": IMAGE, "is_network": True}
+
+    def blocks(self, prefix: str | None = None) -> Iterator[tuple[Case, int]]:
+        """The distinct blocks and how often each occurs: the first of a stage (where it projects), and the further ones."""
+        inplanes, size = 64, 56
+        for stage, (planes, count) in enumerate(zip((64, 128, 256, 512), self.layers, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            shape = (self.groups, self.base_width)
+            name = f"{prefix or self.name}.{stage}"
+            first = Case(f"{name}.projection", self.kind, inplanes, planes, size, stride, *shape)
+            inplanes, size = first.outplanes, first.output_size
+            further = count
+            if first.projection:
+                yield first, 1
+                further -= 1
+            if further:
+                yield Case(f"{name}.identity", self.kind, inplanes, planes, size, 1, *shape), further
+
+    def module(self) -> nn.Module:
+        """Stem, blocks, pooling, classifier: torchvision's ResNet with our blocks."""
+        layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+        for case, count in self.blocks():
+            layers += [case.module() for _ in range(count)]
+        channels = layers[-1].bn2.num_features if self.kind == "basic" else layers[-1].bn3.num_features
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+    def build(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0) -> nn.Module:
+        """As `Case.build`."""
+        return convert(randomise(self.module(), seed), dtype, memory_format, device)
+
+    def input(
+        self, batch: int, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Images and the incoming gradient of the logits, made on the device from the seed."""
+        generator = torch.Generator(device).manual_seed(seed)
+        x = _random((batch, 3, IMAGE, IMAGE), generator).to(dtype).contiguous(memory_format=memory_format)
+        return x, (_random((batch, 1000), generator) / batch).to(dtype)
 
 
-_RESNET18 = _stages("basic", "resnet18")
-_RESNET50 = _stages("bottleneck", "resnet50")
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("resnet18", "basic", (2, 2, 2, 2)),
+        Network("resnet34", "basic", (3, 4, 6, 3)),
+        Network("resnet50", "bottleneck", (3, 4, 6, 3)),
+        Network("resnet101", "bottleneck", (3, 4, 23, 3)),
+        Network("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), base_width=128),
+        Network("resnext50_32x4d", "bottleneck", (3, 4, 6, 3), groups=32, base_width=4),
+    )
+}
+_SAME_BLOCKS = {"resnet34": "resnet18", "resnet101": "resnet50"}
+"""Networks whose distinct blocks are those of another; they bear its name."""
 _QUICK = ("resnet18.1.identity", "resnet50.1.identity", "resnet50.3.projection")
 
-SUITES: dict[str, tuple[Case, ...]] = {
-    "quick": tuple(case for case in _RESNET18 + _RESNET50 if case.name in _QUICK),
-    "resnet18": _RESNET18,
-    "resnet50": _RESNET50,
-}
+
+def occurrences(network: str) -> dict[Case, int]:
+    """A network's distinct blocks and how often each occurs."""
+    return dict(NETWORKS[network].blocks(_SAME_BLOCKS.get(network)))
+
+
+SUITES: dict[str, tuple[Case | Network, ...]] = {name: tuple(occurrences(name)) for name in NETWORKS}
+SUITES["full"] = tuple(dict.fromkeys(case for name in NETWORKS for case in SUITES[name]))
+SUITES["quick"] = tuple(case for case in SUITES["full"] if case.name in _QUICK)
+SUITES["networks"] = tuple(NETWORKS.values())

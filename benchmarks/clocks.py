@@ -1,10 +1,22 @@
-"""How long a step takes: on the CPU by the performance counter, on the GPU by events."""
+"""How long a step takes: on the CPU by the performance counter, on the GPU by events; and in what state the machine was."""
 
+import os
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+
+Call = Callable[[], object]
+_GPU_STATE = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "celsius": "temperature.gpu",
+    "watts": "power.draw",
+    "throttled": "clocks_throttle_reasons.active",
+}
 
 
 class Timing(NamedTuple):
@@ -15,14 +27,24 @@ class Timing(NamedTuple):
 
 
 class Clock(Protocol):
-    def time(self, call: Callable[[], object]) -> Timing: ...
+    conditions: str
+
+    def time(self, call: Call) -> Timing: ...
+
+    def others(self) -> dict[str, Callable[[Call], Timing]]:
+        """Further ways to time a step, by the name of their column."""
 
 
 class CpuClock:
-    def time(self, call: Callable[[], object]) -> Timing:
+    conditions = "wall time of a step; three input sets in turn, caches as the peer before left them"
+
+    def time(self, call: Call) -> Timing:
         start = time.perf_counter()
         call()
         return Timing((time.perf_counter() - start) * 1e3)
+
+    def others(self) -> dict[str, Callable[[Call], Timing]]:
+        return {}
 
 
 class CudaClock:
@@ -33,6 +55,7 @@ class CudaClock:
     """
 
     LONGEST_SLEEP_MS = 20.0
+    conditions = "CUDA events, cold L2, full queue"
 
     def __init__(self, device: torch.device) -> None:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -43,7 +66,7 @@ class CudaClock:
         self.cycles_per_ms = 10_000_000 / self._events(lambda: torch.cuda._sleep(10_000_000)).ms
 
     @staticmethod
-    def _events(call: Callable[[], object]) -> Timing:
+    def _events(call: Call) -> Timing:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin = time.perf_counter()
         start.record()
@@ -53,14 +76,88 @@ class CudaClock:
         end.synchronize()
         return Timing(start.elapsed_time(end), host_ms)
 
-    def time(self, call: Callable[[], object]) -> Timing:
+    def time(self, call: Call) -> Timing:
         torch.cuda.synchronize()
         self.flush.zero_()
+        return self._queued(call)
+
+    def _queued(self, call: Call) -> Timing:
         torch.cuda._sleep(int(self.sleep_ms * self.cycles_per_ms))
         timing = self._events(call)
         self.sleep_ms = min(self.LONGEST_SLEEP_MS, max(self.sleep_ms, 1.5 * timing.host_ms))
         return timing
 
+    def _warm(self, call: Call) -> Timing:
+        call()
+        torch.cuda.synchronize()
+        return self._queued(call)
+
+    def _wall(self, call: Call) -> Timing:
+        torch.cuda.synchronize()
+        self.flush.zero_()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return Timing((time.perf_counter() - start) * 1e3)
+
+    def others(self) -> dict[str, Callable[[Call], Timing]]:
+        """`warm_ms`: right after the same step; `wall_ms`: from an idle GPU until it is idle again, the host's work included."""
+        return {"warm_ms": self._warm, "wall_ms": self._wall}
+
+
+def captured(call: Call) -> Call:
+    """The step as a CUDA graph; calling it replays the graph. Raises what the capture raises."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
+
 
 def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def _gpu_state(device: torch.device) -> dict:
+    command = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(
+            [*command, f"--query-gpu={','.join(_GPU_STATE.values())}"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = done.stdout.strip().split(", ")
+    if done.returncode != 0 or len(values) != len(_GPU_STATE):
+        return {}
+    return dict(zip(_GPU_STATE, values, strict=True))
+
+
+def _cpu_state() -> dict:
+    found = {}
+    if hasattr(os, "getloadavg"):
+        found["load"] = round(os.getloadavg()[0], 2)
+    for name, path, scale in (
+        ("mhz", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", 1e-3),
+        ("celsius", "/sys/class/thermal/thermal_zone0/temp", 1e-3),
+    ):
+        try:
+            found[name] = round(int(Path(path).read_text()) * scale)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def state(device: torch.device) -> dict:
+    """Clocks, temperature and load of the device now, as far as the machine tells."""
+    return _gpu_state(device) if device.type == "cuda" else _cpu_state()

@@ -51,7 +51,7 @@ def kernel_tests() -> list[str]:
 def slices(output: Path, dry_run: bool) -> list[Slice]:
     """In the order of their value: the native library, which the rest then finds, correctness, then speed."""
     pytest = ("-m", "pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q")
-    bench = ("-m", "fused_res", "bench", "--output", str(output), "--resume")
+    bench = ("-m", "fused_res", "bench", "--output", str(output))
     if dry_run:
         small = (
             "--dtype",
@@ -146,19 +146,23 @@ class State:
         found = self.slices.get(name, {})
         return found.get("status") == PASSED and found.get("source") == self.source
 
+    def begun(self, name: str) -> bool:
+        """Whether it was started with the same sources: what it has written may be added to."""
+        return self.slices.get(name, {}).get("source") == self.source
+
     def note(self, name: str, status: str, seconds: float) -> None:
         self.slices[name] = {"status": status, "seconds": round(seconds, 1), "source": self.source}
         self.path.write_text(json.dumps(self.slices, indent=1) + "\n")
 
 
-def run_slice(chosen: Slice, environment: dict, folder: Path, output: Path, limit: float) -> str:
-    """Run one slice; returns its status. Its output is kept under logs/, which git ignores: it may name this machine's paths."""
+def run_slice(chosen: Slice, environment: dict, folder: Path, output: Path, limit: float, begun: bool) -> str:
+    """Run one slice, or go on with one that was begun; returns its status. Its output is kept under logs/, which git ignores: it may name this machine's paths."""
     logs = output / "logs"
     logs.mkdir(exist_ok=True)
     (logs / ".gitignore").write_text("*\n")
     command = [sys.executable, *chosen.arguments]
     if chosen.budget:
-        command += ["--time-budget", f"{chosen.budget * limit:.0f}"]
+        command += ["--time-budget", f"{chosen.budget * TIME_LIMIT:.0f}", *(["--resume"] if begun else [])]
     out, log = logs / f"{chosen.name}.out", logs / f"{chosen.name}.err"
     code = execute(command, environment, folder, out, log, limit)
     if chosen.name == "check" and code in (0, 1):
@@ -175,7 +179,7 @@ def run_slice(chosen: Slice, environment: dict, folder: Path, output: Path, limi
 def summarise(output: Path, names: list[str], state: State, folder: Path) -> Path:
     """Write the one-page summary: the slices, the check, and a table per result file."""
     sys.path.insert(0, str(folder))
-    from fused_res.benchmarks import report
+    from fused_res.benchmarks import report, results
 
     lines = ["# fused_res on this GPU", "", "| slice | status | seconds |", "| --- | --- | ---: |"]
     for name in names:
@@ -187,9 +191,9 @@ def summarise(output: Path, names: list[str], state: State, folder: Path) -> Pat
         worst = "not finite" if found["worst"] is None else f"at {found['worst']:.2f} of its limit"
         verdict = "passed" if found["passed"] else "FAILED"
         lines += ["", f"Numerical check on {found['device']}: {verdict}, {found['compared']} comparisons, worst {worst}."]
-    for path in sorted(output.glob("resnet*.json")):
+    for path in sorted(output.glob("*.jsonl")):
         picture = path.with_suffix(".png")
-        lines += ["", f"## {path.stem}", "", report.markdown(report.load(path), picture.name if picture.is_file() else None)]
+        lines += ["", f"## {path.stem}", "", report.markdown(results.load(path), picture.name if picture.is_file() else None)]
     (output / "summary.md").write_text("\n".join(lines) + "\n")
     return output / "summary.md"
 
@@ -230,7 +234,7 @@ def main() -> int:
                 continue
             print(f"{chosen.name} ...", flush=True)
             begin = time.monotonic()
-            status = run_slice(chosen, environment, folder, output, limit)
+            status = run_slice(chosen, environment, folder, output, limit, state.begun(chosen.name))
             state.note(chosen.name, status, time.monotonic() - begin)
             print(f"{chosen.name}: {status}", flush=True)
         print(f"summary: {summarise(output, names, state, folder)}")

@@ -3,10 +3,32 @@
 import textwrap
 from pathlib import Path
 
-from fused_res.benchmarks.report import BARE, OURS, conditions, measured
+from fused_res import planner
+from fused_res.benchmarks import sums
+from fused_res.benchmarks.peers import BARE, OURS, is_ours
+from fused_res.benchmarks.report import conditions, measured, ran
 from fused_res.console import require
 
-COLOURS = {"eager NCHW": "#9aa5b1", "eager channels_last": "#52606d", "torch.compile": "#e0912f", OURS: "#1f6fd0"}
+COLOURS = {
+    "eager NCHW": "#9aa5b1",
+    "eager channels_last": "#52606d",
+    "torch.compile": "#e0912f",
+    "torch.compile max-autotune": "#b5651d",
+    "cuDNN graphs": "#6a994e",
+    "inplace_abn": "#a98467",
+    "ONNX Runtime": "#8e6bbf",
+    "OpenVINO": "#4f9d9d",
+    OURS: "#1f6fd0",
+}
+LEVELS = ("#7fb2ec", "#4a90d9", "#174f96", "#0b2f5e")
+
+
+def colour(name: str) -> str:
+    """A peer's; fused_res's levels have shades of its own."""
+    if name in COLOURS or not is_ours(name):
+        return COLOURS.get(name, "#c3c9d0")
+    level = name.removeprefix(f"{OURS} ")
+    return LEVELS[planner.LEVELS.index(level) % len(LEVELS)] if level in planner.LEVELS else LEVELS[0]
 
 
 def draw(document: dict, path: Path) -> None:
@@ -14,7 +36,7 @@ def draw(document: dict, path: Path) -> None:
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    groups = [(key, peers) for key, peers in measured(document) if any(row["reason"] is None for row in peers.values())]
+    groups = [(key, ran(peers)) for key, peers in measured(document) if BARE in ran(peers)]
     digits = document.get("digits")
     with_losses = bool(digits and digits.get("losses"))
     height = 1.9 + 0.95 * max(len(groups), 3)
@@ -31,29 +53,29 @@ def draw(document: dict, path: Path) -> None:
 
 def _blocks(axes, groups: list) -> None:
     """Horizontal bars, grouped by case, with the 20 % to 80 % quantiles as error bars."""
-    names = [name for name in COLOURS if any(name in peers for _, peers in groups)]
+    names = list(dict.fromkeys(name for _, peers in groups for name in peers if name != BARE))
     thickness, labels = 0.8 / max(len(names), 1), []
     shown = set()
     for g, ((case, batch, dtype, mode), peers) in enumerate(groups):
         labels.append(f"{case}\nbatch {batch}, {dtype}, {mode}")
         for n, name in enumerate(names):
-            row, at = peers.get(name), g + (n - (len(names) - 1) / 2) * thickness
-            if row is None or row["reason"] is not None or BARE not in row["ratio_to"]:
+            at = g + (n - (len(names) - 1) / 2) * thickness
+            if name not in peers:
                 axes.text(0.02, at, f"{name}: not run", va="center", fontsize=7, color="#9aa5b1", style="italic")
                 continue
-            ratio = row["ratio_to"][BARE]
+            ratio = sums.ratio(peers[name], peers[BARE])
             middle = ratio["median"]
             axes.barh(
                 at,
                 middle,
                 height=thickness * 0.92,
-                color=COLOURS[name],
+                color=colour(name),
                 xerr=[[max(0.0, middle - ratio["q20"])], [max(0.0, ratio["q80"] - middle)]],
                 error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "#1f2933"},
                 label=None if name in shown else _label(name, groups),
             )
             shown.add(name)
-            weight = "bold" if name == OURS else "normal"
+            weight = "bold" if is_ours(name) else "normal"
             axes.annotate(
                 f"{middle:.2f}",
                 (max(middle, ratio["q80"]), at),
@@ -69,7 +91,7 @@ def _blocks(axes, groups: list) -> None:
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
     axes.set_xlabel("block time / time of its bare convolutions: medians, 20 % to 80 % quantiles (lower is better)")
-    axes.set_title("Residual blocks", loc="left", fontsize=12, fontweight="bold")
+    axes.set_title("Time over the bare convolutions'", loc="left", fontsize=12, fontweight="bold")
     axes.grid(axis="x", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -80,8 +102,8 @@ def _label(name: str, groups: list) -> str:
     """A peer's name; fused_res with what it ran as."""
     if name != OURS:
         return name
-    ran = dict.fromkeys(peers[OURS]["backend"] for _, peers in groups if OURS in peers and peers[OURS]["reason"] is None)
-    return f"{OURS} ({'; '.join(ran)})"
+    backends = dict.fromkeys(peers[OURS]["backend"] for _, peers in groups if OURS in peers)
+    return f"{OURS} ({'; '.join(backends)})"
 
 
 def _losses(axes, digits: dict) -> None:

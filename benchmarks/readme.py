@@ -1,6 +1,6 @@
 """`python -m fused_res.benchmarks.readme [--check] README.md`: figures in README come from committed result files only.
 
-What stands between `<!-- results:begin FILE.json -->` and `<!-- results:end -->` is rewritten from FILE.json, a path relative to
+What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from FILE.jsonl, a path relative to
 the README. With --check nothing is written, and the exit code is 1 if anything would be.
 """
 
@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from fused_res.benchmarks import report
+from fused_res.benchmarks import report, results
 
 _SECTION = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n)(?P<body>.*?)(<!-- results:end -->)", re.DOTALL)
 
@@ -18,11 +18,11 @@ def rewritten(text: str, folder: Path) -> str:
     """The text with every section rendered anew from its result file."""
     pairs = len(_SECTION.findall(text))
     if any(text.count(f"<!-- results:{marker}") != pairs for marker in ("begin", "end")):
-        raise ValueError("expected pairs of <!-- results:begin FILE.json --> and <!-- results:end -->")
+        raise ValueError("expected pairs of <!-- results:begin FILE.jsonl --> and <!-- results:end -->")
 
     def render(match: re.Match) -> str:
         name = match["file"]
-        document = report.load(folder / name)
+        document = results.load(folder / name)
         picture = Path(name).with_suffix(".png")
         shown = picture.as_posix() if (folder / picture).is_file() else None
         return f"{match[1]}\n{report.markdown(document, shown)}\n\n{match[4]}"

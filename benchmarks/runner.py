@@ -5,17 +5,17 @@ What is compared are ratios of times within a round, so that a clock that drifts
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from fused_res.benchmarks import memory
+from fused_res.benchmarks import clocks, memory, traffic
 from fused_res.benchmarks import peers as peers_module
 from fused_res.benchmarks.agreement import compare
 from fused_res.benchmarks.clocks import Clock, Timing, clock_for
-from fused_res.benchmarks.peers import Peer, Setup
+from fused_res.benchmarks.peers import BARE, Peer, Setup
+from fused_res.benchmarks.sums import summary
 from fused_res.environment import dtype_name, temporarily
 
 ROUNDS, MIN_ROUNDS, WARM_UP = 30, 5, 3
@@ -23,7 +23,7 @@ ROUNDS, MIN_ROUNDS, WARM_UP = 30, 5, 3
 
 def interleave(
     steps: dict[str, Callable[[int], object]],
-    clock: Clock,
+    timed: Callable[[Callable[[], object]], Timing],
     rounds: int = ROUNDS,
     sets: int = 1,
     deadline: float | None = None,
@@ -41,24 +41,11 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                timings[name].append(clock.time(lambda name=name, i=done % sets: steps[name](i)))
+                timings[name].append(timed(lambda name=name, i=done % sets: steps[name](i)))
     finally:
         if collecting:
             gc.enable()
     return timings
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median with 20 % and 80 % quantiles."""
-    if len(values) == 1:
-        return {"median": values[0], "q20": values[0], "q80": values[0]}
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return {"median": statistics.median(values), "q20": tenths[1], "q80": tenths[7]}
-
-
-def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, dict[str, float]]]:
-    """`[a][b]`: a's time over b's, taken round by round and then summarised."""
-    return {a: {b: summary([x / y for x, y in zip(times[a], times[b], strict=True)]) for b in times if b != a} for a in times}
 
 
 def run_case(
@@ -74,10 +61,12 @@ def run_case(
     Raises:
         ResultMismatchError: fused_res differs from eager beyond `tolerance`.
     """
+    names, clock = names or peers_module.usual(setup.device, setup.mode), clock or clock_for(setup.device)
     ready: dict[str, Peer] = {}
     reasons: dict[str, str] = {}
-    with temporarily(torch.backends.cudnn, benchmark=True):
-        for name in names or peers_module.REGISTRY:
+    matmul = torch.backends.cuda.matmul
+    with temporarily(torch.backends.cudnn, benchmark=True), temporarily(matmul, allow_tf32=torch.backends.cudnn.allow_tf32):
+        for name in names:
             advance(f"{setup.case.name}: {name}")
             made = peers_module.make(name, setup)
             if isinstance(made, str):
@@ -91,38 +80,64 @@ def run_case(
                 peer.step(i % setup.sets)
         advance(f"{setup.case.name}: timing")
         steps = {name: peer.step for name, peer in ready.items()}
-        timings = interleave(steps, clock or clock_for(setup.device), rounds, setup.sets, deadline)
+        before = clocks.state(setup.device)
+        timings = interleave(steps, clock.time, rounds, setup.sets, deadline)
+        state = {"before": before, "after": clocks.state(setup.device)}
+        few = max(MIN_ROUNDS, len(next(iter(timings.values()))) // 3)
+        others = {column: interleave(steps, timed, few, setup.sets) for column, timed in clock.others().items()}
+        graphs = _replayed(ready, setup, clock, few)
         errors["after"] = compare(ready, reasons, setup, setup.sets - 1)
-    return [_row(setup, name, ready, reasons, errors, used, timings) for name in names or peers_module.REGISTRY]
+    rows = []
+    for name in names:
+        row = _head(setup, name, reasons)
+        if name not in reasons:
+            row |= _times(timings[name], {column: found[name] for column, found in others.items()}, graphs.get(name))
+            row |= {"layout": ready[name].layout, "backend": ready[name].backend, "state": state, **used[name]}
+            row["max_relative_error"] = {when: found.get(name) for when, found in errors.items()}
+            row |= work(setup, name, ready[name].backend)
+        rows.append(row)
+    return rows
 
 
-def _row(setup: Setup, name: str, ready: dict, reasons: dict, errors: dict, used: dict, timings: dict) -> dict:
-    case = setup.case
-    row = {
-        "case": case.name,
-        "block": case.kind,
-        "projection": case.projection,
-        "inplanes": case.inplanes,
-        "planes": case.planes,
-        "size": case.size,
-        "stride": case.stride,
-        "batch": setup.batch,
-        "dtype": dtype_name(setup.dtype),
-        "mode": setup.mode,
-        "peer": name,
-        "reason": reasons.get(name),
-    }
-    if name in reasons:
-        return row
-    times = {peer: [timing.ms for timing in timings[peer]] for peer in ready}
-    host = [timing.host_ms for timing in timings[name] if timing.host_ms is not None]
-    return row | {
-        "layout": ready[name].layout,
-        "backend": ready[name].backend,
-        "rounds": len(times[name]),
-        "ms": summary(times[name]),
-        "host_ms": summary(host) if host else None,
-        "ratio_to": ratios(times)[name],
-        "max_relative_error": {when: found.get(name) for when, found in errors.items()},
-        **used[name],
-    }
+def _head(setup: Setup, name: str, reasons: dict[str, str]) -> dict:
+    head = {"batch": setup.batch, "dtype": dtype_name(setup.dtype), "mode": setup.mode, "peer": name, "reason": reasons.get(name)}
+    return setup.case.describe() | head
+
+
+def _times(timings: list[Timing], others: dict[str, list[Timing]], graph: list[Timing] | str | None) -> dict:
+    times = [timing.ms for timing in timings]
+    host = [timing.host_ms for timing in timings if timing.host_ms is not None]
+    found = {"rounds": len(times), "ms": summary(times), "times": times, "host_ms": summary(host) if host else None}
+    found |= {column: summary([timing.ms for timing in more]) for column, more in others.items()}
+    if isinstance(graph, list):
+        found["graph_ms"] = summary([timing.ms for timing in graph])
+    elif graph is not None:
+        found["graph_reason"] = graph
+    return found
+
+
+def _replayed(ready: dict[str, Peer], setup: Setup, clock: Clock, rounds: int) -> dict[str, list[Timing] | str]:
+    """On a GPU, every step replayed as a CUDA graph: what is left when the host does nothing. A reason where that cannot be."""
+    if setup.device.type != "cuda":
+        return {}
+    graphs, found = {}, {}
+    for name, peer in ready.items():
+        if not peer.capturable:
+            found[name] = "it replays graphs of its own, or cannot be captured"
+            continue
+        try:
+            graphs[name] = clocks.captured(lambda peer=peer: peer.step(0))
+        except RuntimeError as error:
+            found[name] = peers_module.first_line(error)
+    steps = {name: lambda i, replay=replay: replay() for name, replay in graphs.items()}
+    return found | (interleave(steps, clock.time, rounds) if steps else {})
+
+
+def work(setup: Setup, name: str, backend: str | None) -> dict[str, float | None]:
+    """FLOPs of a step's convolutions, and the bytes it moves by `traffic`, where that knows how the peer runs."""
+    itemsize = setup.dtype.itemsize
+    ways = {"eager": "eager", "inductor": "fused BN", None: None}
+    way = "bare" if name == BARE else ways.get(backend, (backend or "").split(", ")[-1])
+    known = way in (*traffic.WAYS, "bare") and not setup.case.is_network
+    moved = traffic.total(setup.case, way, setup.mode, setup.batch, itemsize).bytes if known else None
+    return {"flops": traffic.convolution_flops(setup.case, setup.mode, setup.batch), "bytes": moved}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import torch
 
@@ -11,8 +10,12 @@ from fused_res import backends, check, environment
 from fused_res.console import MissingPackageError, progress, table
 from fused_res.planner import LEVELS
 
-SUITES = ("quick", "resnet18", "resnet50")
-MODES = ("train", "forward", "eval")
+try:
+    from fused_res.benchmarks import command
+except ModuleNotFoundError as error:
+    if error.name != "fused_res.benchmarks":
+        raise
+    command = None
 
 
 def _positive(text: str) -> int:
@@ -50,21 +53,15 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--all", action="store_true", help="show every quantity, not the worst of each block")
     checking.set_defaults(run=_check)
 
-    bench = commands.add_parser("bench", help="time blocks against eager, torch.compile and their bare convolutions")
-    bench.add_argument("--suite", choices=SUITES, default="quick", help="quick also runs the check and a short training")
-    bench.add_argument("--mode", choices=MODES, default="train", help="train: forward and backward (default)")
-    bench.add_argument("--dtype", choices=check.CHECKED, help="default: bf16 on a GPU, fp32 on the CPU")
-    bench.add_argument("--batch", nargs="+", type=_positive, help="one or several; default: 64 256 on a GPU, 4 on the CPU")
-    bench.add_argument("--rounds", type=_positive, default=30, help="interleaved rounds (default 30)")
-    bench.add_argument("--time-budget", type=float, metavar="SECONDS", help="for the timings; may cut the rounds to no less than 5")
-    bench.add_argument("--peers", nargs="+", help="names as in the table; default: all")
-    bench.add_argument("--device", type=_device, help="default: the GPU if there is one")
-    bench.add_argument("--output", type=Path, metavar="DIR", help="for the result file and the plot")
-    bench.add_argument("--resume", action="store_true", help="keep the cases that the result file in DIR already has")
-    bench.set_defaults(run=_bench)
+    bench = commands.add_parser("bench", help="time blocks and networks against eager, torch.compile and others; compare, report")
+    if command is None:
+        bench.add_argument("anything", nargs=argparse.REMAINDER)
+        bench.set_defaults(run=_no_bench)
+    else:
+        command.add_arguments(bench, _device, _positive)
 
-    for command in (info, checking, bench):
-        command.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
+    for parser_ in (info, checking):
+        parser_.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     return parser
 
 
@@ -118,39 +115,8 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if summary["passed"] else 1
 
 
-def _bench(options: argparse.Namespace) -> int:
-    try:
-        from fused_res.benchmarks import agreement, report, suite
-    except ModuleNotFoundError as error:
-        if error.name != "fused_res.benchmarks":
-            raise
-        raise MissingPackageError("this installation has no fused_res.benchmarks; use a source checkout") from error
-    unknown = set(options.peers or ()) - set(suite.REGISTRY)
-    if unknown:
-        raise MissingPackageError(f"--peers: expected some of {', '.join(suite.REGISTRY)}, got {', '.join(sorted(unknown))}")
-    asked = suite.Options(
-        options.suite,
-        options.mode,
-        options.dtype,
-        options.batch,
-        options.rounds,
-        options.time_budget,
-        options.device,
-        options.peers,
-        options.output,
-        options.resume,
-    ).resolved()
-    try:
-        document = suite.run(asked)
-    except (suite.CheckFailedError, agreement.ResultMismatchError) as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        _print_json(document)
-    else:
-        report.print_table(document)
-        print(f"written: {asked.file} and {asked.file.with_suffix('.png').name}")
-    return 0 if document.get("digits", {}).get("passed", True) else 1
+def _no_bench(options: argparse.Namespace) -> int:
+    raise MissingPackageError("this installation has no fused_res.benchmarks; use a source checkout")
 
 
 def main(argv: list[str] | None = None) -> int:

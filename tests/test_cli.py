@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_res import accuracy, check, cli, console, environment
-from fused_res.benchmarks import peers, suite
+from fused_res.benchmarks import peers, results, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 # conftest.py may have switched this process to Triton's interpreter; a user's has not.
@@ -128,15 +128,13 @@ def test_unknown_peer(capsys):
     assert "nobody" in capsys.readouterr().err
 
 
-def test_choices_are_those_of_the_benchmark():
-    assert set(cli.SUITES) == set(suite.SUITES)
-    assert set(cli.MODES) == set(peers.MODES)
-
-
 @pytest.fixture
 def small_suite(monkeypatch):
+    from fused_res.benchmarks import ceiling
     from fused_res.benchmarks.cases import Case
 
+    monkeypatch.setitem(ceiling.BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(ceiling.SIDE, "cpu", 64)
     monkeypatch.setitem(suite.SUITES, "resnet18", (Case("small.identity", "basic", 8, 8, 6),))
     return ["bench", "--suite", "resnet18", "--device", "cpu", "--batch", "2", "--rounds", "5", "--mode", "forward"]
 
@@ -145,13 +143,17 @@ def test_bench_writes_result_and_plot_and_resumes(small_suite, tmp_path, capsys)
     arguments = [*small_suite, "--output", str(tmp_path), "--peers", "eager channels_last", "bare convolutions", "fused_res"]
     assert cli.main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    written = tmp_path / "resnet18-forward-fp32.json"
-    assert json.loads(written.read_text()) == document
+    written = tmp_path / "resnet18-forward-fp32.jsonl"
+    assert results.load(written)["rows"] == document["rows"]
+    assert [row["peer"] for row in document["sums"]] == ["fused_res"]
     assert written.with_suffix(".png").stat().st_size > 10_000
     assert str(tmp_path) not in written.read_text()
     assert cli.main([*arguments, "--resume"]) == 0
-    assert json.loads(written.read_text())["rows"] == document["rows"]
+    assert results.load(written)["rows"] == document["rows"]
     assert "fused_res" in capsys.readouterr().out
+    written.write_text(written.read_text().replace('"source": "', '"source": "0'))
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert "source differ" in capsys.readouterr().err
 
 
 def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch, capsys):
@@ -159,7 +161,7 @@ def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch,
         module = setup.module("channels_last")
         return peers.block_peer(setup, module, "channels_last", lambda x: 2 * module(x))
 
-    monkeypatch.setitem(peers.REGISTRY, "fused_res", wrong)
+    monkeypatch.setitem(peers.REGISTRY, "fused_res", peers.REGISTRY["fused_res"]._replace(make=wrong))
     assert cli.main([*small_suite, "--output", str(tmp_path), "--peers", "eager channels_last", "fused_res"]) == 1
     captured = capsys.readouterr()
     assert "FAILED: small.identity" in captured.err
