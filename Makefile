@@ -15,16 +15,16 @@ help:
 	@echo "make bench   numerical check, training on real images, block times; result file and plot (sets itself up)"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
-	@echo "make lint    ruff and clang-format, as CI runs them; make format applies them"
+	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80, sm_90 and sm_100, no GPU needed"
-	@echo "make wheel   build the wheel, install it into a fresh environment, run a block there"
+	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: tests, check and benchmark in resumable slices"
 
 setup: $(READY)
 
 # A development environment compiles the CUDA kernels for the GPUs at hand only, or for one architecture where there is none.
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
-$(READY): export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
+$(READY) wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 
 $(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/zizmor --quiet --offline --strict-collection .github
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -59,7 +60,8 @@ aot: $(READY)
 
 wheel: $(READY)
 	rm -rf dist build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --quiet --sdist .
+	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel dist/*.tar.gz
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl

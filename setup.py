@@ -7,6 +7,7 @@ FUSED_RES_NATIVE=0      leaves the library out
 FUSED_RES_CUDA=0|1      leaves the CUDA kernels out, or fails without nvcc; else nvcc decides, never a GPU
 TORCH_CUDA_ARCH_LIST    GPU architectures, as PyTorch's own builds read it
 CXX, CUDA_HOME          the compilers; MAX_JOBS: how many run at once
+FUSED_RES_LOCAL_VERSION such as cu130: what a wheel's version says about it, 0.1.0+cu130
 """
 
 import json
@@ -24,6 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path("csrc")
@@ -238,6 +240,15 @@ class BuildPackage(build_py):
         write_record(package)
 
 
+class Metadata(egg_info):
+    """Names the local version, if there is one."""
+
+    def finalize_options(self) -> None:
+        label = os.environ.get("FUSED_RES_LOCAL_VERSION")
+        self.tag_build = f"+{label}" if label else self.tag_build
+        super().finalize_options()
+
+
 class Wheel(bdist_wheel):
     """The library depends on the platform, but not on Python."""
 
@@ -260,5 +271,5 @@ if __name__ == "__main__":
         ],
         package_dir={"fused_res.kernels": "kernels", "fused_res.benchmarks": "benchmarks"},
         ext_modules=[] if PURE is not None else [Extension("fused_res._native", [])],
-        cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "bdist_wheel": Wheel},
+        cmdclass={"build_ext": BuildLibrary, "build_py": BuildPackage, "egg_info": Metadata, "bdist_wheel": Wheel},
     )

@@ -28,8 +28,8 @@ def run(code, **environment):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=os.environ | environment)
 
 
-def setup_module_of(root):
-    spec = importlib.util.spec_from_file_location("fused_res_setup", root / "setup.py")
+def module_at(path):
+    spec = importlib.util.spec_from_file_location(f"fused_res_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -102,14 +102,59 @@ def test_an_unknown_instruction_set_is_an_error():
     assert run(code, FUSED_RES_CPU_CAPABILITY="plain").returncode == 0
 
 
+@pytest.fixture
+def complaints():
+    """What the check of the wheels says of a library."""
+    pytest.importorskip("torch_abi_audit")
+    return module_at(ROOT / ".ci/check_abi.py").complaints
+
+
 @built
+@checkout
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_only_the_stable_interface_of_torch_is_used():
-    names = subprocess.run(["nm", "-D", "--undefined-only", native.LIBRARY], capture_output=True, text=True, check=True).stdout
-    assert not re.findall(r"\b_Z\w*(?:2at|3c10|5torch)\w*", names)
-    assert "aoti_torch" in names
-    needed = subprocess.run(["readelf", "-d", native.LIBRARY], capture_output=True, text=True, check=True).stdout
-    assert not re.findall(r"NEEDED.*(?:cudart|libtorch_python|libtorch_cuda|libpython)", needed)
+def test_only_the_stable_interface_of_torch_is_used(complaints):
+    assert complaints(native.LIBRARY) == []
+
+
+@checkout
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize(
+    ("planted", "complaint"),
+    [
+        ("", None),
+        ("namespace c10 { int planted(); } int use() { return c10::planted(); }", "uses c10::planted(), which is not in"),
+        ("namespace at { struct Tensor { void grad(); }; } void use(at::Tensor& t) { t.grad(); }", "uses at::Tensor::grad()"),
+        ('extern "C" int torch_tag_core(); int use() { return torch_tag_core(); }', "needs torch 2.12.0 for torch_tag_core"),
+        ('extern "C" int torch_planted(); int use() { return torch_planted(); }', "uses torch_planted, which no torch"),
+        ('extern "C" int PyErr_Occurred(); int use() { return PyErr_Occurred(); }', "uses PyErr_Occurred of Python"),
+        ("linked", "needs libcudart.so.13"),
+    ],
+)
+def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, planted, complaint):
+    def build(code, name, *flags):
+        (tmp_path / "code.cpp").write_text(code)
+        subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "code.cpp", "-o", tmp_path / name, *flags], check=True)
+
+    flags = []
+    if planted == "linked":
+        build("", "libcudart.so.13", "-Wl,-soname,libcudart.so.13")
+        planted, flags = "", ["-Wl,--no-as-needed", tmp_path / "libcudart.so.13"]
+    build(f'extern "C" int aoti_torch_abi_version(); int base() {{ return aoti_torch_abi_version(); }} {planted}', "lib.so", *flags)
+    found = complaints(tmp_path / "lib.so")
+    assert len(found) == (complaint is not None)
+    assert all(complaint in line for line in found), found
+
+
+@checkout
+def test_a_local_version_is_part_of_the_version(tmp_path):
+    for label, expected in ((None, r"[\d.]+"), ("cu130", r"[\d.]+\+cu130")):
+        environment = {k: v for k, v in os.environ.items() if k != "FUSED_RES_LOCAL_VERSION"}
+        environment |= {} if label is None else {"FUSED_RES_LOCAL_VERSION": label}
+        command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", tmp_path]
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+        metadata = (tmp_path / "fused_res.egg-info/PKG-INFO").read_text()
+        assert re.search(rf"^Version: {expected}$", metadata, re.MULTILINE), metadata[:200]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +175,7 @@ def test_gpus_that_the_library_runs_on(archs, capability, runs):
 
 @checkout
 def test_architectures_follow_nvcc_and_the_environment(monkeypatch):
-    setup = setup_module_of(ROOT)
+    setup = module_at(ROOT / "setup.py")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert setup.cuda_archs((12, 6)) == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
     assert setup.cuda_archs((13, 0)) == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
@@ -147,7 +192,7 @@ def test_architectures_follow_nvcc_and_the_environment(monkeypatch):
 
 @checkout
 def test_cuda_is_decided_by_nvcc_alone(monkeypatch):
-    setup = setup_module_of(ROOT)
+    setup = module_at(ROOT / "setup.py")
     monkeypatch.setattr(setup, "find_nvcc", lambda: None)
     monkeypatch.delenv("FUSED_RES_CUDA", raising=False)
     assert setup.cuda_compiler() is None
@@ -177,7 +222,7 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_why(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "avx2", "avx512"])
 def test_kernels_under_sanitizers(tmp_path, name):
-    setup = setup_module_of(ROOT)
+    setup = module_at(ROOT / "setup.py")
     if name != "plain":
         library = ctypes.CDLL(str(native.LIBRARY)) if WHY is None else pytest.skip(str(WHY))
         if not library.fused_res_set_cpu_capability(name.encode()):
@@ -203,7 +248,7 @@ def test_kernels_under_sanitizers(tmp_path, name):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="one instruction set only")
 def test_no_instruction_set_leaks_into_shared_functions(tmp_path):
     """A weak function outside the variant's own namespace could replace, for every CPU, one compiled for any."""
-    setup = setup_module_of(ROOT)
+    setup = module_at(ROOT / "setup.py")
     for name, flags in setup.VARIANTS.items():
         command = ["g++", *setup.CXX_FLAGS, "-O0", *flags, *setup.VARIANT_FLAGS, f"-DFUSED_RES_VARIANT={name}"]
         subprocess.run([*command, "-c", "csrc/cpu/variant.cpp", "-o", tmp_path / "object.o"], cwd=ROOT, check=True)
