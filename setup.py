@@ -40,7 +40,7 @@ NVCC_FLAGS = [*COMMON, "-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompi
 # Instruction sets that csrc/cpu/variant.cpp is compiled for. GCC's intrinsics look uninitialised to GCC itself.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-VARIANTS = {"plain": [], "avx2": AVX2, "avx512": AVX512}
+VARIANTS = {"plain": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 VARIANT_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 

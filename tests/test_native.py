@@ -26,7 +26,7 @@ def ops():
     return torch.ops.fused_res
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
 def capability(request):
     """Every instruction set that this CPU has, forced in turn."""
     library = ctypes.CDLL(str(native.LIBRARY))
@@ -150,6 +150,24 @@ def test_not_finite(capability, dtype):
     open_ = bn_act.unpack_signs(signs, 20)
     _, _, g = ops().bn_act_backward_apply(dout, y, v, c, signs, False, None, None, False, True)
     assert torch.equal(g.isnan(), dout.isnan() & open_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_is_rounded_as_by_torch(capability, dtype):
+    """Ties, subnormal numbers, overflow, infinities and NaN: g * p, rounded, for every g of the dtype."""
+    every = torch.arange(2**16).to(torch.int16).view(dtype)
+    factors = torch.tensor([1, -1, 1 + 2**-8, 1 + 2**-9, 1 + 2**-11, 1 - 2**-9, 0.3, 2**-14, 2**-126, 1e-30, 1e-40, 1e5, 1e38])
+    factors = torch.cat((factors, torch.linspace(1, 2, 20)))
+    dout = every[:, None].repeat(1, len(factors))
+    vectors, coefficients = torch.ones(5, len(factors)), torch.zeros(7, len(factors))
+    coefficients[0] = factors
+    got, *_ = ops().bn_act_backward_apply(dout, torch.ones_like(dout), vectors, coefficients, None, False, None, None, False, False)
+    want = (dout.float() * factors).to(dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    numbers = ~want.isnan()
+    assert torch.equal(got[numbers].view(torch.int16), want[numbers].view(torch.int16))
+    if dtype == torch.bfloat16:
+        assert got[~numbers].view(torch.int16).eq(0x7FC0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -220,7 +220,7 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_why(tmp_path):
 @checkout
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["plain", "avx2", "avx512", "avx512bf16"])
 def test_kernels_under_sanitizers(tmp_path, name):
     setup = module_at(ROOT / "setup.py")
     if name != "plain":

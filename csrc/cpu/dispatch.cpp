@@ -19,6 +19,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -31,9 +34,10 @@ struct Variant {
 // Best first.
 const Variant variants[] = {
 #if defined(__x86_64__)
+    {&avx512bf16::table, [] { return variants[1].runs_here() && __builtin_cpu_supports("avx512bf16") != 0; }},
     {&avx512::table,
      [] {
-       return variants[1].runs_here() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+       return variants[2].runs_here() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
     {&avx2::table,

@@ -52,6 +52,8 @@ struct Avx512Vec {
   Avx512Vec keep(uint32_t bits) const { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v)}; }
 
  private:
+  static constexpr int kNan = 0x81, kSubnormal = 0x20;
+
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
   static Avx512Vec widen(__m256i shorts, half) { return {_mm512_cvtph_ps(shorts)}; }
@@ -61,6 +63,12 @@ struct Avx512Vec {
 
   __m256i narrow(half) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
   __m256i narrow(bfloat16) const {
+#if defined(__AVX512BF16__)
+    // The instruction takes subnormal numbers for 0 and keeps what a NaN says: where there is one, the long way.
+    if (_mm512_fpclass_ps_mask(v, kNan | kSubnormal) == 0) {
+      return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+    }
+#endif
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
