@@ -239,6 +239,11 @@ class BuildPackage(build_py):
             (package / LIBRARY).unlink(missing_ok=True)
         write_record(package)
 
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """All but the files of `pytest benchmarks`."""
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if not module[1].startswith(("test_", "conftest"))]
+
 
 class Metadata(egg_info):
     """Names the local version, if there is one."""

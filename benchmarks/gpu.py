@@ -156,7 +156,10 @@ class State:
 
 
 def run_slice(chosen: Slice, environment: dict, folder: Path, output: Path, limit: float, begun: bool) -> str:
-    """Run one slice, or go on with one that was begun; returns its status. Its output is kept under logs/, which git ignores: it may name this machine's paths."""
+    """Run one slice, or go on with one that was begun; returns its status.
+
+    Its output is kept under logs/, which git ignores: it may name this machine's paths.
+    """
     logs = output / "logs"
     logs.mkdir(exist_ok=True)
     (logs / ".gitignore").write_text("*\n")

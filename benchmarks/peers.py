@@ -1,7 +1,7 @@
 """What is timed against what: every peer does the same step of the same case, each on its own copy of the block.
 
 A peer is a function from a `Setup` to a `Peer`, registered under the name that tables and plots show. Peers that need other
-packages are in `foreign`.
+packages are in `foreign` and `cudnn_graphs`.
 """
 
 import re
@@ -274,8 +274,9 @@ for _level in planner.LEVELS:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, without paths; and its type, where the message is not ours."""
-    message = _PATH.sub("<path>", next(iter(str(error).strip().splitlines()), ""))[:200]
+    """The first telling line of an error's message, without paths; and its type, where the message is not ours."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("Exception from")]
+    message = _PATH.sub("<path>", next(iter(lines), ""))[:200]
     return message if isinstance(error, CannotRunError) else f"{type(error).__name__}: {message}"
 
 

@@ -91,7 +91,7 @@ def _blocks(axes, groups: list) -> None:
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
     axes.set_xlabel("block time / time of its bare convolutions: medians, 20 % to 80 % quantiles (lower is better)")
-    axes.set_title("Time over the bare convolutions'", loc="left", fontsize=12, fontweight="bold")
+    axes.set_title("Time over that of the bare convolutions", loc="left", fontsize=12, fontweight="bold")
     axes.grid(axis="x", color="#e4e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -4,17 +4,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fused_res.benchmarks import ceiling, sums
-from fused_res.benchmarks.peers import BARE, OURS, REGISTRY, is_ours
+from fused_res.benchmarks.peers import BARE, OURS, is_ours
 from fused_res.benchmarks.results import device_name
 from fused_res.console import require
 
 
 def measured(document: dict) -> Iterator[tuple[tuple, dict[str, dict]]]:
-    """`(case, batch, dtype, mode)` and its rows by peer, in the order of the file, peers in the order of the tables."""
-    order = [*(name for name in REGISTRY if not is_ours(name) and name != BARE), *filter(is_ours, REGISTRY), BARE]
+    """`(case, batch, dtype, mode)` and its rows by peer, in the order of the file, ours and the bare convolutions last."""
     for key, peers in sums.measured(document):
-        known = [name for name in order if name in peers]
-        yield key, {name: peers[name] for name in (*known, *(name for name in peers if name not in known))}
+        yield key, {name: peers[name] for name in sorted(peers, key=lambda name: (name == BARE, is_ours(name)))}
 
 
 def ran(peers: dict[str, dict]) -> dict[str, dict]:

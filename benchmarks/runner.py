@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fused_res.benchmarks import clocks, memory, traffic
+from fused_res.benchmarks import clocks, cudnn_graphs, foreign, memory, traffic  # noqa: F401 - two of them register peers
 from fused_res.benchmarks import peers as peers_module
 from fused_res.benchmarks.agreement import compare
 from fused_res.benchmarks.clocks import Clock, Timing, clock_for

@@ -1,0 +1,192 @@
+"""Peers that need other packages: that they compute the block, and say so where the package is missing.
+
+cuDNN's graphs and inplace_abn need a GPU; here they are wired up on stand-ins of their packages that compute with torch.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_res.benchmarks import peers, runner
+from fused_res.benchmarks.cases import Case, Network
+from fused_res.benchmarks.peers import Setup
+
+CPU = torch.device("cpu")
+CASES = (
+    Case("basic", "basic", 8, 8, 6),
+    Case("basic projection", "basic", 8, 16, 7, 2),
+    Case("bottleneck", "bottleneck", 16, 4, 6),
+    Case("grouped projection", "bottleneck", 16, 8, 7, 2, groups=4, base_width=32),
+)
+EAGER = ("eager NCHW", "eager channels_last")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def row_of(name, case, mode, dtype=torch.float32):
+    return runner.run_case(Setup(case, 2, dtype, CPU, mode), (*EAGER, name), rounds=1)[-1]
+
+
+@pytest.mark.parametrize("name", ["ONNX Runtime", "OpenVINO"])
+@pytest.mark.parametrize("case", [*CASES, Network("tiny", "basic", (1, 1, 1, 1))], ids=lambda case: case.name)
+def test_inference_engines(name, case, monkeypatch):
+    for package in ("onnx", {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}[name]):
+        pytest.importorskip(package)
+    monkeypatch.setattr("fused_res.benchmarks.cases.IMAGE", 32)
+    row = row_of(name, case, "eval")
+    assert row["reason"] is None
+    assert max(row["max_relative_error"].values()) < 1e-5
+    assert row["bytes"] is None
+    assert "CPU only" in row_of(name, case, "train")["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["ONNX Runtime", "OpenVINO"])
+def test_inference_engines_in_16_bits(name, dtype):
+    for package in ("onnx", {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino"}[name]):
+        pytest.importorskip(package)
+    row = row_of(name, CASES[3], "eval", dtype)
+    assert row["reason"] or max(row["max_relative_error"].values()) < 4 * torch.finfo(dtype).eps
+
+
+MISSING = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino", "inplace_abn": "inplace_abn", "cuDNN graphs": "cudnn"}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_package_is_the_reason(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, MISSING[name], None)
+    reason = row_of(name, CASES[0], "eval")["reason"]
+    assert "not installed" in reason
+    assert "fused-res[peers]" in reason
+
+
+def test_foreign_peers_are_timed_where_they_belong():
+    everywhere = {"eager NCHW", "eager channels_last", "torch.compile", "bare convolutions", "fused_res"}
+    gpu = torch.device("cuda")
+    assert set(peers.usual(CPU, "train")) == everywhere
+    assert set(peers.usual(CPU, "eval")) == everywhere | {"ONNX Runtime", "OpenVINO"}
+    assert set(peers.usual(gpu, "train")) == everywhere | {"torch.compile max-autotune", "inplace_abn"}
+    assert set(peers.usual(gpu, "eval")) == everywhere | {"torch.compile max-autotune", "cuDNN graphs"}
+
+
+class InPlaceABN(nn.BatchNorm2d):
+    """The function of inplace_abn's layer, not in place."""
+
+    def __init__(self, channels, eps, momentum, activation, activation_param=0.01):
+        super().__init__(channels, eps, momentum)
+        self.slope = {"identity": 1.0, "leaky_relu": activation_param}[activation]
+
+    def forward(self, x):
+        return F.leaky_relu(super().forward(x), self.slope)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_inplace_abn_is_compared_with_its_own_function(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "inplace_abn", SimpleNamespace(InPlaceABN=InPlaceABN))
+    row = row_of("inplace_abn", case, "train")
+    assert row["reason"] is None
+    assert row["saved_bytes"] > 0
+    monkeypatch.setattr(InPlaceABN, "forward", nn.BatchNorm2d.forward)
+    assert "differs from plain PyTorch" in row_of("inplace_abn", case, "train")["reason"]
+
+
+class Node:
+    """A tensor of the stand-in's graph: how it is computed from others."""
+
+    def __init__(self, compute, *inputs):
+        self.compute, self.inputs, self.output, self.dtype = compute, inputs, False, None
+
+    def set_output(self, output):
+        self.output = output
+        return self
+
+    def set_data_type(self, dtype):
+        self.dtype = dtype
+        return self
+
+    def value(self, known):
+        return known[self] if self in known else self.compute(*(node.value(known) for node in self.inputs))
+
+
+class Graph:
+    """Stands for `cudnn.pygraph`: the same calls, executed with torch on the CPU in the compute type, float32."""
+
+    def __init__(self, **types):
+        assert types["compute_data_type"] == torch.float32
+
+    def tensor(self, name, dim, stride, data_type):
+        return Node(None)
+
+    def conv_fprop(self, image, weight, padding, stride, dilation):
+        def conv(x, w):
+            return F.conv2d(x.float(), w.float(), None, stride, padding, dilation, x.shape[1] // w.shape[1])
+
+        return Node(conv, image, weight)
+
+    def scale(self, input, scale):
+        return Node(torch.mul, input, scale)
+
+    def bias(self, input, bias):
+        return Node(torch.add, input, bias)
+
+    def add(self, a, b):
+        return Node(torch.add, a, b)
+
+    def relu(self, input):
+        return Node(torch.relu, input)
+
+    def genstats(self, input):
+        def total(y):
+            return y.sum((0, 2, 3), keepdim=True)
+
+        return Node(total, input), Node(lambda y: total(y.square()), input)
+
+    def validate(self):
+        pass
+
+    build_operation_graph = check_support = build_plans = validate
+
+    def create_execution_plans(self, modes):
+        assert modes
+
+    def get_workspace_size(self):
+        return 0
+
+    def execute(self, tensors, workspace, handle):
+        known = {node: tensor for node, tensor in tensors.items() if not node.output}
+        for node, tensor in tensors.items():
+            if node.output:
+                tensor.copy_(node.value(known))
+
+
+@pytest.fixture
+def cudnn_stand_in(monkeypatch):
+    types = SimpleNamespace(FLOAT=torch.float32, HALF=torch.float16, BFLOAT16=torch.bfloat16)
+    modes = SimpleNamespace(A=0, FALLBACK=1)
+    module = SimpleNamespace(pygraph=Graph, data_type=types, heur_mode=modes, create_handle=object, __version__="0")
+    monkeypatch.setitem(sys.modules, "cudnn", module)
+
+
+@pytest.mark.usefixtures("cudnn_stand_in")
+@pytest.mark.parametrize("mode", ["forward", "eval"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cudnn_graphs_are_the_block(case, mode):
+    row = row_of("cuDNN graphs", case, mode)
+    assert row["reason"] is None
+    assert max(row["max_relative_error"].values()) < 1e-5
+
+
+@pytest.mark.usefixtures("cudnn_stand_in")
+def test_cudnn_graphs_say_what_they_cannot():
+    assert "fused backward" in row_of("cuDNN graphs", CASES[0], "train")["reason"]
