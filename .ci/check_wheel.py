@@ -16,6 +16,7 @@ for module in (fused_res, fused_res.kernels, fused_res.benchmarks):
     assert Path(sys.prefix) in Path(module.__file__).parents, f"{module.__file__} is not in {sys.prefix}"
 for name in ("kernels", "benchmarks"):
     assert importlib.util.find_spec(name) is None, f"the wheel installs a top-level {name}"
+assert importlib.util.find_spec("fused_res.benchmarks.conftest") is None, "the wheel installs the files of pytest benchmarks"
 
 assert fused_res.backends.load("native").missing() is None, fused_res.backends.load("native").missing()
 
