@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from fused_res import backends
+from fused_res.spec import ConvBN
 
 
 def select(primitive: str, backend: str, plain: Callable) -> Callable:
     """The backend's implementation of the primitive, or the plain formula where it has none of its own."""
     return backends.load(backend).find(primitive) or plain
+
+
+def convolution(primitive: str, backend: str, unit: ConvBN) -> Callable | None:
+    """The backend's own convolution of this kind, or None where the library's runs: grouped ones always."""
+    return backends.load(backend).find(primitive) if unit.groups == 1 else None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,10 +1,24 @@
 """`conv_dgrad`: the gradient of a convolution's input. The plain formula is the library's."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import select
+from fused_res.layout import nhwc, to_rows
+from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
+from fused_res.primitives.common import convolution
+from fused_res.primitives.masked_add import masked_add
+from fused_res.primitives.operands import Activation, Addend, Gradient
 from fused_res.spec import ConvBN
+
+
+class Inflow(NamedTuple):
+    """What `conv_dgrad` returns: the gradient; the partial sums of the BN below, and whether its ReLU has masked the gradient."""
+
+    image: Tensor
+    partials: Tensor | None = None
+    masked: bool = False
 
 
 def plain(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
@@ -12,16 +26,33 @@ def plain(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
     return torch.ops.aten.convolution_backward(dy, like, unit.weight, None, *geometry, (True, False, False))[0]
 
 
-def conv_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, *, backend: str) -> Tensor:
+def conv_dgrad(
+    dy: Gradient, like: Tensor, unit: ConvBN, *, inner: Activation | None = None, add: Addend | None = None, backend: str
+) -> Inflow:
     """dx = dy * weight^T.
 
+    Prologue: dy may be a `Gradient` that is still to be computed. Epilogue: the ReLU and the sums of the BN in front of this
+    convolution, or one more gradient of the same x.
+
     Args:
-        dy: gradient of the output, [N, K, H', W'], channels_last.
+        dy: operand of shape [N, K, H', W'].
         like: any tensor of the input's shape [N, C, H, W], dtype and layout (channels_last); its values are not read.
         unit: as in `conv_fprop`.
+        inner: this convolution's input, where that is `relu(scale * y + shift)`: asks for the sums of g = dx where that is open.
+        add: what is added to dx; excludes `inner`.
 
     Returns:
-        dx, a fresh tensor of the shape of `like`, channels_last.
+        `Inflow`: the image, fresh, of the shape of `like`, channels_last; with `inner` the partial sums of `g` and
+        `g * (y - mean)` as `bn_act_backward_reduce` returns them, of the values as they are stored.
     """
-    dx = select("conv_dgrad", backend, plain)(dy, like, unit)
-    return dx.contiguous(memory_format=torch.channels_last)
+    if inner is not None and add is not None:
+        raise ValueError("add: expected None together with inner")
+    own = convolution("conv_dgrad", backend, unit)
+    if own is not None:
+        return own(dy, like, unit, inner, add)
+    dx = nhwc(plain(dy.values(backend), like, unit))
+    if add is not None:
+        masked_add(dx, add, backend=backend)
+    if inner is None:
+        return Inflow(dx)
+    return Inflow(dx, bn_act_backward_reduce(to_rows(dx), to_rows(inner.image), inner.vectors, backend=backend))

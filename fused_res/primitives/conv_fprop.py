@@ -1,25 +1,59 @@
 """`conv_fprop`: a convolution's output. The plain formula is the library's convolution (cuDNN on a GPU, oneDNN on a CPU)."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import select
+from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives.bn_act import bn_act
+from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.common import convolution
+from fused_res.primitives.operands import Activation, Output
 from fused_res.spec import ConvBN
+
+
+class Convolved(NamedTuple):
+    """What `conv_fprop` returns. `partials` and `rows` are those of `bn_stats(y)`, where they were asked for."""
+
+    image: Tensor
+    partials: Tensor | None = None
+    rows: int = 0
 
 
 def plain(x: Tensor, unit: ConvBN) -> Tensor:
     return torch.convolution(x, unit.weight, None, unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
 
 
-def conv_fprop(x: Tensor, unit: ConvBN, *, backend: str) -> Tensor:
+def conv_fprop(
+    x: Activation, unit: ConvBN, *, statistics: bool = False, output: Output | None = None, backend: str
+) -> Convolved:
     """y = x * weight, without the bias: BN takes it into account where it matters.
 
+    Prologue: x may be an `Activation` that is still to be computed. Epilogue: the statistics of y as it is stored, or what is
+    left of the block in evaluation.
+
     Args:
-        x: [N, C, H, W], channels_last.
+        x: operand of shape [N, C, H, W].
         unit: weight [K, C / groups, R, S] of x's dtype, stride, padding, dilation, groups.
+        statistics: whether to return partial statistics of y.
+        output: what becomes of y before it is stored; excludes `statistics`.
 
     Returns:
-        y [N, K, H', W'] in x's dtype, channels_last. Errors are the library's own (RuntimeError).
+        `Convolved`: the image [N, K, H', W'] in x's dtype, channels_last, and the partial statistics. Errors are the library's
+        own (RuntimeError).
     """
-    y = select("conv_fprop", backend, plain)(x, unit)
-    return y.contiguous(memory_format=torch.channels_last)
+    if statistics and output is not None:
+        raise ValueError("output: expected None together with statistics")
+    own = convolution("conv_fprop", backend, unit)
+    if own is not None:
+        return own(x, unit, statistics, output)
+    y = nhwc(plain(x.values(backend), unit))
+    if statistics:
+        return Convolved(y, *bn_stats(to_rows(y), backend=backend))
+    if output is None:
+        return Convolved(y)
+    n, _, h, w = y.shape
+    skip, y2 = (None if image is None else to_rows(image) for image in (output.skip, output.y2))
+    out, _ = bn_act(to_rows(y), output.vectors, skip=skip, y2=y2, vectors2=output.vectors2, backend=backend)
+    return Convolved(to_image(out, n, h, w))

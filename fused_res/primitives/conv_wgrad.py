@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import select
+from fused_res.primitives.common import convolution
+from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
 
 
@@ -12,15 +13,18 @@ def plain(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     return torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (False, True, False))[1]
 
 
-def conv_wgrad(dy: Tensor, x: Tensor, unit: ConvBN, *, backend: str) -> Tensor:
-    """dweight = sum over the pixels of dy x.
+def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Tensor:
+    """dweight = sum over the pixels of dy x. Prologue: both may be still to be computed.
 
     Args:
-        dy: gradient of the output, [N, K, H', W'], channels_last.
-        x: the convolution's input, [N, C, H, W], channels_last.
+        dy: operand of shape [N, K, H', W'].
+        x: the convolution's input, operand of shape [N, C, H, W].
         unit: as in `conv_fprop`.
 
     Returns:
         dweight [K, C / groups, R, S] in the weight's dtype.
     """
-    return select("conv_wgrad", backend, plain)(dy, x, unit)
+    own = convolution("conv_wgrad", backend, unit)
+    if own is not None:
+        return own(dy, x, unit)
+    return plain(dy.values(backend), x.values(backend), unit)

@@ -1,0 +1,89 @@
+"""`moments`: mean and covariance of a 1x1 convolution's input, and the BN that follows from them.
+
+For y = W z, `mean(y) = W m` and `var(y) = diag(W G W^T)`, with m the mean of z and G its covariance: BN of y is known before y.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res.primitives.bn_finalize import bn_finalize
+from fused_res.primitives.common import select, statistics_dtype
+from fused_res.primitives.operands import Activation
+from fused_res.primitives.pointwise_direct import pointwise_direct_stats
+from fused_res.spec import ConvBN
+
+SUSPECT = 2.0**-10
+"""Below this ratio of w'Gw to |w|'|G||w| most digits of the quadratic form have cancelled."""
+
+
+class Moments(NamedTuple):
+    """mean m [K] and covariance G = mean((z - m)(z - m)^T) [K, K], both float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def plain(z: Activation, backend: str) -> tuple[Tensor, Tensor]:
+    rows = z.rows(backend).double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    return mean, rows.T @ rows / rows.shape[0]
+
+
+def moments(z: Activation, *, backend: str) -> Moments:
+    """Mean and centred second moments of the columns of z, of the values that a matrix product would multiply.
+
+    Args:
+        z: operand whose rows, the pixels of its stride, are [P, K], P >= 1.
+
+    Returns:
+        `Moments`. Products of single values may be rounded to float32, sums over tiles are kept in float64, and tiles are
+        centred: the error of every element of G stays within a few 2^-24 of sqrt(G_jj G_kk) wherever the mean is.
+    """
+    if z.pixels < 1:
+        raise ValueError("z: expected at least one row, got none")
+    own = select("moments", backend, None)
+    return Moments(*(plain(z, backend) if own is None else own(z)))
+
+
+class Tail(NamedTuple):
+    """BN of a 1x1 convolution by its input's moments: the [5, C] vectors, and the channels [C] whose variance was taken directly."""
+
+    vectors: Tensor
+    suspect: Tensor
+
+
+def suspects(found: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """var(y) [C] in float64, clamped at 0, and for which channels it cannot be trusted."""
+    w = weight.flatten(1).double()
+    var = ((w @ found.covariance) * w).sum(1)
+    w = w.abs().float()
+    bound = ((w @ found.covariance.abs().float()) * w).sum(1)
+    return var.clamp_min(0), var < SUSPECT * bound
+
+
+def moments_finalize(
+    found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str
+) -> Tail:
+    """The vectors of a BN with batch statistics behind a 1x1 convolution, without the convolution's output.
+
+    A row w of the weight that is nearly orthogonal to the data, `w'Gw < 2^-10 |w|'|G||w|`, gets its statistics by a direct pass.
+
+    Args:
+        found: moments of z.
+        z: the convolution's input.
+        unit: weight [C, K, 1, 1]; gamma, beta, eps.
+        residual_scale: the scalar a, or None for 1.
+
+    Returns:
+        `Tail`, its vectors as from `bn_finalize`.
+    """
+    var, suspect = suspects(found, unit.weight)
+    mean = unit.weight.flatten(1).double() @ found.mean
+    direct = pointwise_direct_stats(z, unit.weight, suspect, backend=backend)
+    dtype = statistics_dtype(unit.weight.dtype)
+    chosen = torch.where(suspect, direct, torch.stack((mean, var))).to(dtype)
+    vectors = bn_finalize(chosen.unsqueeze(0), 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    return Tail(vectors, suspect)

@@ -1,0 +1,111 @@
+"""What the convolutions read and write beside plain images: one small vocabulary of prologues and epilogues for all directions.
+
+An operand says what the kernel is to see and from what that follows. A kernel with a prologue computes it while it loads;
+for one without, `values` computes it once and keeps it as long as the operand lives.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_res.layout import to_image, to_rows
+from fused_res.primitives.bn_act import bn_act
+from fused_res.primitives.bn_act_backward import bn_act_backward_apply
+
+
+def _like(rows: Tensor, image: Tensor) -> Tensor:
+    n, _, h, w = image.shape
+    return to_image(rows, n, h, w)
+
+
+@dataclass
+class Activation:
+    """`relu(scale * image + shift)`, rounded to the image's dtype; without `vectors` the image itself.
+
+    image: [N, C, H, W], channels_last. vectors: [5, C] from `bn_finalize`. Padding comes after the ReLU: what a convolution
+    reads outside of the image is 0. stride: the moment form takes every stride-th pixel only, as a strided 1x1 convolution
+    does; convolutions take it from their unit.
+    """
+
+    image: Tensor
+    vectors: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    _values: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def pixels(self) -> int:
+        """Rows of `rows`."""
+        n, _, h, w = self.image.shape
+        return n * -(-h // self.stride[0]) * -(-w // self.stride[1])
+
+    def values(self, backend: str) -> Tensor:
+        """The operand as an image, every pixel of it."""
+        if self.vectors is None:
+            return self.image
+        if self._values is None:
+            self._values = _like(bn_act(to_rows(self.image), self.vectors, backend=backend)[0], self.image)
+        return self._values
+
+    def rows(self, backend: str) -> Tensor:
+        """The operand as a matrix [P, C], the pixels of `stride` only."""
+        down, right = self.stride
+        return to_rows(self.values(backend)[:, :, ::down, ::right])
+
+
+@dataclass
+class Gradient:
+    """The gradient of a convolution's output: `p * g + q * y + r`, rounded to the image's dtype; without `coefficients`, the image.
+
+    g is the image where the ReLU behind the BN was open and 0 elsewhere: by its `signs` if they are given, otherwise by the
+    sign of `scale * y + shift`; if `masked`, the image is g already. Without `training` q = r = 0, and y only gives signs.
+
+    image, y: [N, K, H', W'], channels_last. vectors: [5, K]. coefficients: [7, K] from `bn_act_backward_finalize`. signs: as
+    `bn_act` returns them.
+    """
+
+    image: Tensor
+    y: Tensor | None = None
+    vectors: Tensor | None = None
+    coefficients: Tensor | None = None
+    signs: Tensor | None = None
+    training: bool = True
+    masked: bool = False
+    _values: Tensor | None = field(default=None, repr=False)
+
+    def values(self, backend: str) -> Tensor:
+        """The operand as an image."""
+        if self.coefficients is None:
+            return self.image
+        if self._values is None:
+            dy, _, _ = bn_act_backward_apply(
+                to_rows(self.image),
+                to_rows(self.y),
+                self.vectors,
+                self.coefficients,
+                training=self.training,
+                signs=self.signs,
+                backend=backend,
+            )
+            self._values = _like(dy, self.image)
+        return self._values
+
+
+class Output(NamedTuple):
+    """The rest of a block in evaluation: the convolution's output y leaves as `relu(scale * y + shift [+ shortcut])`.
+
+    vectors: [5, K] from `bn_finalize`. The shortcut is `skip` [N, K, H', W'], or `scale2 * y2 + shift2` from `y2` and `vectors2`.
+    """
+
+    vectors: Tensor
+    skip: Tensor | None = None
+    y2: Tensor | None = None
+    vectors2: Tensor | None = None
+
+
+class Addend(NamedTuple):
+    """A gradient that joins dx: `image` [N, C, h, w] where `signs` are open (everywhere without them), at every stride-th pixel."""
+
+    image: Tensor
+    signs: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)

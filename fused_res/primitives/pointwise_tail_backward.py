@@ -1,0 +1,184 @@
+"""`pointwise_tail_backward`: back through one 1x1 convolution and its BN in the moment form, in three steps.
+
+With g the incoming gradient where the outer ReLU was open, everything follows from `M = g^T (z - m)` and `sum g`:
+
+    D = i * rowsum(W * M)      dgamma = a * D      dbeta = a * sum g      dW = diag(s) (M - diag(D * i) W G)
+    dz = g (diag(s) W) - (z - m) B - b             B = W^T diag(s * i * D / P) W      b = W^T (s * sum g / P)
+
+i is invstd, s the scale. With running statistics B = b = 0, `D = i * (rowsum(W * g^T z) - sum g * mean)` and `dW = diag(s) g^T z`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res.layout import to_image, to_rows
+from fused_res.primitives.bn_act import unpack_signs
+from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.primitives.common import select, statistics_dtype
+from fused_res.primitives.conv_dgrad import Inflow
+from fused_res.primitives.moments import Moments, suspects
+from fused_res.primitives.operands import Activation
+from fused_res.primitives.pointwise_direct import pointwise_direct_sums
+from fused_res.primitives.pointwise_tail import Pointwise
+
+
+class Sums(NamedTuple):
+    """Step 1: `sum g` [C], `M` [C, K] (both float64), and `g A` [P, K] in z's dtype, or None where it is left to step 3."""
+
+    total: Tensor
+    product: Tensor
+    through: Tensor | None
+
+
+class TailGradients(NamedTuple):
+    """Step 2: gradients of the weight [C, K, 1, 1] and of gamma, beta, each channel's share of the residual scale, the bias [C];
+
+    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b; all three None with running statistics.
+    """
+
+    dweight: Tensor
+    dgamma: Tensor
+    dbeta: Tensor
+    dscale: Tensor
+    dbias: Tensor
+    mean: Tensor | None
+    quadratic: Tensor | None
+    constant: Tensor | None
+
+
+def scaled_weight(branch: Pointwise) -> Tensor:
+    """A = diag(scale) W, [C, K], rounded to z's dtype: what g is multiplied by."""
+    weight = branch.weight.flatten(1)
+    return (Vectors(*branch.vectors).scale[:, None] * weight).to(weight.dtype)
+
+
+def _masked(dout: Tensor, signs: Tensor) -> Tensor:
+    rows = to_rows(dout)
+    return torch.where(unpack_signs(signs, rows.shape[1]), rows, 0)
+
+
+def plain_reduce(
+    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    g, rows = _masked(dout, signs).double(), z.rows(backend).double()
+    return g.sum(0), g.T @ (rows if mean is None else rows - mean), None
+
+
+def pointwise_tail_backward_reduce(
+    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None, *, backend: str
+) -> Sums:
+    """`sum g` and `M = g^T (z - m)` in one pass over the incoming gradient, which may also write `g A`.
+
+    Args:
+        dout: [N, C, H, W], channels_last, in z's dtype.
+        signs: of the outer ReLU, [P, ceil(C / 8)].
+        z: operand with rows [P, K].
+        mean: m [K], float64; None for running statistics, then `M = g^T z`.
+        scaled: A from `scaled_weight`; None where dz is not wanted.
+
+    Returns:
+        `Sums`. Sums over tiles are float32 or better within a tile and float64 across tiles.
+    """
+    own = select("pointwise_tail_backward_reduce", backend, None)
+    if own is None:
+        return Sums(*plain_reduce(dout, signs, z, mean, backend))
+    return Sums(*own(dout, signs, z, mean, scaled))
+
+
+def pointwise_tail_backward_finalize(
+    sums: Sums,
+    found: Moments | None,
+    branch: Pointwise,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual_scale: Tensor | None,
+    dout: Tensor,
+    signs: Tensor,
+    *,
+    backend: str,
+) -> TailGradients:
+    """Everything that is per channel or per pair of channels, in float64.
+
+    Args:
+        sums: of step 1.
+        found: the moments of z; None for running statistics.
+        branch: z, weight and vectors, as in the forward.
+        gamma, beta, residual_scale: as in the forward.
+        dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
+    """
+    v = Vectors(*(row.double() for row in branch.vectors))
+    w = branch.weight.flatten(1).double()
+    total, product, _ = sums
+    d = (w * product).sum(1)
+    if found is None:
+        d = d - total * v.mean
+    else:
+        _, suspect = suspects(found, branch.weight)
+        mean = Vectors(*branch.vectors).mean
+        direct = pointwise_direct_sums(dout, signs, branch.z, branch.weight, mean, suspect, backend=backend)
+        d = torch.where(suspect, direct, d)
+    d = v.invstd * d
+    pixels, dtype = branch.z.pixels, statistics_dtype(branch.weight.dtype)
+    if found is None:
+        dweight = v.scale[:, None] * product
+        quadratic = constant = mean = None
+    else:
+        dweight = v.scale[:, None] * (product - (d * v.invstd)[:, None] * (w @ found.covariance))
+        quadratic = (w.T @ ((v.scale * v.invstd * d / pixels)[:, None] * w)).to(branch.weight.dtype)
+        constant = ((v.scale * total / pixels) @ w).to(dtype)
+        mean = found.mean
+    dscale = d if gamma is None else gamma * d
+    dscale = dscale if beta is None else dscale + beta * total
+    dbias = torch.zeros_like(total) if found is not None else v.scale * total
+    if residual_scale is not None:
+        d, total = residual_scale.double() * d, residual_scale.double() * total
+    vectors = [t.to(dtype) for t in (d, total, dscale, dbias)]
+    return TailGradients(dweight.to(branch.weight.dtype).view_as(branch.weight), *vectors, mean, quadratic, constant)
+
+
+def plain_apply(
+    dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, backend: str
+) -> Tensor:
+    dtype = statistics_dtype(scaled.dtype)
+    dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
+    if gradients.quadratic is not None:
+        centred = (z.rows(backend).double() - gradients.mean).to(dtype)
+        dz -= torch.addmm(gradients.constant, centred, gradients.quadratic.to(dtype))
+    return dz.to(scaled.dtype)
+
+
+def pointwise_tail_backward_apply(
+    dout: Tensor,
+    signs: Tensor,
+    z: Activation,
+    scaled: Tensor,
+    through: Tensor | None,
+    gradients: TailGradients,
+    *,
+    inner: bool,
+    backend: str,
+) -> Inflow:
+    """`dz = g A - (z - m) B - b`, and the ReLU and sums of the BN below, as the epilogue of `conv_dgrad` with `inner`.
+
+    Args:
+        dout, signs, z: as in step 1.
+        scaled: A from `scaled_weight`.
+        through: `g A` where step 1 wrote it; it may be overwritten.
+        gradients: of step 2.
+        inner: whether z is `relu(scale * y + shift)` and the sums of the BN that made it are wanted.
+
+    Returns:
+        `Inflow`: dz at the pixels of z's stride, [N, K, h, w], channels_last, in z's dtype; partial sums with `inner`.
+    """
+    own = select("pointwise_tail_backward_apply", backend, None)
+    if own is not None:
+        return own(dout, signs, z, scaled, through, gradients, inner)
+    rows = plain_apply(dout, signs, z, scaled, gradients, backend)
+    n, _, h, w = dout.shape
+    dz = to_image(rows, n, h, w)
+    if not inner:
+        return Inflow(dz)
+    return Inflow(dz, bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, backend=backend))
