@@ -22,10 +22,10 @@ from fused_res import reference
 from fused_res.block.forward import Saved
 from fused_res.functional import residual_block_with_saved
 from fused_res.modules import ResidualBlock
-from fused_res.planner import use_backend
+from fused_res.planner import request, use_backend
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.spec import ConvBN
+from fused_res.spec import Block, ConvBN
 
 MARGIN = 1.25
 
@@ -91,14 +91,16 @@ def _through_operator(block: ResidualBlock, x: Tensor) -> _Run:
     operands = block.operands(x)
     out, saved = residual_block_with_saved(x, **operands)
     main = operands["main"]
-    kept = Saved.from_list(saved, len(main) + isinstance(operands["shortcut"], ConvBN))
+    _, level = request()
+    shortcut = operands["shortcut"]
+    kept = Saved.from_list(saved, Block(main, shortcut if isinstance(shortcut, ConvBN) else None), level)
     size, signs = tuple(x.shape[2:]), []
     for i, unit in enumerate(main):
         size = unit.output_size(*size)
-        v, y = Vectors(*kept.vectors[i]), kept.ys[i]
         if i == len(main) - 1:
-            rows = unpack_signs(kept.signs, y.shape[1])
+            rows = unpack_signs(kept.signs, out.shape[1])
         else:
+            v, y = Vectors(*kept.vectors[i]), kept.ys[i]
             rows = ~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0)
         signs.append(rows.view(x.shape[0], *size, -1).permute(0, 3, 1, 2))
     return out, signs, []

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from fused_res import backends
+from fused_res.block.levels import LEVELS
 
-LEVELS = ("bn_act",)
-"""Levels of fusion, in the order of the work they save. `bn_act`: the library's convolutions, everything between them fused."""
+__all__ = ["EAGER", "LEVELS", "forced", "is_eager_forced", "request", "resolve", "use_backend"]
 
 EAGER = "eager"
 """The name under which `use_backend` runs blocks unfused, in ordinary autograd (`fused_res.reference`)."""
@@ -73,7 +73,7 @@ def request() -> tuple[str, str]:
     """Backend (or "auto") and level for a block call. Reads no device property, so it is safe while torch.compile traces."""
     asked = forced()
     backend = _AUTO if asked is None else asked.backend
-    level = LEVELS[-1] if asked is None or asked.level is None else asked.level
+    level = LEVELS[0] if asked is None or asked.level is None else asked.level
     return backend, level
 
 

@@ -7,7 +7,9 @@ from torch.library import opcheck
 
 import fused_res
 from fused_res import accuracy, backends, use_backend
+from fused_res.block import backward
 from fused_res.functional import residual_block_with_saved
+from fused_res.planner import LEVELS
 from fused_res.primitives import bn_act_backward
 from fused_res.spec import Block, ConvBN, pack
 
@@ -42,13 +44,18 @@ def as_function(block):
     return lambda x, *values: torch.func.functional_call(block, dict(zip(names, values, strict=True)), x)
 
 
-def operator_arguments(block, x, *, save=True, backend="reference"):
+def passes_gradcheck(block, x, level, **options):
+    """Every derivative at the first level; random combinations of them at the others."""
+    return torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), fast_mode=level != LEVELS[0], **options)
+
+
+def operator_arguments(block, x, *, save=True, backend="reference", level="bn_act"):
     operands = block.operands(x)
     given = isinstance(operands["shortcut"], torch.Tensor)
     skip = operands["shortcut"].detach().requires_grad_() if given else None
     parts = Block(operands["main"], None if given else operands["shortcut"], operands["pool"], given)
     tensors, spec, eps = pack(parts)
-    return [x, skip, block.residual_scale, tensors, spec, eps, save, "bn_act", backend]
+    return [x, skip, block.residual_scale, tensors, spec, eps, save, level, backend]
 
 
 def backward_arguments(arguments):
@@ -62,27 +69,69 @@ def backward_arguments(arguments):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_gradcheck_through_our_backward(kind, shortcut, training, backend):
+@pytest.mark.parametrize(
+    ("backend", "level"), [*(("reference", level) for level in LEVELS), ("native", "bn_act"), ("native", "moment")]
+)
+def test_gradcheck_through_our_backward(kind, shortcut, training, backend, level):
     reason = backends.supports(backend, torch.device("cpu"), torch.float64)
     if reason is not None:
         pytest.skip(reason)
     block, x = make(kind, shortcut, training=training, bias=shortcut == "projection")
-    with use_backend(backend):
-        assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+    with use_backend(backend, level):
+        assert passes_gradcheck(block, x, level)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_gradcheck_at_residual_scale_zero(kind):
+def test_gradcheck_at_residual_scale_zero(kind, level):
     block, x = make(kind, "identity", residual_scale=0.0)
-    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+    with use_backend("reference", level):
+        assert passes_gradcheck(block, x, level)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("frozen", ["bn1", "bn2", "bn3", "downsample.1"])
-def test_gradcheck_with_one_bn_in_evaluation_mode(frozen):
+def test_gradcheck_with_one_bn_in_evaluation_mode(frozen, level):
     block, x = make("Bottleneck", "projection")
     block.get_submodule(frozen).eval()
-    assert torch.autograd.gradcheck(as_function(block), (x, *block.parameters()))
+    with use_backend("reference", level):
+        assert passes_gradcheck(block, x, level)
+
+
+def every_shape_of_block():
+    """One unit only, a projection without a moment form beside a main branch with one, and a strided convolution behind a pool."""
+    weight = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    bn = lambda channels: {"gamma": weight(channels), "beta": weight(channels)}  # noqa: E731
+    wide = ConvBN(weight(4, 2, 3, 3), padding=(1, 1), groups=2, **bn(4))
+    last = ConvBN(weight(4, 4, 1, 1), **bn(4))
+    yield "one unit", [last], None, None
+    yield "a given shortcut", [wide, last], weight(3, 4, 4, 3), None
+    yield "a wide projection", [wide, last], wide, None
+    yield "a strided last unit", [wide, last._replace(stride=(2, 1))], last._replace(stride=(2, 1)), None
+    strided = ConvBN(weight(4, 4, 1, 1), stride=(1, 2), **bn(4))
+    first = wide._replace(stride=(1, 2))
+    yield "a strided projection behind a pool", [first, last], strided, fused_res.AvgPool((3, 3), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("which", range(5))
+def test_gradcheck_of_blocks_of_every_shape(which, level):
+    torch.manual_seed(0)
+    _, main, shortcut, pool = list(every_shape_of_block())[which]
+    x = torch.randn(3, 4, 4, 3, dtype=torch.float64, requires_grad=True)
+    fields = ("weight", "gamma", "beta")
+    units = [*main, shortcut] if isinstance(shortcut, ConvBN) else main
+    leaves = [getattr(unit, name) for unit in units for name in fields]
+    leaves += [shortcut] if isinstance(shortcut, torch.Tensor) else []
+
+    def run(x, *values):
+        values = iter(values)
+        made = [unit._replace(**{name: next(values) for name in fields}) for unit in units]
+        side = made[len(main)] if isinstance(shortcut, ConvBN) else next(values, None)
+        return fused_res.residual_block(x, made[: len(main)], side, pool=pool)
+
+    with use_backend("reference", level):
+        assert torch.autograd.gradcheck(run, (x, *leaves), fast_mode=True)
 
 
 @pytest.mark.parametrize("row", list(bn_act_backward.Coefficients._fields[:6]))
@@ -96,8 +145,22 @@ def test_gradcheck_fails_on_a_wrong_sign(row, monkeypatch):
 
     monkeypatch.setattr(bn_act_backward, "plain_finalize", wrong)
     block, x = make("Bottleneck", "projection")
-    with use_backend("reference"):
+    with use_backend("reference", "bn_act"):
         assert not torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), raise_exception=False)
+
+
+@pytest.mark.parametrize("field", ["dweight", "dgamma", "dbeta", "dscale", "quadratic", "constant"])
+def test_gradcheck_of_the_moment_form_fails_on_a_wrong_sign(field, monkeypatch):
+    right = backward.pointwise_tail_backward_finalize
+
+    def wrong(*args, **kwargs):
+        gradients = right(*args, **kwargs)
+        return gradients._replace(**{field: -getattr(gradients, field)})
+
+    monkeypatch.setattr(backward, "pointwise_tail_backward_finalize", wrong)
+    block, x = make("Bottleneck", "projection")
+    with use_backend("reference", "moment"):
+        assert not passes_gradcheck(block, x, "moment", raise_exception=False)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -108,23 +171,36 @@ def test_second_derivatives(shortcut, training):
     assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()))
 
 
+def test_second_derivatives_in_the_moment_form():
+    block, x = make("Bottleneck", "identity")
+    x = x.detach()[:2, :, :2, :2].requires_grad_()
+    with use_backend("reference", "moment"):
+        assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), fast_mode=True)
+
+
 @pytest.mark.parametrize(
-    ("kind", "shortcut"),
-    [("BasicBlock", "identity"), ("Bottleneck", "projection"), ("Bottleneck", "pooled"), ("BasicBlock", "given")],
+    ("kind", "shortcut", "level"),
+    [
+        ("BasicBlock", "identity", "bn_act"),
+        ("Bottleneck", "projection", "prologue"),
+        ("Bottleneck", "projection", "moment"),
+        ("Bottleneck", "pooled", "moment"),
+        ("BasicBlock", "given", "epilogue"),
+    ],
 )
-def test_opcheck(kind, shortcut):
+def test_opcheck(kind, shortcut, level):
     block, x = make(kind, shortcut, dtype=torch.float32, training=shortcut != "given", bias=shortcut == "projection")
-    forward = operator_arguments(block, x)
+    forward = operator_arguments(block, x, level=level)
     opcheck(OPERATORS.block_forward.default, forward)
     opcheck(OPERATORS.block_backward.default, backward_arguments(forward))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_fakes_and_schemas_for_every_dtype_and_layout(kind, layout, dtype):
+@pytest.mark.parametrize(("kind", "level"), [("BasicBlock", "bn_act"), ("Bottleneck", "prologue"), ("Bottleneck", "moment")])
+def test_fakes_and_schemas_for_every_dtype_and_layout(kind, level, layout, dtype):
     block, x = make(kind, "projection", dtype=dtype)
-    forward = operator_arguments(block.to(memory_format=layout), x)
+    forward = operator_arguments(block.to(memory_format=layout), x, level=level)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(OPERATORS.block_forward.default, forward, test_utils=checks)
     opcheck(OPERATORS.block_backward.default, backward_arguments(forward), test_utils=checks)
@@ -136,13 +212,15 @@ def test_fake_without_saving():
         opcheck(OPERATORS.block_forward.default, operator_arguments(block, x.detach(), save=False), test_utils="test_faketensor")
 
 
-def test_only_what_the_design_names_is_saved():
+@pytest.mark.parametrize("level", LEVELS)
+def test_only_what_the_design_names_is_saved(level):
     block, x = make("Bottleneck", "projection", dtype=torch.float32)
-    out, saved = residual_block_with_saved(x, **block.operands(x))
+    with use_backend("reference", level):
+        out, saved = residual_block_with_saved(x, **block.operands(x))
     outer, inner = out.shape[1], block.conv1.out_channels
     pixels_in, pixels = x.shape[0] * 12, out.numel() // outer
     vectors = [(5, inner), (5, inner), (5, outer), (5, outer)]
-    ys = [(pixels_in, inner), (pixels, inner), (pixels, outer), (pixels, outer)]
+    ys = [(pixels_in, inner), (pixels, inner)] + ([] if level == "moment" else [(pixels, outer), (pixels, outer)])
     assert [tuple(t.shape) for t in saved] == [*vectors, *ys, (pixels, -(-outer // 8))]
     assert saved[-1].dtype == torch.uint8
     assert not any(t.requires_grad for t in saved)

@@ -5,17 +5,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.block.forward import Saved
+from fused_res.block.forward import Saved, projected
+from fused_res.block.levels import Level
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
     bn_act_backward_apply,
     bn_act_backward_finalize,
     bn_act_backward_reduce,
 )
-from fused_res.primitives.conv_dgrad import conv_dgrad
+from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
 from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.masked_add import masked_add
+from fused_res.primitives.moments import moments
+from fused_res.primitives.operands import Activation, Addend, Gradient
+from fused_res.primitives.pointwise_tail import Pointwise
+from fused_res.primitives.pointwise_tail_backward import (
+    TailGradients,
+    pointwise_tail_backward_apply,
+    pointwise_tail_backward_finalize,
+    pointwise_tail_backward_reduce,
+    scaled_weight,
+)
 from fused_res.reference import pooled
 from fused_res.spec import AvgPool, Block, ConvBN
 
@@ -33,15 +44,23 @@ class Gradients(NamedTuple):
 
 
 class _Branch(NamedTuple):
-    """One BN on the way back: its unit, what the forward saved of it, and what is asked of it."""
+    """One unit on the way back: what the forward saved of it, and what is asked of it. `below`: a gradient is wanted in front."""
 
     unit: ConvBN
-    y: Tensor
+    y: Tensor | None
     vectors: Tensor
     wants: ConvBN
-    needs_dy: bool
+    below: bool
     residual_scale: Tensor | None = None
     needs_scale: bool = False
+
+    @property
+    def needs_dy(self) -> bool:
+        return bool(self.below or self.wants.weight)
+
+    @property
+    def needs_any(self) -> bool:
+        return bool(self.needs_dy or self.wants.bias or self.wants.gamma or self.wants.beta or self.needs_scale)
 
     @property
     def needs_sums(self) -> bool:
@@ -49,64 +68,119 @@ class _Branch(NamedTuple):
         live = self.unit.training
         return bool(self.wants.gamma or self.wants.beta or self.needs_scale or (self.needs_dy if live else self.wants.bias))
 
+    def parameters(self, found: Coefficients | TailGradients, dweight: Tensor | None) -> ConvBN:
+        return ConvBN(
+            weight=dweight if self.wants.weight else None,
+            bias=found.dbias if self.wants.bias else None,
+            gamma=found.dgamma if self.wants.gamma else None,
+            beta=found.dbeta if self.wants.beta else None,
+        )
 
-def _through_bn(
-    dout: Tensor, branches: list[_Branch], signs: Tensor | None, keep_masked: bool, backend: str
-) -> tuple[list[Coefficients], list[Tensor | None], Tensor | None]:
-    """Through a ReLU and the one or two BNs in front of it: coefficients and dy of each branch, and the masked gradient."""
+
+class _Outer(NamedTuple):
+    """The gradient of out, [N, K, H', W'] and channels_last, and the signs of the outer ReLU."""
+
+    dout: Tensor
+    signs: Tensor
+
+
+def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branch, backend: str) -> Tensor:
+    if partials is None:
+        partials = branch.vectors.new_zeros((1, 1 + row, branch.vectors.shape[1]))
+    gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
+    options = {"training": branch.unit.training, "backend": backend}
+    return bn_act_backward_finalize(partials, row, pixels, branch.vectors, gamma, beta, a, **options)
+
+
+def _outer_bns(
+    outer: _Outer, branches: list[_Branch], level: Level, backend: str
+) -> tuple[list[Coefficients], list[Gradient | None]]:
+    """Through the outer ReLU and the BNs added in front of it, one or two: coefficients and dy of each branch."""
+    dout, signs = to_rows(outer.dout), outer.signs
     first, second = branches[0], branches[1] if len(branches) > 1 else None
+    partials = None
     if any(branch.needs_sums for branch in branches):
         pair = {} if second is None else {"y2": second.y, "vectors2": second.vectors}
         partials = bn_act_backward_reduce(dout, first.y, first.vectors, signs=signs, **pair, backend=backend)
-    else:
-        partials = first.vectors.new_zeros((1, 1 + len(branches), dout.shape[1]))
-    coefficients = [
-        bn_act_backward_finalize(
-            partials,
-            row,
-            dout.shape[0],
-            b.vectors,
-            b.unit.gamma,
-            b.unit.beta,
-            b.residual_scale,
-            training=b.unit.training,
-            backend=backend,
-        )
-        for row, b in enumerate(branches, 1)
-    ]
-    dy, dy2, masked = None, None, None
-    if keep_masked or any(branch.needs_dy for branch in branches):
-        pair = {} if second is None else {"y2": second.y, "coefficients2": coefficients[1], "training2": second.unit.training}
-        dy, dy2, masked = bn_act_backward_apply(
-            dout,
-            first.y,
-            first.vectors,
-            coefficients[0],
-            training=first.unit.training,
-            signs=signs,
-            **pair,
-            keep_masked=keep_masked,
-            backend=backend,
-        )
-    return [Coefficients(*c) for c in coefficients], [dy, dy2], masked
+    found = [_coefficients(partials, row, dout.shape[0], branch, backend) for row, branch in enumerate(branches, 1)]
+    n, _, h, w = outer.dout.shape
+    dys: list[Gradient | None] = [None] * len(branches)
+    if level.prologues:
+        for i, (branch, c) in enumerate(zip(branches, found, strict=True)):
+            if branch.needs_dy:
+                y = to_image(branch.y, n, h, w)
+                dys[i] = Gradient(outer.dout, y, branch.vectors, c, signs, branch.unit.training)
+    elif any(branch.needs_dy for branch in branches):
+        pair = {} if second is None else {"y2": second.y, "coefficients2": found[1], "training2": second.unit.training}
+        live = first.unit.training
+        rows = bn_act_backward_apply(dout, first.y, first.vectors, found[0], training=live, signs=signs, **pair, backend=backend)
+        dys = [Gradient(to_image(dy, n, h, w)) for dy in rows[: len(branches)]]
+    return [Coefficients(*c) for c in found], dys
 
 
-def _parameters(branch: _Branch, coefficients: Coefficients, dweight: Tensor | None) -> ConvBN:
-    wants = branch.wants
-    return ConvBN(
-        weight=dweight,
-        bias=coefficients.dbias if wants.bias else None,
-        gamma=coefficients.dgamma if wants.gamma else None,
-        beta=coefficients.dbeta if wants.beta else None,
-    )
+def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tuple[Coefficients, Gradient | None]:
+    """Through an inner ReLU and the BN in front of it."""
+    partials = inflow.partials
+    dz, (n, _, h, w) = to_rows(inflow.image), inflow.image.shape
+    if partials is None and branch.needs_sums:
+        partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, backend=backend)
+    c = _coefficients(partials, 1, dz.shape[0], branch, backend)
+    if not branch.needs_dy:
+        return Coefficients(*c), None
+    y, live = to_image(branch.y, n, h, w), branch.unit.training
+    dy = Gradient(inflow.image, y, branch.vectors, c, training=live, masked=inflow.masked)
+    return Coefficients(*c), dy if level.prologues else Gradient(dy.values(backend))
 
 
-def _projection_input(dy: Tensor, image: Tensor, unit: ConvBN, pool: AvgPool | None, backend: str) -> Tensor:
-    """Gradient of x through the projection and the pooling in front of it."""
-    if pool is None:
-        return conv_dgrad(dy, image, unit, backend=backend)
-    dpooled = conv_dgrad(dy, pooled(image, pool), unit, backend=backend)
+def _moment_bn(outer: _Outer, z: Activation, branch: _Branch, backend: str) -> tuple[TailGradients | None, Inflow | None]:
+    """Through the outer ReLU and a unit in the moment form: its gradients, and what flows into z, where they are wanted."""
+    if not branch.needs_any:
+        return None, None
+    pointwise = Pointwise(z, branch.unit.weight, branch.vectors)
+    found = moments(z, backend=backend) if branch.unit.training else None
+    scaled = scaled_weight(pointwise) if branch.below else None
+    mean = None if found is None else found.mean
+    sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled, backend=backend)
+    gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
+    gradients = pointwise_tail_backward_finalize(sums, found, pointwise, gamma, beta, a, *outer, backend=backend)
+    inflow = None
+    if branch.below:
+        inner = z.vectors is not None
+        inflow = pointwise_tail_backward_apply(*outer, z, scaled, sums.through, gradients, inner=inner, backend=backend)
+    return gradients, inflow
+
+
+def _through_pool(dpooled: Tensor, image: Tensor, pool: AvgPool) -> Tensor:
     return torch.ops.aten.avg_pool2d_backward(dpooled, image, *pool, None)
+
+
+def _projection(
+    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
+) -> tuple[Tensor | None, Addend | None]:
+    """Gradients of a projection's weight and of x through it, from the gradient of its convolution's output."""
+    unit, wanted = branch.unit, pooled(image, pool) if branch.needs_dy else None
+    dweight = conv_wgrad(dy, Activation(wanted), unit, backend=backend) if branch.wants.weight else None
+    if not branch.below:
+        return dweight, None
+    dx = conv_dgrad(dy, wanted, unit, backend=backend).image
+    return dweight, Addend(dx if pool is None else nhwc(_through_pool(dx, image, pool)))
+
+
+def _moment_projection(
+    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, backend: str
+) -> tuple[TailGradients, Addend | None]:
+    """As `_projection`, in the moment form."""
+    z = projected(image, branch.unit, pool)
+    gradients, inflow = _moment_bn(outer, z, branch, backend)
+    if inflow is None:
+        return gradients, None
+    if pool is None:
+        return gradients, Addend(inflow.image, stride=z.stride)
+    dpooled = inflow.image
+    if z.stride != (1, 1):
+        dpooled = torch.zeros_like(z.image)
+        masked_add(dpooled, Addend(inflow.image, stride=z.stride), backend=backend)
+    return gradients, Addend(nhwc(_through_pool(dpooled, image, pool)))
 
 
 def backward(
@@ -116,74 +190,92 @@ def backward(
     block: Block,
     saved: Saved,
     needs: Gradients,
+    level: str,
     backend: str,
 ) -> Gradients:
-    """Gradients of `out = relu(a * main(x) + shortcut(x))` at level `bn_act`.
+    """Gradients of `out = relu(a * main(x) + shortcut(x))`.
 
     Args:
         dout: [N, K, H', W'], any strides; never written to.
-        x, residual_scale, block: as in the forward.
+        x, residual_scale, block, level: as in the forward.
         saved: what the forward kept.
         needs: which gradients to compute.
 
     Returns:
         The gradients asked for: images channels_last, weights in the weights' dtype, per-channel vectors in the statistics'.
     """
-    image, count = nhwc(x), len(block.main)
+    image, count, level = nhwc(x), len(block.main), Level.of(level, block)
+    outer = _Outer(nhwc(dout), saved.signs)
     sizes = [tuple(image.shape[2:])]
     for unit in block.main:
         sizes.append(unit.output_size(*sizes[-1]))
 
-    def as_image(rows: Tensor, size: int) -> Tensor:
-        return to_image(rows, image.shape[0], *sizes[size])
+    def branch(i: int, below: bool, *scale) -> _Branch:
+        return _Branch(block.units[i], saved.ys[i], saved.vectors[i], needs.block.units[i], below, *scale)
 
     # below[i]: whether anything in front of unit i wants a gradient.
     below = [bool(needs.x)]
     for wants in needs.block.main[:-1]:
         below.append(below[-1] or any((wants.weight, wants.bias, wants.gamma, wants.beta)))
 
-    def branch(i: int, *scale) -> _Branch:
-        wants = needs.block.main[i]
-        return _Branch(block.main[i], saved.ys[i], saved.vectors[i], wants, bool(below[i] or wants.weight), *scale)
+    current = branch(count - 1, below[-1], residual_scale, bool(needs.residual_scale))
+    side = None if block.projection is None else branch(count, bool(needs.x))
+    add = Addend(*outer) if side is None and not block.given else None
+    dprojection = None
 
-    branches = [branch(count - 1, residual_scale, bool(needs.residual_scale))]
-    if block.projection is not None:
-        wants = needs.block.projection
-        branches.append(_Branch(block.projection, saved.ys[count], saved.vectors[count], wants, bool(needs.x or wants.weight)))
-    keep_masked = block.projection is None and bool(needs.skip if block.given else needs.x)
-    coefficients, dys, masked = _through_bn(to_rows(dout), branches, saved.signs, keep_masked, backend)
-    dscale = coefficients[0].dscale.sum() if needs.residual_scale else None
-
-    dx, projection = None, None
-    if block.projection is not None:
-        unit, dweight = block.projection, None
-        dy = as_image(dys[1], count) if branches[1].needs_dy else None
-        if branches[1].wants.weight:
-            dweight = conv_wgrad(dy, pooled(image, block.pool), unit, backend=backend)
-        if needs.x:
-            dx = _projection_input(dy, image, unit, block.pool, backend)
-        projection = _parameters(branches[1], coefficients[1], dweight)
-    elif needs.x and not block.given:
-        dx = as_image(masked, count)
-
-    main: list[ConvBN] = [ConvBN(weight=None)] * count
-    current, c, dy = branches[0], coefficients[0], dys[0]
-    del dys
-    for i in reversed(range(count)):
-        dweight = None
-        if current.wants.weight:
-            z = image if i == 0 else as_image(bn_act(saved.ys[i - 1], saved.vectors[i - 1], backend=backend)[0], i)
-            dweight = conv_wgrad(as_image(dy, i + 1), z, current.unit, backend=backend)
-            del z
-        main[i] = _parameters(current, c, dweight)
-        if not below[i]:
-            break
-        like = image if i == 0 else as_image(saved.ys[i - 1], i)
-        dz = conv_dgrad(as_image(dy, i + 1), like, current.unit, backend=backend)
+    def activation(i: int) -> Activation:
+        """What unit i of main reads."""
         if i == 0:
-            dx = dz if dx is None else dz.add_(dx)
+            return Activation(image)
+        return Activation(to_image(saved.ys[i - 1], image.shape[0], *sizes[i]), saved.vectors[i - 1])
+
+    if side is not None and level.moment_projection:
+        found, add = _moment_projection(outer, image, side, block.pool, backend)
+        dprojection = side.parameters(found, None if found is None else found.dweight)
+    main: list[ConvBN] = [ConvBN(weight=None)] * count
+    if level.moment_main:
+        dy, z = None, activation(count - 1)
+        c, inflow = _moment_bn(outer, z, current, backend)
+        del z
+        if side is not None and not level.moment_projection:
+            (found,), (dside,) = _outer_bns(outer, [side], level, backend)
+            dweight, add = _projection(outer, image, side, block.pool, dside, backend)
+            dprojection = side.parameters(found, dweight)
+            del dside
+    else:
+        branches = [current] if side is None else [current, side]
+        (c, *found), (dy, *dsides) = _outer_bns(outer, branches, level, backend)
+        if side is not None:
+            dweight, add = _projection(outer, image, side, block.pool, dsides[0], backend)
+            dprojection = side.parameters(found[0], dweight)
+        del dsides
+    dscale = c.dscale.sum() if needs.residual_scale else None
+
+    dx = None
+    for i in reversed(range(count)):
+        if i == count - 1 and level.moment_main:
+            dweight = None if c is None else c.dweight
+            if i == 0 and needs.x:
+                dx = inflow.image
+                if add is not None:
+                    masked_add(dx, add, backend=backend)
+        else:
+            z = activation(i)
+            dweight = conv_wgrad(dy, z, current.unit, backend=backend) if current.wants.weight else None
+            z = Activation(z.image, z.vectors)
+            if i == 0 and needs.x:
+                dx = conv_dgrad(dy, image, current.unit, add=add, backend=backend).image
+            elif below[i]:
+                inner = z if level.epilogues and branch(i - 1, below[i - 1]).needs_sums else None
+                inflow = conv_dgrad(dy, z.image, current.unit, inner=inner, backend=backend)
+        main[i] = current.parameters(c, dweight)
+        if i == 0 or not below[i]:
             break
-        current = branch(i - 1)
-        (c,), (dy, _), _ = _through_bn(to_rows(dz), [current], None, False, backend)
-    dskip = as_image(masked, count) if needs.skip else None
-    return Gradients(dx, dskip, dscale, Block(main, projection))
+        current = branch(i - 1, below[i - 1])
+        c, dy = _inner_bn(inflow, current, level, backend)
+        del inflow
+    dskip = None
+    if needs.skip:
+        dskip = torch.zeros_like(outer.dout)
+        masked_add(dskip, Addend(*outer), backend=backend)
+    return Gradients(dx, dskip, dscale, Block(main, dprojection))

@@ -6,93 +6,175 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_res.block.levels import Level
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import bn_finalize
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.moments import moments, moments_finalize
+from fused_res.primitives.operands import Activation, Output
+from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
 from fused_res.reference import pooled
-from fused_res.spec import Block, ConvBN
+from fused_res.spec import AvgPool, Block, ConvBN
 
 
 class Saved(NamedTuple):
     """What the forward keeps for the backward, beside the inputs.
 
     vectors: for every unit the [5, K] tensor of `bn_finalize`; ys: for every unit its convolution's output as a matrix
-    [P, K]; signs: the outer ReLU's sign bits. The inner activations are recomputed from `ys`.
+    [P, K], or None where the moment form does without it; signs: the outer ReLU's sign bits. The inner activations are
+    recomputed from `ys`.
     """
 
     vectors: Sequence[Tensor]
-    ys: Sequence[Tensor]
+    ys: Sequence[Tensor | None]
     signs: Tensor
 
     def to_list(self) -> list[Tensor]:
-        return [*self.vectors, *self.ys, self.signs]
+        return [*self.vectors, *(y for y in self.ys if y is not None), self.signs]
 
     @classmethod
-    def from_list(cls, tensors: Sequence[Tensor], units: int) -> "Saved":
-        if len(tensors) != 2 * units + 1:
-            raise ValueError(f"saved: expected {2 * units + 1} tensors for {units} units, got {len(tensors)}")
-        return cls(tensors[:units], tensors[units : 2 * units], tensors[-1])
+    def from_list(cls, tensors: Sequence[Tensor], block: Block, level: str) -> "Saved":
+        stores = Level.of(level, block).stores
+        expected = len(stores) + sum(stores) + 1
+        if len(tensors) != expected:
+            raise ValueError(f"saved: expected {expected} tensors at level {level!r}, got {len(tensors)}")
+        ys = iter(tensors[len(stores) : -1])
+        return cls(tensors[: len(stores)], [next(ys) if stored else None for stored in stores], tensors[-1])
 
 
-def normalisation(y: Tensor, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Tensor:
-    """The unit's [5, K] vectors, from the statistics of y [P, K] or from the running ones.
+def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, backend: str) -> Tensor:
+    """The unit's [5, K] vectors from its running statistics.
 
     The convolution's output lacks its bias: under batch statistics the bias cancels, under running ones it moves the mean.
     """
-    if unit.training:
-        partials, rows = bn_stats(y, backend=backend)
-        return bn_finalize(partials, rows, y.shape[0], unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
-    dtype = statistics_dtype(y.dtype)
+    dtype = statistics_dtype(dtype)
     mean = unit.running_mean.to(dtype)
     mean = mean if unit.bias is None else mean - unit.bias
     partials = torch.stack((mean, unit.running_var.to(dtype))).unsqueeze(0)
     return bn_finalize(partials, 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
 
 
+def _conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str) -> tuple[Tensor, Tensor]:
+    """The convolution's output [N, K, H', W'] and the unit's vectors."""
+    if not unit.training:
+        return conv_fprop(z, unit, backend=backend).image, running(unit, z.image.dtype, residual_scale, backend)
+    y, partials, rows = conv_fprop(z, unit, statistics=level.epilogues, backend=backend)
+    if partials is None:
+        partials, rows = bn_stats(to_rows(y), backend=backend)
+    pixels = y.numel() // y.shape[1]
+    vectors = bn_finalize(partials, rows, pixels, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    return y, vectors
+
+
+def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Pointwise:
+    """A unit in the moment form: its vectors from the moments of its input."""
+    if not unit.training:
+        return Pointwise(z, unit.weight, running(unit, z.image.dtype, residual_scale, backend))
+    vectors, _ = moments_finalize(moments(z, backend=backend), z, unit, residual_scale, backend=backend)
+    return Pointwise(z, unit.weight, vectors)
+
+
+def projected(image: Tensor, unit: ConvBN, pool: AvgPool | None) -> Activation:
+    """What a projection in the moment form reads: x, pooled if there is a pool, at the stride of its convolution."""
+    return Activation(pooled(image, pool), stride=unit.stride)
+
+
 def forward(
-    x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, block: Block, save: bool, backend: str
+    x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, block: Block, level: str, save: bool, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """`out = relu(a * main(x) + shortcut(x))` at level `bn_act`.
+    """`out = relu(a * main(x) + shortcut(x))`.
 
     Args:
         x: [N, C, H, W], any strides.
         skip: the shortcut's value [N, K, H', W'] where the block has neither an identity nor a projection.
         residual_scale: the scalar a, or None for 1.
         block: tensors in x's dtype (BN's may be float32).
+        level: one of `fused_res.planner.LEVELS`.
         save: whether to keep what the backward needs.
 
     Returns:
         out [N, K, H', W'], channels_last, and the list of `Saved`, of which only `vectors` if not `save`.
     """
-    image = nhwc(x)
-    vectors, ys = [], []
-    z = image
+    image, level = nhwc(x), Level.of(level, block)
+    vectors: list[Tensor] = []
+    ys: list[Tensor | None] = []
+    z = Activation(image)
     for unit in block.main[:-1]:
-        y = conv_fprop(z, unit, backend=backend)
-        n, _, h, w = y.shape
-        ys.append(to_rows(y))
-        vectors.append(normalisation(ys[-1], unit, None, backend))
-        z = to_image(bn_act(ys[-1], vectors[-1], backend=backend)[0], n, h, w)
-        if not save:
-            ys.clear()
-    y = conv_fprop(z, block.main[-1], backend=backend)
-    n, _, h, w = y.shape
-    del z
-    ys.append(to_rows(y))
-    vectors.append(normalisation(ys[-1], block.main[-1], residual_scale, backend))
-    shortcut = {}
-    if block.projection is not None:
-        y2 = to_rows(conv_fprop(pooled(image, block.pool), block.projection, backend=backend))
-        vectors.append(normalisation(y2, block.projection, None, backend))
-        shortcut = {"y2": y2, "vectors2": vectors[-1]}
-    else:
-        shortcut = {"skip": to_rows(image if skip is None else skip)}
-    out, signs = bn_act(ys[-1], vectors[len(block.main) - 1], **shortcut, keep_signs=save, backend=backend)
+        if level.epilogues and not (save or unit.training):
+            vectors.append(running(unit, x.dtype, None, backend))
+            z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), backend=backend).image)
+            continue
+        y, v = _conv_bn(z, unit, None, level, backend)
+        vectors.append(v)
+        ys.append(to_rows(y) if save else None)
+        z = Activation(y, v)
+        if not level.prologues:
+            z = Activation(z.values(backend))
+    finish = _moment_tail if level.moment_main else _tail
+    out, found, kept, signs = finish(z, image, skip, residual_scale, block, level, save, backend)
+    vectors += found
     if not save:
-        return to_image(out, n, h, w), vectors
+        return out, vectors
+    return out, Saved(vectors, [*ys, *kept], signs).to_list()
+
+
+def _tail(
+    z: Activation,
+    image: Tensor,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    block: Block,
+    level: Level,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None]:
+    """The last convolution, BN, shortcut and ReLU; out, the vectors and convolution outputs of these units, and the signs."""
+    unit, y2, vectors2 = block.main[-1], None, None
     if block.projection is not None:
-        ys.append(y2)
-    return to_image(out, n, h, w), Saved(vectors, ys, signs).to_list()
+        y2, vectors2 = _conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+    elif skip is None:
+        skip = image
+    others = [] if vectors2 is None else [vectors2]
+    if level.epilogues and not (save or unit.training):
+        vectors = running(unit, image.dtype, residual_scale, backend)
+        output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2)
+        return conv_fprop(z, unit, output=output, backend=backend).image, [vectors, *others], [], None
+    y, vectors = _conv_bn(z, unit, residual_scale, level, backend)
+    del z
+    n, _, h, w = y.shape
+    rows = [None if part is None else to_rows(part) for part in (y, skip, y2)]
+    out, signs = bn_act(rows[0], vectors, skip=rows[1], y2=rows[2], vectors2=vectors2, keep_signs=save, backend=backend)
+    return to_image(out, n, h, w), [vectors, *others], [rows[0]] if y2 is None else [rows[0], rows[2]], signs
+
+
+def _moment_tail(
+    z: Activation,
+    image: Tensor,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    block: Block,
+    level: Level,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None]:
+    """As `_tail`, in the moment form: the last convolution's output is never stored."""
+    main = _pointwise(z, block.main[-1], residual_scale, backend)
+    vectors: list[Tensor] = [main.vectors]
+    kept: list[Tensor | None] = [None]
+    if block.projection is None:
+        shortcut = Shortcut(skip=image if skip is None else nhwc(skip))
+    elif level.moment_projection:
+        branch = _pointwise(projected(image, block.projection, block.pool), block.projection, None, backend)
+        shortcut = Shortcut(projection=branch)
+        vectors.append(branch.vectors)
+        kept.append(None)
+    else:
+        y2, vectors2 = _conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        shortcut = Shortcut(y2=y2, vectors2=vectors2)
+        vectors.append(vectors2)
+        kept.append(to_rows(y2))
+    out, signs = pointwise_tail(main, shortcut, keep_signs=save, backend=backend)
+    return out, vectors, kept, signs

@@ -11,6 +11,7 @@ from torch.library import Library, register_autograd, register_fake
 from fused_res import planner, reference
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
+from fused_res.block.levels import Level
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
@@ -33,24 +34,17 @@ def _output_channels_last(x: Tensor, block: Block) -> bool:
     return is_channels_last(x) or any(is_channels_last(unit.weight) for unit in block.main)
 
 
-def _check_level(level: str) -> None:
-    if level not in planner.LEVELS:
-        raise ValueError(f"level: expected one of {', '.join(planner.LEVELS)}, got {level!r}")
-
-
 def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
-    _check_level(level)
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
     backend = planner.resolve(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        out, saved = forward(x, skip, residual_scale, block, save, backend)
+        out, saved = forward(x, skip, residual_scale, block, level, save, backend)
     return in_layout(out, _output_channels_last(x, block)), saved
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
-    _check_level(level)
     block = unpack(tensors, spec, eps)
     n, size, pixels = x.shape[0], tuple(x.shape[2:]), []
     for unit in block.main:
@@ -63,7 +57,8 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
     if save:
-        saved += [x.new_empty((p, k)) for p, k in zip(pixels, channels, strict=True)]
+        stores = Level.of(level, block).stores
+        saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, stores, strict=True) if stored]
         saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
     return out, saved
 
@@ -73,12 +68,11 @@ def _requested(needs: list[bool], spec: list[int], eps: list[float]) -> Gradient
 
 
 def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
-    _check_level(level)
     block = unpack(tensors, spec, eps)
     backend = planner.resolve(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        kept = Saved.from_list(saved, len(block.units))
-        gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), backend)
+        kept = Saved.from_list(saved, block, level)
+        gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), level, backend)
     found = []
     if needs[0]:
         found.append(in_layout(gradients.x, is_channels_last(x)))
@@ -94,7 +88,6 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
 
 
 def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
-    _check_level(level)
     found = []
     if needs[0]:
         found.append(torch.empty_like(x, memory_format=memory_format(is_channels_last(x))))
@@ -145,7 +138,7 @@ def _forward_gradient(ctx, dout, _):
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, _, _ = inputs
+    dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, ctx.level, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.has_scale, ctx.tensors_count, ctx.saved_count = residual_scale is not None, len(tensors), len(saved)
     ctx.save_for_backward(dout, x, *([residual_scale] if ctx.has_scale else []), *tensors, *saved)
@@ -175,7 +168,7 @@ def _backward_gradient(ctx, incoming):
         dout, x, *rest = (t.detach().requires_grad_() for t in kept[:tensors_end])
         residual_scale = rest.pop(0) if ctx.has_scale else None
         block = unpack(rest, ctx.spec, ctx.eps)
-        state = Saved.from_list(saved, len(block.units))
+        state = Saved.from_list(saved, block, ctx.level)
         block = _with_running_statistics(block, state.vectors)
         # The saved signs stand in for the outer ReLU, so that a given shortcut's value need not be kept.
         n, _, h, w = dout.shape

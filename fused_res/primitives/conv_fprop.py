@@ -25,9 +25,7 @@ def plain(x: Tensor, unit: ConvBN) -> Tensor:
     return torch.convolution(x, unit.weight, None, unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
 
 
-def conv_fprop(
-    x: Activation, unit: ConvBN, *, statistics: bool = False, output: Output | None = None, backend: str
-) -> Convolved:
+def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output: Output | None = None, backend: str) -> Convolved:
     """y = x * weight, without the bias: BN takes it into account where it matters.
 
     Prologue: x may be an `Activation` that is still to be computed. Epilogue: the statistics of y as it is stored, or what is

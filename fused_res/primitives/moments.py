@@ -49,7 +49,7 @@ def moments(z: Activation, *, backend: str) -> Moments:
 
 
 class Tail(NamedTuple):
-    """BN of a 1x1 convolution by its input's moments: the [5, C] vectors, and the channels [C] whose variance was taken directly."""
+    """BN of a 1x1 convolution by its input's moments: the [5, C] vectors, and which channels took their variance directly."""
 
     vectors: Tensor
     suspect: Tensor
@@ -64,9 +64,7 @@ def suspects(found: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:
     return var.clamp_min(0), var < SUSPECT * bound
 
 
-def moments_finalize(
-    found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str
-) -> Tail:
+def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str) -> Tail:
     """The vectors of a BN with batch statistics behind a 1x1 convolution, without the convolution's output.
 
     A row w of the weight that is nearly orthogonal to the data, `w'Gw < 2^-10 |w|'|G||w|`, gets its statistics by a direct pass.

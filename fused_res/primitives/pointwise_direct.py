@@ -1,4 +1,4 @@
-"""`pointwise_direct`: sums over y = W z for the few channels in which the moment form would cancel. Costs nothing where there are none."""
+"""`pointwise_direct`: sums over y = W z for the few channels in which the moment form would cancel; nothing without them."""
 
 import torch
 from torch import Tensor
@@ -41,9 +41,7 @@ def pointwise_direct_stats(z: Activation, weight: Tensor, suspect: Tensor, *, ba
     return plain_stats(z, weight, suspect, backend) if own is None else own(z, weight, suspect)
 
 
-def plain_sums(
-    dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, backend: str
-) -> Tensor:
+def plain_sums(dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, backend: str) -> Tensor:
     found = torch.zeros(len(suspect), dtype=torch.float64, device=suspect.device)
     for some in _stretches(suspect):
         y = z.rows(backend).double() @ weight.flatten(1)[some].double().T

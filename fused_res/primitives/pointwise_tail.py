@@ -50,9 +50,7 @@ def plain(main: Pointwise, shortcut: Shortcut, keep_signs: bool, backend: str) -
     return to_image(out, n, h, w), pack_signs(~(out <= 0)) if keep_signs else None
 
 
-def pointwise_tail(
-    main: Pointwise, shortcut: Shortcut, *, keep_signs: bool = False, backend: str
-) -> tuple[Tensor, Tensor | None]:
+def pointwise_tail(main: Pointwise, shortcut: Shortcut, *, keep_signs: bool = False, backend: str) -> tuple[Tensor, Tensor | None]:
     """`out = relu(scale * (W z) + shift + shortcut)`; scale and shift act on the accumulator, and out is rounded once.
 
     A projection has an accumulator of its own: `scale * (W z) + scale2 * (W2 x) + shift + shift2`, x sampled at its stride.

@@ -139,9 +139,7 @@ def pointwise_tail_backward_finalize(
     return TailGradients(dweight.to(branch.weight.dtype).view_as(branch.weight), *vectors, mean, quadratic, constant)
 
 
-def plain_apply(
-    dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, backend: str
-) -> Tensor:
+def plain_apply(dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, backend: str) -> Tensor:
     dtype = statistics_dtype(scaled.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:

@@ -1,0 +1,41 @@
+"""The levels of fusion, and what each means for a block."""
+
+from typing import NamedTuple
+
+from fused_res.spec import Block, ConvBN
+
+LEVELS = ("bn_act", "epilogue", "prologue", "moment")
+"""Levels of fusion, each with all of those before it.
+
+bn_act: the library's convolutions, everything between them fused. epilogue: a convolution also reduces the statistics of what
+it stores, its dgrad the sums of the BN below. prologue: a convolution also computes what it reads: BN and ReLU forward, BN's
+gradient backward. moment: the output of a last 1x1 convolution, and of a projection beside it, is never stored.
+"""
+
+
+def is_pointwise(unit: ConvBN) -> bool:
+    """Whether the convolution is one matrix product over (a sample of) the pixels."""
+    return tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1
+
+
+class Level(NamedTuple):
+    """What a level means for one block: a last convolution other than 1x1 has no moment form."""
+
+    epilogues: bool
+    prologues: bool
+    moment_main: bool
+    moment_projection: bool
+    stores: tuple[bool, ...]
+    """For each of `block.units`: whether its convolution's output is stored."""
+
+    @classmethod
+    def of(cls, level: str, block: Block) -> "Level":
+        """Raises ValueError for an unknown level."""
+        if level not in LEVELS:
+            raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+        rank = LEVELS.index(level)
+        last, projection = block.main[-1], block.projection
+        main = level == "moment" and is_pointwise(last) and tuple(last.stride) == (1, 1)
+        side = main and projection is not None and is_pointwise(projection)
+        stores = [True] * (len(block.main) - 1) + [not main] + ([not side] if projection is not None else [])
+        return cls(rank >= LEVELS.index("epilogue"), rank >= LEVELS.index("prologue"), main, side, tuple(stores))
