@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fused_res import check
-from fused_res.benchmarks import agreement, report, results, suite, sums
+from fused_res.benchmarks import agreement, compare, report, results, suite, sums, webpage
 from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.peers import MODES, REGISTRY
-from fused_res.console import MissingPackageError
+from fused_res.console import UsageError
 from fused_res.planner import LEVELS
 
 UNFINISHED = 3
@@ -34,12 +34,52 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
     bench.add_argument("--resume", action="store_true", help="go on with the result file in DIR, which must be of the same run")
     bench.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     bench.set_defaults(run=run)
+    actions = bench.add_subparsers(dest="action", metavar="compare | report", help="or what to do with result files")
+
+    comparing = actions.add_parser("compare", help="two result files, case by case; marks regressions")
+    comparing.add_argument("old", type=Path)
+    comparing.add_argument("new", type=Path)
+    comparing.add_argument("--peers", nargs="+", metavar="NAME", help="only these; default: all in both files")
+    comparing.add_argument("--tolerance", type=float, default=compare.TOLERANCE, help="default %(default)s")
+    comparing.add_argument("--fail", action="store_true", help="exit code 1 if anything has regressed")
+    comparing.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
+    comparing.set_defaults(run=_compare)
+
+    reporting = actions.add_parser("report", help="one HTML page, which needs no network, of result files")
+    reporting.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    reporting.add_argument("--output", type=Path, default=Path("fused-res-report.html"), help="default %(default)s")
+    reporting.set_defaults(run=_report)
+
+
+def _loaded(path: Path) -> dict:
+    try:
+        return results.load(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _compare(options: argparse.Namespace) -> int:
+    old, new = _loaded(options.old), _loaded(options.new)
+    try:
+        rows = compare.compare(old, new, options.tolerance, options.peers)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(json.dumps(rows, indent=1) if options.json else compare.text(old, new, rows, options.tolerance))
+    return 1 if options.fail and any(row["verdict"] == "REGRESSED" for row in rows) else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    page = webpage.page([_loaded(path) for path in options.files])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(page)
+    print(f"written: {options.output}")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:
     unknown = set(options.peers or ()) - {*REGISTRY, suite.ALL}
     if unknown:
-        raise MissingPackageError(f"--peers: expected all or some of {', '.join(REGISTRY)}, got {', '.join(sorted(unknown))}")
+        raise UsageError(f"--peers: expected all or some of {', '.join(REGISTRY)}, got {', '.join(sorted(unknown))}")
     asked = suite.Options(
         suite=options.suite,
         mode=options.mode,

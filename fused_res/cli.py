@@ -7,7 +7,7 @@ import sys
 import torch
 
 from fused_res import backends, check, environment
-from fused_res.console import MissingPackageError, progress, table
+from fused_res.console import UsageError, progress, table
 from fused_res.planner import LEVELS
 
 try:
@@ -116,7 +116,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _no_bench(options: argparse.Namespace) -> int:
-    raise MissingPackageError("this installation has no fused_res.benchmarks; use a source checkout")
+    raise UsageError("this installation has no fused_res.benchmarks; use a source checkout")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.run(options)
-    except MissingPackageError as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -9,7 +9,11 @@ from types import ModuleType
 Advance = Callable[[str], None]
 
 
-class MissingPackageError(RuntimeError):
+class UsageError(RuntimeError):
+    """A command cannot be run as it was asked for."""
+
+
+class MissingPackageError(UsageError):
     """A package of the extra `bench` is not installed."""
 
 
@@ -39,7 +43,7 @@ def progress(total: int, title: str) -> Iterator[Advance]:
         return
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     except ModuleNotFoundError:
         yield lambda label: None
         return
@@ -48,6 +52,8 @@ def progress(total: int, title: str) -> Iterator[Advance]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("done, left:"),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[label]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
