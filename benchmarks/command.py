@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fused_res import check
-from fused_res.benchmarks import agreement, compare, report, results, suite, sums, webpage
+from fused_res.benchmarks import agreement, compare, model, report, results, suite, sums, webpage
 from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.peers import MODES, REGISTRY
 from fused_res.console import UsageError
@@ -34,7 +34,7 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
     bench.add_argument("--resume", action="store_true", help="go on with the result file in DIR, which must be of the same run")
     bench.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     bench.set_defaults(run=run)
-    actions = bench.add_subparsers(dest="action", metavar="compare | report", help="or what to do with result files")
+    actions = bench.add_subparsers(dest="action", metavar="{compare,model,report}", help="or what to do with result files")
 
     comparing = actions.add_parser("compare", help="two result files, case by case; marks regressions")
     comparing.add_argument("old", type=Path)
@@ -44,6 +44,16 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
     comparing.add_argument("--fail", action="store_true", help="exit code 1 if anything has regressed")
     comparing.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     comparing.set_defaults(run=_compare)
+
+    modelling = actions.add_parser("model", help="the roofline on paper: bytes, FLOPs and least time by level and GPU")
+    modelling.add_argument("--suite", choices=[name for name in SUITES if name != "networks"], default="resnet50")
+    modelling.add_argument("--mode", choices=MODES, default="train")
+    modelling.add_argument("--dtype", choices=model.ITEMSIZES, default="bf16")
+    modelling.add_argument("--batch", type=positive, default=64)
+    modelling.add_argument("--gpu", nargs="+", choices=model.GPUS, default=list(model.GPUS))
+    modelling.add_argument("--results", nargs="*", type=Path, metavar="FILE", help="show what these measured beside it")
+    modelling.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
+    modelling.set_defaults(run=_model)
 
     reporting = actions.add_parser("report", help="one HTML page, which needs no network, of result files")
     reporting.add_argument("files", type=Path, nargs="+", metavar="FILE")
@@ -66,6 +76,13 @@ def _compare(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     print(json.dumps(rows, indent=1) if options.json else compare.text(old, new, rows, options.tolerance))
     return 1 if options.fail and any(row["verdict"] == "REGRESSED" for row in rows) else 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    documents = [_loaded(path) for path in options.results or ()]
+    rows = model.predict(options.suite, options.mode, options.batch, options.dtype, options.gpu, documents)
+    print(json.dumps(rows, indent=1) if options.json else model.text(rows))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

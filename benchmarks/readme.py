@@ -1,33 +1,44 @@
 """`python -m fused_res.benchmarks.readme [--check] README.md`: figures in README come from committed result files only.
 
-What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from FILE.jsonl, a path relative to
-the README. With --check nothing is written, and the exit code is 1 if anything would be.
+What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from that file, a path relative to
+the README, and what stands between `<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` from
+`fused_res.benchmarks.model`. With --check nothing is written, and the exit code is 1 if anything would be.
 """
 
 import argparse
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
-from fused_res.benchmarks import report, results
+from fused_res.benchmarks import model, report, results
 
-_SECTION = re.compile(r"(<!-- results:begin (?P<file>\S+) -->\n)(?P<body>.*?)(<!-- results:end -->)", re.DOTALL)
+_SECTION = re.compile(
+    r"(?P<begin><!-- (?P<kind>results|predicted):begin (?P<what>[^\n]+?) -->\n)(?P<body>.*?)(?P<end><!-- (?P=kind):end -->)",
+    re.DOTALL,
+)
+
+
+def _measured(name: str, folder: Path) -> str:
+    picture = Path(name).with_suffix(".png")
+    return report.markdown(results.load(folder / name), picture.as_posix() if (folder / picture).is_file() else None)
+
+
+def _predicted(what: str, folder: Path) -> str:
+    suite, mode, dtype, batch = what.split()
+    return model.markdown(suite, model.predict(suite, mode, int(batch), dtype))
+
+
+_RENDER = {"results": _measured, "predicted": _predicted}
 
 
 def rewritten(text: str, folder: Path) -> str:
-    """The text with every section rendered anew from its result file."""
-    pairs = len(_SECTION.findall(text))
-    if any(text.count(f"<!-- results:{marker}") != pairs for marker in ("begin", "end")):
-        raise ValueError("expected pairs of <!-- results:begin FILE.jsonl --> and <!-- results:end -->")
-
-    def render(match: re.Match) -> str:
-        name = match["file"]
-        document = results.load(folder / name)
-        picture = Path(name).with_suffix(".png")
-        shown = picture.as_posix() if (folder / picture).is_file() else None
-        return f"{match[1]}\n{report.markdown(document, shown)}\n\n{match[4]}"
-
-    return _SECTION.sub(render, text)
+    """The text with every section rendered anew."""
+    found = Counter(match["kind"] for match in _SECTION.finditer(text))
+    for kind in _RENDER:
+        if any(text.count(f"<!-- {kind}:{marker}") != found[kind] for marker in ("begin", "end")):
+            raise ValueError(f"expected pairs of <!-- {kind}:begin … --> and <!-- {kind}:end -->")
+    return _SECTION.sub(lambda match: f"{match['begin']}\n{_RENDER[match['kind']](match['what'], folder)}\n\n{match['end']}", text)
 
 
 def main(argv: list[str] | None = None) -> int:
