@@ -1,4 +1,4 @@
-"""`conv_fprop`: a convolution's output. The plain formula is the library's convolution (cuDNN on a GPU, oneDNN on a CPU)."""
+"""`conv_fprop`: a convolution's output. The plain formula is the library's (cuDNN on a GPU, oneDNN or MKL on a CPU)."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives import products
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.common import convolution
@@ -22,6 +23,8 @@ class Convolved(NamedTuple):
 
 
 def plain(x: Tensor, unit: ConvBN) -> Tensor:
+    if products.pointwise(x, unit):
+        return products.fprop(x, unit)
     return torch.convolution(x, unit.weight, None, unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
 
 

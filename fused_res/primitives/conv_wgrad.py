@@ -3,12 +3,17 @@
 import torch
 from torch import Tensor
 
+from fused_res.primitives import products
 from fused_res.primitives.common import convolution
 from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
 
 
 def plain(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
+    if products.pointwise(x, unit):
+        return products.wgrad(dy, x, unit)
+    if products.unfolded(dy, x, unit):
+        return products.unfolded_wgrad(dy, x, unit)
     geometry = (unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
     return torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (False, True, False))[1]
 

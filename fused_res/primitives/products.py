@@ -1,0 +1,98 @@
+"""Convolutions on a CPU as matrix products, by rules of their shapes: where the library's products beat its convolutions.
+
+`pointwise` and `unfolded` say where. Products accumulate in float32 (float64 for float64) and round once, as convolutions do.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_res.layout import to_image, to_rows
+from fused_res.spec import ConvBN
+
+
+@functools.cache
+def _supported(dtype: torch.dtype) -> bool:
+    """Whether this build and CPU multiply matrices of this dtype with a library made for it."""
+    if dtype in (torch.float32, torch.float64):
+        return torch.backends.mkl.is_available()
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _available(tensor: Tensor) -> bool:
+    """Whether products of such tensors are as fast as they are precise.
+
+    float32 products and convolutions each have a switch that lets them round their operands; products stand in only where
+    theirs is off.
+    """
+    if tensor.device.type != "cpu" or not _supported(tensor.dtype):
+        return False
+    return tensor.dtype != torch.float32 or torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+def pointwise(x: Tensor, unit: ConvBN) -> bool:
+    """Whether the convolution is one product over (a sample of) the pixels of x, and that runs here: forward and backward.
+
+    The library's convolution is as fast on large images at best; on small ones, it spends as long on reordering.
+    """
+    return tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1 and _available(x)
+
+
+def unfolded(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
+    """Whether the gradient of the weight is taken as one product with the unfolded input, and that runs here.
+
+    Not before there are as many output channels as pixels: then the unfolded input is smaller than the weight, which the
+    library passes over several times.
+    """
+    return dy.numel() // dy.shape[1] <= dy.shape[1] and unit.groups == 1 and _available(x)
+
+
+def _sampled(x: Tensor, unit: ConvBN) -> Tensor:
+    """The pixels of x that a pointwise convolution reads, as a matrix."""
+    down, right = unit.stride
+    return to_rows(x[:, :, ::down, ::right])
+
+
+def fprop(x: Tensor, unit: ConvBN) -> Tensor:
+    """`conv_fprop` of a pointwise convolution."""
+    y = torch.mm(_sampled(x, unit), unit.weight.flatten(1).t())
+    return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
+
+
+def dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
+    """`conv_dgrad` of a pointwise convolution."""
+    n, _, h, w = dy.shape
+    dx = to_image(torch.mm(to_rows(dy), unit.weight.flatten(1)), n, h, w)
+    if tuple(unit.stride) == (1, 1):
+        return dx
+    down, right = unit.stride
+    spread = torch.zeros_like(like, memory_format=torch.channels_last)
+    spread[:, :, ::down, ::right] = dx
+    return spread
+
+
+def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
+    """`conv_wgrad` of a pointwise convolution."""
+    return torch.mm(to_rows(dy).t(), _sampled(x, unit)).view_as(unit.weight)
+
+
+def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
+    """`conv_wgrad` of any ungrouped convolution; the result is channels_last."""
+    n, out, height, width = dy.shape
+    _, channels, kernel_height, kernel_width = unit.weight.shape
+    (down, right), (pad_down, pad_right) = unit.stride, unit.padding
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad_right, pad_right, pad_down, pad_down))
+    taps = x.new_empty((n, height, width, kernel_height, kernel_width, channels))
+    for i in range(kernel_height):
+        for j in range(kernel_width):
+            top, left = i * unit.dilation[0], j * unit.dilation[1]
+            bottom, end = top + down * (height - 1) + 1, left + right * (width - 1) + 1
+            taps[:, :, :, i, j] = padded[:, top:bottom:down, left:end:right]
+    dweight = torch.mm(to_rows(dy).t(), taps.view(n * height * width, -1))
+    return dweight.view(out, kernel_height, kernel_width, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,124 @@
+"""Convolutions as matrix products: the same numbers as the library's convolutions, and where they stand in for them."""
+
+import pytest
+import torch
+
+from fused_res.primitives import products
+from fused_res.primitives.conv_dgrad import conv_dgrad
+from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.spec import ConvBN
+
+LAST = torch.channels_last
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def operands(unit, dtype, n=2, size=(9, 6), layout=LAST, seed=0):
+    """x, dy and the unit in this dtype, and all of them in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = unit.weight.shape[1] * unit.groups
+    shapes = (n, channels, *size), (n, unit.weight.shape[0], *unit.output_size(*size)), unit.weight.shape
+    x, dy, weight = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    x, dy, weight = x.contiguous(memory_format=LAST), dy.contiguous(memory_format=LAST), weight.contiguous(memory_format=layout)
+    return (x, dy, unit._replace(weight=weight)), (x.double(), dy.double(), unit._replace(weight=weight.double()))
+
+
+def library(x, dy, unit):
+    """y, dx and dweight by torch's convolution."""
+    geometry = (unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
+    dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (True, True, False))
+    return torch.convolution(x, unit.weight, None, *geometry), dx, dw
+
+
+def assert_close(got, expected, truth):
+    """Same shape and dtype, and as near to float64 as the library, or half an ulp."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    floor = torch.finfo(got.dtype).eps / 2 if got.dtype.itemsize == 2 else 8 * torch.finfo(got.dtype).eps
+    errors = [(t.double() - truth).norm() / truth.norm() for t in (got, expected)]
+    assert errors[0] <= max(1.25 * errors[1], floor)
+
+
+def supported(dtype):
+    if not products._supported(dtype):
+        pytest.skip(f"no library for products of {dtype} here")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pointwise_convolutions(dtype, stride, layout):
+    supported(dtype)
+    unit = ConvBN(torch.empty(7, 5, 1, 1), stride=stride)
+    (x, dy, unit), exact = operands(unit, dtype, layout=layout)
+    assert products.pointwise(x, unit)
+    got = products.fprop(x, unit), products.dgrad(dy, torch.empty_like(x), unit), products.wgrad(dy, x, unit)
+    for ours, theirs, truth in zip(got, library(x, dy, unit), library(*exact), strict=True):
+        assert_close(ours, theirs, truth)
+    for image in got[:2]:
+        assert image.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "dilation"),
+    [
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((3, 3), (2, 2), (1, 1), (1, 1)),
+        ((3, 3), (1, 1), (2, 2), (2, 2)),
+        ((5, 2), (1, 3), (4, 0), (2, 1)),
+        ((1, 1), (2, 1), (1, 2), (1, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unfolded_gradient_of_the_weight(dtype, kernel, stride, padding, dilation, layout):
+    supported(dtype)
+    unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
+    (x, dy, unit), exact = operands(unit, dtype, layout=layout)
+    assert products.unfolded(dy, x, unit)
+    assert_close(products.unfolded_wgrad(dy, x, unit), library(x, dy, unit)[2], library(*exact)[2])
+
+
+def test_what_is_not_pointwise():
+    supported(torch.float32)
+    x, y = torch.randn(2, 6, 4, 4), torch.randn(2, 40, 4, 4)
+    one, three = torch.randn(40, 6, 1, 1), torch.randn(40, 6, 3, 3)
+    assert products.pointwise(x, ConvBN(one))
+    assert not products.pointwise(x, ConvBN(three))
+    assert not products.pointwise(x, ConvBN(one, padding=(1, 0)))
+    assert not products.pointwise(x, ConvBN(one[:, :3], groups=2))
+    assert not products.pointwise(x.to("meta"), ConvBN(one.to("meta")))
+    assert products.unfolded(y, x, ConvBN(three, padding=(1, 1)))
+    assert not products.unfolded(y[:, :31], x, ConvBN(three[:31], padding=(1, 1)))
+    assert not products.unfolded(y, x, ConvBN(three[:, :3], padding=(1, 1), groups=2))
+
+
+def test_products_that_may_round_their_operands_do_not_stand_in():
+    supported(torch.float32)
+    x, unit = torch.randn(2, 6, 4, 4), ConvBN(torch.randn(40, 6, 1, 1))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        assert not products.pointwise(x, unit)
+        assert not products.unfolded(torch.randn(2, 40, 4, 4), x, unit)
+        assert products.pointwise(x.double(), unit._replace(weight=unit.weight.double()))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert products.pointwise(x, unit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_primitives_take_the_products(dtype):
+    supported(dtype)
+    unit = ConvBN(torch.empty(40, 6, 1, 1), stride=(2, 2))
+    (x, dy, unit), _ = operands(unit, dtype)
+    wide = unit._replace(weight=torch.randn(40, 6, 3, 3, dtype=dtype), padding=(1, 1))
+    with torch.profiler.profile() as profile:
+        conv_fprop(x, unit, backend="reference")
+        conv_dgrad(dy, x, unit, backend="reference")
+        conv_wgrad(dy, x, unit, backend="reference")
+        conv_wgrad(dy, x, wide, backend="reference")
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::mm") == 4
+    assert not [name for name in names if "convolution" in name]
