@@ -7,6 +7,7 @@ from fused_res.primitives import products
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
 
 LAST = torch.channels_last
@@ -115,10 +116,10 @@ def test_primitives_take_the_products(dtype):
     (x, dy, unit), _ = operands(unit, dtype)
     wide = unit._replace(weight=torch.randn(40, 6, 3, 3, dtype=dtype), padding=(1, 1))
     with torch.profiler.profile() as profile:
-        conv_fprop(x, unit, backend="reference")
-        conv_dgrad(dy, x, unit, backend="reference")
-        conv_wgrad(dy, x, unit, backend="reference")
-        conv_wgrad(dy, x, wide, backend="reference")
+        conv_fprop(Activation(x), unit, backend="reference")
+        conv_dgrad(Gradient(dy), x, unit, backend="reference")
+        conv_wgrad(Gradient(dy), Activation(x), unit, backend="reference")
+        conv_wgrad(Gradient(dy), Activation(x), wide, backend="reference")
     names = [event.name for event in profile.events()]
     assert names.count("aten::mm") == 4
     assert not [name for name in names if "convolution" in name]
