@@ -27,7 +27,7 @@ ALL = "all"
 @dataclass(frozen=True)
 class Options:
     """`time_budget` [s] is for the timings; it may cut the rounds, never below `runner.MIN_ROUNDS`. After `stop_after` [s] no
-    further case is begun. `levels` adds a peer for each, fused_res at that level. None for a default by device.
+    further case is begun, but one. `levels` adds a peer for each, fused_res at that level. None for a default by device.
     """
 
     suite: str = "quick"
@@ -165,7 +165,7 @@ def _measure(document: dict, options: Options, clock: Clock) -> bool:
     with progress(len(setups) * (len(options.peers) + 1), "blocks") as advance:
         for n, setup in enumerate(setups):
             now = time.monotonic()
-            if options.stop_after is not None and now - start > options.stop_after:
+            if n > 0 and options.stop_after is not None and now - start > options.stop_after:
                 return False
             deadline = None if end is None else now + max(0.0, end - now) / (len(setups) - n)
             rows = run_case(setup, options.peers, options.rounds, deadline, clock, advance)

@@ -177,12 +177,3 @@ def test_package_runs_as_a_module():
     command = [sys.executable, "-m", "fused_res", "info", "--json"]
     done = subprocess.run(command, env=VARIABLES, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.slow
-def test_gpu_script_runs_dry(tmp_path):
-    """Without an installation: only the standard library and torch are given, the script finds the rest."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
-    done = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "resnet18.1.identity" in (tmp_path / "dry-run" / "summary.md").read_text()

@@ -1,0 +1,59 @@
+"""One page about a run on a GPU: what passed, the sums of every suite, and fused_res against the others, case by case."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from fused_res.benchmarks import report, results, sums
+from fused_res.benchmarks.peers import BARE, OURS, is_ours
+
+
+def check_line(path: Path) -> str:
+    """What `fused-res check --json` found."""
+    found = json.loads(path.read_text())
+    worst = "not finite" if found["worst"] is None else f"at {found['worst']:.2f} of its limit"
+    verdict = "passed" if found["passed"] else "FAILED"
+    return f"Numerical check on {found['device']}: {verdict}, {found['compared']} comparisons, worst {worst}."
+
+
+def _fastest(ran: dict[str, dict], names: Sequence[str]) -> str | None:
+    return min(names, key=lambda name: ran[name]["ms"]["median"], default=None)
+
+
+def _case(case: str, batch: int, ran: dict[str, dict]) -> str:
+    """fused_res in one case: over its bare convolutions, over eager and over the best other peer, and its best level."""
+    ours = ran[OURS]
+
+    def over(name: str | None) -> str:
+        return "" if name not in ran else f"{sums.ratio(ours, ran[name])['median']:.2f}"
+
+    other = _fastest(ran, [name for name in ran if not is_ours(name) and name != BARE])
+    level = _fastest(ran, [name for name in ran if is_ours(name) and name != OURS])
+    best = "" if other is None else f"{over(other)} ({other})"
+    chosen = "" if level is None else f"{over(level)} ({level.removeprefix(f'{OURS} ')})"
+    cells = (case, str(batch), f"{ours['ms']['median']:.3f}", over(BARE), over(sums.eager_of(ran)), best, chosen)
+    return f"| {' | '.join(cells)} |"
+
+
+def case_lines(document: dict) -> list[str]:
+    """A markdown table of fused_res in every case it ran in."""
+    head = ("case", "batch", "ms", "x bare", "x eager", "x best other", "x best level")
+    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: | ---: | --- | --- |"]
+    found = ((key, report.ran(everyone)) for key, everyone in report.measured(document))
+    return lines + [_case(*key[:2], ran) for key, ran in found if OURS in ran]
+
+
+def page(output: Path, slices: Sequence[tuple[str, str, str]]) -> str:
+    """The page of the results in a folder; `slices` are names, what became of them, and seconds."""
+    lines = ["# fused_res on this machine", "", "| slice | status | seconds |", "| --- | --- | ---: |"]
+    lines += [f"| {name} | {status} | {seconds} |" for name, status, seconds in slices]
+    if (output / "check.json").is_file():
+        lines += ["", check_line(output / "check.json")]
+    for path in sorted(output.glob("*.jsonl")):
+        document = results.load(path)
+        unfinished = "" if "finished" in document else " (unfinished)"
+        lines += ["", f"## {path.stem}{unfinished}", "", f"{report.conditions(document)}.", "", *case_lines(document)]
+        notes = [*report.sum_lines(document), *report.reasons(document)]
+        lines += ["", *(f"- {note}" for note in notes), "", f"`{document['command']}`"]
+    lines += ["", "Every figure: `report.html`. Kernel by kernel, the worst cases: `profile.md`."]
+    return "\n".join(lines) + "\n"
