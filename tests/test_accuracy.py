@@ -45,8 +45,8 @@ def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_s
     return make
 
 
-def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None, pure=False):
-    verdicts = accuracy.judge(make, dtype, backend, "bn_act", range(seeds), sign_tolerance, pure)
+def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None, pure=False, level="bn_act"):
+    verdicts = accuracy.judge(make, dtype, backend, level, range(seeds), sign_tolerance, pure)
     failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
     assert not failed, "\n".join(failed)
 
@@ -62,6 +62,101 @@ def tolerance(dtype):
 def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype, cpu_backend):
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7)
     assert_accurate(make, dtype, cpu_backend, sign_tolerance=tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(
+    ("kind", "level", "training"),
+    [
+        ("BasicBlock", "epilogue", True),
+        ("BasicBlock", "prologue", True),
+        ("Bottleneck", "prologue", False),
+        ("Bottleneck", "moment", True),
+        ("Bottleneck", "moment", False),
+    ],
+)
+def test_every_level_is_as_accurate_as_eager(kind, level, training, shortcut, dtype, cpu_backend):
+    make = case(kind, shortcut, (4, 9, 7), 40, training=training)
+    assert_accurate(make, dtype, cpu_backend, seeds=8, sign_tolerance=tolerance(dtype), level=level)
+
+
+def dead_channels(block):
+    block.bn2.weight[:3] = 0
+    block.bn2.bias[:3] = -1
+
+
+def duplicate_channels(block):
+    for tensor in (block.conv2.weight, block.bn2.weight, block.bn2.bias):
+        tensor[1] = tensor[0]
+
+
+def row_orthogonal_to_the_data(block):
+    """A channel without variance. With a smaller eps its gradients, 300 times the others', drown them in 16 bits, in eager too."""
+    duplicate_channels(block)
+    block.conv3.weight[0] = 0
+    block.conv3.weight[0, 0], block.conv3.weight[0, 1] = 1, -1
+    block.bn3.eps = 0.1
+
+
+def scales_of_every_sign(block):
+    block.bn3.weight[:4] = 0
+    block.bn3.weight[4:8] *= -1
+
+
+def no_residual(block):
+    block.residual_scale.zero_()
+
+
+def no_projection(block):
+    block.downsample[-1].weight.zero_()
+
+
+def evaluation_mode_inside(block):
+    block.bn3.eval()
+
+
+def evaluation_mode_beside(block):
+    block.downsample[-1].eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("edit", "shortcut"),
+    [
+        (dead_channels, "identity"),
+        (duplicate_channels, "identity"),
+        (row_orthogonal_to_the_data, "identity"),
+        (scales_of_every_sign, "identity"),
+        (no_residual, "projection"),
+        (no_projection, "projection"),
+        (evaluation_mode_inside, "projection"),
+        (evaluation_mode_beside, "pooled"),
+    ],
+)
+def test_the_moment_form_in_adversity(edit, shortcut, dtype, cpu_backend):
+    ordinary = case("Bottleneck", shortcut, (4, 9, 7), 40, residual_scale=0.7)
+
+    def make(seed):
+        block, x, dout = ordinary(seed)
+        with torch.no_grad():
+            edit(block)
+        return block, x, dout
+
+    assert_accurate(make, dtype, cpu_backend, seeds=8, level="moment")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 1, 1), (1, 1, 5)], ids=["P=2", "P=3", "P=5"])
+def test_the_moment_form_of_few_pixels(shape, dtype, cpu_backend):
+    make = case("Bottleneck", "identity", shape, 256, eps=0.1)
+    assert_accurate(make, dtype, cpu_backend, seeds=24, level="moment")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_the_moment_form_of_a_mean_a_thousand_deviations_from_zero(shortcut, dtype, cpu_backend):
+    assert_accurate(case("Bottleneck", shortcut, (4, 9, 7), 20, mean=1e3), dtype, cpu_backend, seeds=8, level="moment")
 
 
 @pytest.mark.parametrize(

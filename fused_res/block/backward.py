@@ -142,7 +142,7 @@ def _moment_bn(outer: _Outer, z: Activation, branch: _Branch, backend: str) -> t
     mean = None if found is None else found.mean
     sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled, backend=backend)
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
-    gradients = pointwise_tail_backward_finalize(sums, found, pointwise, gamma, beta, a, *outer, backend=backend)
+    gradients = pointwise_tail_backward_finalize(sums, found, pointwise, scaled, gamma, beta, a, *outer, backend=backend)
     inflow = None
     if branch.below:
         inner = z.vectors is not None

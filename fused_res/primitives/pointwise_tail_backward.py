@@ -3,9 +3,12 @@
 With g the incoming gradient where the outer ReLU was open, everything follows from `M = g^T (z - m)` and `sum g`:
 
     D = i * rowsum(W * M)      dgamma = a * D      dbeta = a * sum g      dW = diag(s) (M - diag(D * i) W G)
-    dz = g (diag(s) W) - (z - m) B - b             B = W^T diag(s * i * D / P) W      b = W^T (s * sum g / P)
+    dz = g A - (z - m) B - b      A = diag(s) W      B = A^T diag(i * D / P) W      b = A^T sum g / P
 
-i is invstd, s the scale. With running statistics B = b = 0, `D = i * (rowsum(W * g^T z) - sum g * mean)` and `dW = diag(s) g^T z`.
+i is invstd, s the scale. A is rounded to z's dtype, and B and b follow from the rounded A: what BN's gradient takes away from
+every pixel then still adds up to what it was given, however large s is.
+
+With running statistics B = b = 0, `D = i * (rowsum(W * g^T z) - sum g * mean)` and `dW = diag(s) g^T z`.
 """
 
 from typing import NamedTuple
@@ -25,6 +28,10 @@ from fused_res.primitives.pointwise_direct import pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise
 
 
+FEW = 16
+"""Up to so many pixels BN's gradient is a small difference of large terms, and is taken in float64 by the plain formula."""
+
+
 class Sums(NamedTuple):
     """Step 1: `sum g` [C], `M` [C, K] (both float64), and `g A` [P, K] in z's dtype, or None where it is left to step 3."""
 
@@ -36,7 +43,7 @@ class Sums(NamedTuple):
 class TailGradients(NamedTuple):
     """Step 2: gradients of the weight [C, K, 1, 1] and of gamma, beta, each channel's share of the residual scale, the bias [C];
 
-    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b; all three None with running statistics.
+    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b; all three None with running statistics or without A.
     """
 
     dweight: Tensor
@@ -92,6 +99,7 @@ def pointwise_tail_backward_finalize(
     sums: Sums,
     found: Moments | None,
     branch: Pointwise,
+    scaled: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual_scale: Tensor | None,
@@ -106,6 +114,7 @@ def pointwise_tail_backward_finalize(
         sums: of step 1.
         found: the moments of z; None for running statistics.
         branch: z, weight and vectors, as in the forward.
+        scaled: A from `scaled_weight`; None where dz is not wanted.
         gamma, beta, residual_scale: as in the forward.
         dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
     """
@@ -124,12 +133,13 @@ def pointwise_tail_backward_finalize(
     pixels, dtype = branch.z.pixels, statistics_dtype(branch.weight.dtype)
     if found is None:
         dweight = v.scale[:, None] * product
-        quadratic = constant = mean = None
     else:
         dweight = v.scale[:, None] * (product - (d * v.invstd)[:, None] * (w @ found.covariance))
-        quadratic = (w.T @ ((v.scale * v.invstd * d / pixels)[:, None] * w)).to(branch.weight.dtype)
-        constant = ((v.scale * total / pixels) @ w).to(dtype)
-        mean = found.mean
+    mean = quadratic = constant = None
+    if found is not None and scaled is not None:
+        mean, a = found.mean, scaled.double()
+        quadratic = (((v.invstd * d / pixels)[:, None] * a).T @ w).to(scaled.dtype)
+        constant = (total / pixels @ a).to(dtype)
     dscale = d if gamma is None else gamma * d
     dscale = dscale if beta is None else dscale + beta * total
     dbias = torch.zeros_like(total) if found is not None else v.scale * total
@@ -140,11 +150,11 @@ def pointwise_tail_backward_finalize(
 
 
 def plain_apply(dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, backend: str) -> Tensor:
-    dtype = statistics_dtype(scaled.dtype)
+    dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(scaled.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:
         centred = (z.rows(backend).double() - gradients.mean).to(dtype)
-        dz -= torch.addmm(gradients.constant, centred, gradients.quadratic.to(dtype))
+        dz -= torch.addmm(gradients.constant.to(dtype), centred, gradients.quadratic.to(dtype))
     return dz.to(scaled.dtype)
 
 
@@ -171,7 +181,7 @@ def pointwise_tail_backward_apply(
     Returns:
         `Inflow`: dz at the pixels of z's stride, [N, K, h, w], channels_last, in z's dtype; partial sums with `inner`.
     """
-    own = select("pointwise_tail_backward_apply", backend, None)
+    own = select("pointwise_tail_backward_apply", backend, None) if z.pixels > FEW else None
     if own is not None:
         return own(dout, signs, z, scaled, through, gradients, inner)
     rows = plain_apply(dout, signs, z, scaled, gradients, backend)
