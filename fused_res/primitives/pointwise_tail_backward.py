@@ -27,7 +27,6 @@ from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise
 
-
 FEW = 16
 """Up to so many pixels BN's gradient is a small difference of large terms, and is taken in float64 by the plain formula."""
 
