@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# The tests' tensors are too small for more than one thread, which on a busy machine would mostly wait for each other.
+# One process for each core, each with one thread: the tests' tensors are too small for more, which would mostly wait for each other.
+TEST_JOBS ?= auto
 TEST_THREADS ?= 1
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
@@ -33,7 +35,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
 	@touch $@
 
 test: $(READY)
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/fused-res bench --time-budget 75 $(ARGS)
@@ -42,7 +44,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
