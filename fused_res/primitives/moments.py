@@ -14,8 +14,8 @@ from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats
 from fused_res.spec import ConvBN
 
-SUSPECT = 2.0**-10
-"""Below this ratio of w'Gw to |w|'|G||w| most digits of the quadratic form have cancelled."""
+SUSPECT = 2.0**-11
+"""Below this ratio of w'Gw to (sum |w_k| sigma_k)^2, the most it could be, too many digits of the quadratic form have cancelled."""
 
 
 class Moments(NamedTuple):
@@ -55,19 +55,27 @@ class Tail(NamedTuple):
     suspect: Tensor
 
 
-def suspects(found: Moments, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """var(y) [C] in float64, clamped at 0, and for which channels it cannot be trusted."""
+class Spread(NamedTuple):
+    """var(y) [C], clamped at 0, and W G [C, K], both float64; and the channels [C] whose variance cannot be trusted."""
+
+    var: Tensor
+    weighted: Tensor
+    suspect: Tensor
+
+
+def spread(found: Moments, weight: Tensor) -> Spread:
+    """The quadratic forms w'Gw of the rows of a weight [C, K, 1, 1]."""
     w = weight.flatten(1).double()
-    var = ((w @ found.covariance) * w).sum(1)
-    w = w.abs().float()
-    bound = ((w @ found.covariance.abs().float()) * w).sum(1)
-    return var.clamp_min(0), var < SUSPECT * bound
+    weighted = w @ found.covariance
+    var = (weighted * w).sum(1)
+    most = (w.abs() @ found.covariance.diagonal().sqrt()).square()
+    return Spread(var.clamp_min(0), weighted, var < SUSPECT * most)
 
 
 def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str) -> Tail:
     """The vectors of a BN with batch statistics behind a 1x1 convolution, without the convolution's output.
 
-    A row w of the weight that is nearly orthogonal to the data, `w'Gw < 2^-10 |w|'|G||w|`, gets its statistics by a direct pass.
+    A row of the weight that is nearly orthogonal to the data (see `SUSPECT`) gets its statistics by a direct pass.
 
     Args:
         found: moments of z.
@@ -78,7 +86,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     Returns:
         `Tail`, its vectors as from `bn_finalize`.
     """
-    var, suspect = suspects(found, unit.weight)
+    var, _, suspect = spread(found, unit.weight)
     mean = unit.weight.flatten(1).double() @ found.mean
     direct = pointwise_direct_stats(z, unit.weight, suspect, backend=backend)
     dtype = statistics_dtype(unit.weight.dtype)

@@ -22,7 +22,7 @@ from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.common import select, statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow
-from fused_res.primitives.moments import Moments, suspects
+from fused_res.primitives.moments import Moments, spread
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise
@@ -107,7 +107,7 @@ def pointwise_tail_backward_finalize(
     *,
     backend: str,
 ) -> TailGradients:
-    """Everything that is per channel or per pair of channels, in float64.
+    """Everything that is per channel or per pair of channels; in float64, but for B.
 
     Args:
         sums: of step 1.
@@ -124,21 +124,20 @@ def pointwise_tail_backward_finalize(
     if found is None:
         d = d - total * v.mean
     else:
-        _, suspect = suspects(found, branch.weight)
+        _, weighted, suspect = spread(found, branch.weight)
         mean = Vectors(*branch.vectors).mean
         direct = pointwise_direct_sums(dout, signs, branch.z, branch.weight, mean, suspect, backend=backend)
         d = torch.where(suspect, direct, d)
     d = v.invstd * d
     pixels, dtype = branch.z.pixels, statistics_dtype(branch.weight.dtype)
-    if found is None:
-        dweight = v.scale[:, None] * product
-    else:
-        dweight = v.scale[:, None] * (product - (d * v.invstd)[:, None] * (w @ found.covariance))
+    if found is not None:
+        product = product - (d * v.invstd)[:, None] * weighted
+    dweight = v.scale[:, None] * product
     mean = quadratic = constant = None
     if found is not None and scaled is not None:
-        mean, a = found.mean, scaled.double()
-        quadratic = (((v.invstd * d / pixels)[:, None] * a).T @ w).to(scaled.dtype)
-        constant = (total / pixels @ a).to(dtype)
+        mean, a = found.mean, scaled.to(dtype)
+        quadratic = (((v.invstd * d / pixels).to(dtype)[:, None] * a).T @ branch.weight.flatten(1).to(dtype)).to(scaled.dtype)
+        constant = (total / pixels @ a.double()).to(dtype)
     dscale = d if gamma is None else gamma * d
     dscale = dscale if beta is None else dscale + beta * total
     dbias = torch.zeros_like(total) if found is not None else v.scale * total
