@@ -22,7 +22,7 @@ from fused_res import reference
 from fused_res.block.forward import Saved
 from fused_res.functional import residual_block_with_saved
 from fused_res.modules import ResidualBlock
-from fused_res.planner import request, use_backend
+from fused_res.planner import use_backend
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import Block, ConvBN
@@ -86,12 +86,11 @@ def _step(block: ResidualBlock, x: Tensor, dout: Tensor, run: Callable[[Tensor],
     return Result(tensors, signs, inputs)
 
 
-def _through_operator(block: ResidualBlock, x: Tensor) -> _Run:
+def _through_operator(block: ResidualBlock, x: Tensor, level: str) -> _Run:
     """The block through the operator, and the signs of its ReLUs, read from what was saved for backward."""
     operands = block.operands(x)
     out, saved = residual_block_with_saved(x, **operands)
     main = operands["main"]
-    _, level = request()
     shortcut = operands["shortcut"]
     kept = Saved.from_list(saved, Block(main, shortcut if isinstance(shortcut, ConvBN) else None), level)
     size, signs = tuple(x.shape[2:]), []
@@ -125,7 +124,7 @@ def step(
         if backend == "eager":
             return _step(block, x, dout, lambda t: _through_modules(block, t))
         with use_backend(backend, level):
-            return _step(block, x, dout, lambda t: _through_operator(block, t))
+            return _step(block, x, dout, lambda t: _through_operator(block, t, level))
 
 
 def _truth(block: ResidualBlock, x: Tensor, dout: Tensor, signs: list[Tensor] | None = None) -> Result:

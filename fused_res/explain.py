@@ -55,7 +55,8 @@ def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
     shortcut = shortcut_of(block.downsample)
     reason, backend, level = block.unfused_reason(x), planner.EAGER, None
     if reason is None:
-        asked, level = planner.request()
+        x = x.to(dtype)
+        asked, level = planner.plan(x, block.parts())
         backend = planner.resolve(asked, x.device, dtype)
         reason = shortcut.reason
     kind = type(block).__name__

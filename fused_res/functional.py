@@ -89,8 +89,8 @@ def residual_block_with_saved(
         skip = skip.expand(outer)
     tensors, spec, eps = pack(block)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
-    backend, level = planner.request()
-    out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+    plan = planner.plan(x, block)
+    out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, plan.level, plan.backend)
     for unit, vectors, (height, width) in zip(block.units, saved, sizes, strict=False):
         _update_buffers(unit, vectors, x.shape[0] * height * width)
     return out, saved

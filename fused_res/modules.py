@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fused_res import planner, reference
 from fused_res.eligibility import foreign, global_hooks, shortcut_of, unit_of, unit_reason
 from fused_res.functional import is_transformed, residual_block
+from fused_res.spec import Block
 
 _warned: set[str] = set()
 
@@ -81,19 +82,22 @@ class ResidualBlock(nn.Module):
             return self._run_modules(x, reason)
         return residual_block(x, **self.operands(x))
 
+    def parts(self) -> Block:
+        """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
+        shortcut = shortcut_of(self.downsample)
+        projection = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
+        main = [unit_of(conv, bn) for conv, bn in self._layers()]
+        return Block(main, projection, shortcut.pool, shortcut.kind == "as it is")
+
     def operands(self, x: Tensor) -> dict:
         """The arguments of `fused_res.functional.residual_block`, beside x, that this block stands for now."""
-        shortcut = shortcut_of(self.downsample)
-        if shortcut.kind == "as it is":
-            value = self.downsample(x)
-        else:
-            value = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
+        parts = self.parts()
         return {
-            "main": [unit_of(conv, bn) for conv, bn in self._layers()],
-            "shortcut": value,
-            "pool": shortcut.pool,
+            "main": parts.main,
+            "shortcut": self.downsample(x) if parts.given else parts.projection,
+            "pool": parts.pool,
             "residual_scale": self.residual_scale,
-            "names": [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut.names],
+            "names": [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut_of(self.downsample).names],
         }
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:

@@ -1,21 +1,25 @@
 """Which backend and which level of fusion a block runs at: what the user forced, or the automatic choice."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
-from fused_res import backends
-from fused_res.block.levels import LEVELS
+from fused_res import backends, plans
+from fused_res.backends import AUTO, resolve
+from fused_res.block.levels import LEVELS, Level
+from fused_res.geometry import Geometry, numbers_of
+from fused_res.spec import Block
 
-__all__ = ["EAGER", "LEVELS", "forced", "is_eager_forced", "request", "resolve", "use_backend"]
+__all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
+
+T = TypeVar("T")
 
 EAGER = "eager"
 """The name under which `use_backend` runs blocks unfused, in ordinary autograd (`fused_res.reference`)."""
-
-_AUTO = "auto"
 
 
 class Forced(NamedTuple):
@@ -23,6 +27,13 @@ class Forced(NamedTuple):
 
     backend: str
     level: str | None
+
+
+class Plan(NamedTuple):
+    """How a block runs: a backend's name or `fused_res.backends.AUTO`, and the level."""
+
+    backend: str
+    level: str
 
 
 class _Local(threading.local):
@@ -43,9 +54,10 @@ def use_backend(name: str, level: str | None = None) -> Iterator[None]:
     """Run the blocks called inside, in this thread, on one backend and at one level.
 
     Args:
-        name: `"triton"`, `"reference"` (the plain formulas under the same schedules), or `"eager"` (unfused, in ordinary
-            autograd).
-        level: one of `fused_res.planner.LEVELS`, or None for the planner's choice. `"eager"` has none.
+        name: `"triton"`, `"native"`, `"reference"` (the plain formulas under the same schedules), or `"eager"` (unfused, in
+            ordinary autograd).
+        level: one of `fused_res.planner.LEVELS`, or None for the planner's choice. `"eager"` has none. A block for which the
+            level means nothing runs at the highest one before it that does: a BasicBlock at `"prologue"` instead of `"moment"`.
 
     Raises:
         ValueError: for an unknown name or level, here. A backend that cannot run a block raises RuntimeError with the reason
@@ -69,24 +81,37 @@ def is_eager_forced() -> bool:
     return request is not None and request.backend == EAGER
 
 
-def request() -> tuple[str, str]:
-    """Backend (or "auto") and level for a block call. Reads no device property, so it is safe while torch.compile traces."""
-    asked = forced()
-    backend = _AUTO if asked is None else asked.backend
-    level = LEVELS[0] if asked is None or asked.level is None else asked.level
-    return backend, level
+def plan(x: Tensor, block: Block) -> Plan:
+    """How a call of the block with x runs.
 
+    Args:
+        x: [N, C, H, W] in the dtype that the block computes in.
+        block: its parts; weights may be symbolic, then the level is the first.
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: the named one, or the preferred one of those that can run for "auto".
-
-    Raises:
-        RuntimeError: if the named backend cannot run on this device with this dtype, with the reason.
+    Returns:
+        The backend as it was asked for, so that an exported program may run on another device than it was traced on, and a level
+        that means something for the block. It is the same at every call with the same sizes, and needs no guard on N, H or W
+        where torch.compile or torch.export trace.
     """
-    if backend == _AUTO:
-        able = [name for name in backends.NAMES if backends.supports(name, device, dtype) is None]
-        return max(able, key=lambda name: backends.load(name).preference(device))
-    reason = backends.supports(backend, device, dtype)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run this block: {reason}")
-    return backend
+    asked = forced() or Forced(AUTO, None)
+    level = asked.level
+    if level is None:
+        numbers = numbers_of(x, block)
+        level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, x.dtype, numbers)
+    return Plan(asked.backend, Level.of(level, block).name)
+
+
+def _constant(function: Callable[..., T]) -> Callable[..., T]:
+    """`torch.compiler.assume_constant_result`, which would import all of torch._dynamo, and Triton with it."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant
+def _level(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
+    key = ("level", backend, device, dtype, numbers)
+    level = plans.decided(key)
+    if level is None:
+        name = resolve(backend, device, dtype) if backend == AUTO else backend
+        level = plans.decide(key, backends.load(name).level(device, dtype, Geometry.from_numbers(numbers)))
+    return level

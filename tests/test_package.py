@@ -70,7 +70,7 @@ def test_every_backend_answers_the_same_questions():
     assert {"native", "reference", "triton"} <= set(backends.NAMES)
     for name in backends.NAMES:
         module = backends.load(name)
-        assert all(callable(getattr(module, f)) for f in ("supports", "preference", "find")), name
+        assert all(callable(getattr(module, f)) for f in ("supports", "preference", "level", "find")), name
 
 
 def test_readme_examples_run(torchvision_resnet):

@@ -1,9 +1,11 @@
 """The backends of the primitives, one module each: adding a backend is adding a file here.
 
-A backend module has three functions:
+A backend module has four functions:
 
 - `supports(device, dtype) -> str | None`: the reason why it cannot run there, or None where it can;
 - `preference(device) -> int`: the automatic choice takes the highest of those that can run; 0 is never chosen unasked;
+- `level(device, dtype, geometry) -> str`: at which level it runs a block (`fused_res.geometry.Geometry`) where neither
+  `use_backend` nor a measurement says;
 - `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 """
@@ -21,6 +23,8 @@ def names() -> list[str]:
 
 
 NAMES = tuple(names())
+AUTO = "auto"
+"""The name that stands for the preferred one of the backends that can run."""
 
 
 def load(name: str) -> ModuleType:
@@ -33,3 +37,18 @@ def load(name: str) -> ModuleType:
 def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot run on this device with this dtype, or None where it can."""
     return load(name).supports(device, dtype)
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs: the named one, or the preferred one of those that can run for `AUTO`.
+
+    Raises:
+        RuntimeError: if the named backend cannot run on this device with this dtype, with the reason.
+    """
+    if name == AUTO:
+        able = [name for name in NAMES if supports(name, device, dtype) is None]
+        return max(able, key=lambda name: load(name).preference(device))
+    reason = supports(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this block: {reason}")
+    return name

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from fused_res.geometry import Geometry
+
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype.is_floating_point else f"needs a floating-point dtype, got {dtype}"
@@ -11,6 +13,11 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def preference(device: torch.device) -> int:
     return 1
+
+
+def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
+    """The plain formulas gain nothing from a deeper level."""
+    return "bn_act"
 
 
 def find(primitive: str) -> Callable | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from fused_res.geometry import Geometry
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
     "bn_stats": "bn_stats",
@@ -32,6 +34,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else "the interpreter (TRITON_INTERPRET=1) takes CPU tensors"
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, got a tensor on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no GPU here that torch can use"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
@@ -40,6 +44,11 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def preference(device: torch.device) -> int:
     return 3 if device.type == "cuda" else 0
+
+
+def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
+    """The library's convolutions everywhere. Nothing has been measured on a GPU yet: deeper levels run where they are asked for."""
+    return "bn_act"
 
 
 def find(primitive: str) -> Callable | None:

@@ -92,7 +92,7 @@ def forward(
         skip: the shortcut's value [N, K, H', W'] where the block has neither an identity nor a projection.
         residual_scale: the scalar a, or None for 1.
         block: tensors in x's dtype (BN's may be float32).
-        level: one of `fused_res.planner.LEVELS`.
+        level: one of `fused_res.block.levels.LEVELS`.
         save: whether to keep what the backward needs.
 
     Returns:

@@ -21,6 +21,8 @@ def is_pointwise(unit: ConvBN) -> bool:
 class Level(NamedTuple):
     """What a level means for one block: a last convolution other than 1x1 has no moment form."""
 
+    name: str
+    """The highest level that means something for the block, of this and those before it."""
     epilogues: bool
     prologues: bool
     moment_main: bool
@@ -38,4 +40,5 @@ class Level(NamedTuple):
         main = level == "moment" and is_pointwise(last) and tuple(last.stride) == (1, 1)
         side = main and projection is not None and is_pointwise(projection)
         stores = [True] * (len(block.main) - 1) + [not main] + ([not side] if projection is not None else [])
-        return cls(rank >= LEVELS.index("epilogue"), rank >= LEVELS.index("prologue"), main, side, tuple(stores))
+        name = level if main or level != "moment" else "prologue"
+        return cls(name, rank >= LEVELS.index("epilogue"), rank >= LEVELS.index("prologue"), main, side, tuple(stores))

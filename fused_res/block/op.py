@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from fused_res import planner, reference
+from fused_res import backends, reference
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.levels import Level
@@ -38,7 +38,7 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
-    backend = planner.resolve(backend, x.device, x.dtype)
+    backend = backends.resolve(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
     return in_layout(out, _output_channels_last(x, block)), saved
@@ -69,7 +69,7 @@ def _requested(needs: list[bool], spec: list[int], eps: list[float]) -> Gradient
 
 def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
     block = unpack(tensors, spec, eps)
-    backend = planner.resolve(backend, x.device, x.dtype)
+    backend = backends.resolve(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         kept = Saved.from_list(saved, block, level)
         gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), level, backend)
