@@ -6,8 +6,9 @@ from torch import Tensor
 from fused_res.benchmarks.peers import Peer, Setup, is_ours
 
 ORACLES = ("eager channels_last", "eager NCHW")
-DRIFT = 4.0
-"""A deep network's results may differ by this many times the difference between eager's own two layouts."""
+DRIFT, MOST = 3.0, 0.9
+"""A network's results may differ by DRIFT times the difference between eager's own two layouts, and by no more than MOST: a
+gradient of zeros differs by 1."""
 
 
 class ResultMismatchError(RuntimeError):
@@ -55,6 +56,11 @@ def difference(got: dict[str, Tensor], wanted: dict[str, Tensor], limits: dict[s
     return max(finite) if len(finite) == len(errors) else float("nan"), complaint or None
 
 
+def network_limit(limit: float, natural: float) -> float:
+    """What a quantity of a network may differ by, where eager's own layouts differ by `natural`."""
+    return min(max(limit, DRIFT * natural), MOST)
+
+
 def compare(ready: dict[str, Peer], reasons: dict[str, str], setup: Setup, i: int) -> dict[str, float]:
     """Largest relative error of each whole-block peer against eager, every one having run the same steps before.
 
@@ -72,7 +78,7 @@ def compare(ready: dict[str, Peer], reasons: dict[str, str], setup: Setup, i: in
             raise ResultMismatchError(f"{setup.case.name}: a network is judged by eager in both layouts; one runs: {reasons}")
         other = quantities(ready[ran[1]], i)
         errors[ran[1]] = difference(other, wanted, limits)[0]
-        limits = {name: max(limits[name], DRIFT * relative_error(other[name], wanted[name])) for name in wanted}
+        limits = {name: network_limit(limits[name], relative_error(other[name], wanted[name])) for name in wanted}
     for name in [name for name, peer in ready.items() if peer.comparable and name not in errors]:
         errors[name], complaint = difference(quantities(ready[name], i), wanted, limits)
         if complaint and is_ours(name):

@@ -385,6 +385,34 @@ def test_a_wrong_network_is_never_timed(monkeypatch):
         runner.run_case(Setup(TINY, 2, torch.float32, CPU), FAST, rounds=1)
 
 
+def test_a_network_that_loses_a_gradient_is_never_timed(monkeypatch):
+    monkeypatch.setattr("fused_res.benchmarks.cases.IMAGE", 32)
+    spoiled(monkeypatch, "fused_res", lambda setup: wrong_block(setup, lambda out: out.detach() + out * 1e-3))
+    with pytest.raises(agreement.ResultMismatchError, match=r"d 0\.weight"):
+        runner.run_case(Setup(TINY, 2, torch.bfloat16, CPU), FAST, rounds=1)
+
+
+def test_limits_of_a_network():
+    assert agreement.network_limit(0.01, 0.001) == 0.01
+    assert agreement.network_limit(0.01, 0.1) == pytest.approx(agreement.DRIFT * 0.1)
+    assert agreement.network_limit(0.01, 2.0) < 1
+
+
+class GpuLikeClock(clocks.CpuClock):
+    """Has the further times of a GPU."""
+
+    def others(self):
+        return {"warm_ms": lambda call: Timing(call() and 0.5), "wall_ms": lambda call: Timing(call() and 2.0)}
+
+
+def test_further_times_of_a_gpu_are_in_rows_and_tables(setup):
+    rows = runner.run_case(setup, FAST, rounds=1, clock=GpuLikeClock())
+    assert [row["warm_ms"]["median"] for row in rows] == [0.5] * len(FAST)
+    text = report.markdown(new_document() | {"rows": rows})
+    assert "| wall ms |" in text
+    assert "| 2.000 |" in text
+
+
 @pytest.mark.parametrize("level", planner.LEVELS)
 def test_levels_are_peers(setup, level):
     name = peers.level_peer(level)
