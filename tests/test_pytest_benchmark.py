@@ -1,6 +1,7 @@
 """`pytest benchmarks --benchmark-only` works, and nothing else collects it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+# pytest-benchmark does nothing in a worker of pytest-xdist, which a child of one would take itself for.
+VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def pytest_run(*arguments):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=VARIABLES, capture_output=True, text=True, check=False)
 
 
 def test_it_times_and_notes_what(tmp_path):
