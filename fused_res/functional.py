@@ -91,8 +91,13 @@ def residual_block_with_saved(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     plan = planner.plan(x, block)
     out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, plan.level, plan.backend)
-    for unit, vectors, (height, width) in zip(block.units, saved, sizes, strict=False):
-        _update_buffers(unit, vectors, x.shape[0] * height * width)
+    updates = [(unit, v, x.shape[0] * h * w) for unit, v, (h, w) in zip(block.units, saved, sizes, strict=False) if unit.training]
+    if len({id(unit.running_mean) for unit, _, _ in updates}) == len(updates):
+        _update_buffers(updates)
+    else:
+        # Units that share a BN move its statistics one after the other.
+        for update in updates:
+            _update_buffers([update])
     return out, saved
 
 
@@ -110,22 +115,29 @@ def _cast(block: Block, dtype: torch.dtype) -> Block:
     return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))
 
 
-def _update_buffers(unit: ConvBN, vectors: Tensor, pixels: int) -> None:
-    """Move the running statistics of a unit towards its batch's, without a host synchronisation."""
-    if not unit.training:
-        return
-    if unit.num_batches_tracked is not None:
-        unit.num_batches_tracked.add_(1)
-    if unit.running_mean is None:
-        return
-    batch = Vectors(*vectors.unbind())
-    mean = batch.mean if unit.bias is None else batch.mean + unit.bias.detach()
-    var = batch.var * (pixels / (pixels - 1))
-    weight = unit.momentum
-    if weight is None:
-        weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()
-    for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
-        if running.dtype == value.dtype:
-            running.lerp_(value, weight)
-        else:
-            running.copy_(running.to(value.dtype).lerp(value, weight))
+def _update_buffers(updates: Sequence[tuple[ConvBN, Tensor, int]]) -> None:
+    """Move the running statistics of units towards their batch's (vectors, pixels), without a host synchronisation."""
+    counts = [unit.num_batches_tracked for unit, _, _ in updates if unit.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for unit, vectors, pixels in updates:
+        if unit.running_mean is None:
+            continue
+        batch = Vectors(*vectors.unbind())
+        mean = batch.mean if unit.bias is None else batch.mean + unit.bias.detach()
+        var = batch.var * (pixels / (pixels - 1))
+        weight = unit.momentum
+        if weight is None:
+            weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()
+        for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
+            if running.dtype != value.dtype:
+                running.copy_(running.to(value.dtype).lerp(value, weight))
+            elif isinstance(weight, Tensor):
+                running.lerp_(value, weight)
+            else:
+                buffers, values = moves.setdefault(weight, ([], []))
+                buffers.append(running)
+                values.append(value)
+    for weight, (buffers, values) in moves.items():
+        torch._foreach_lerp_(buffers, values, weight)

@@ -39,6 +39,8 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
     `contiguous` alone leaves the strides of dimensions of size 1 as they are.
     """
     image = image.contiguous(memory_format=memory_format(channels_last))
+    if min(image.shape) > 1:
+        return image
     strides = torch.empty(image.shape, device="meta", memory_format=memory_format(channels_last)).stride()
     return image if image.stride() == strides else image.as_strided(image.shape, strides)
 
@@ -46,12 +48,15 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
 def to_rows(image: Tensor) -> Tensor:
     """[N, C, H, W] as a contiguous matrix [N*H*W, C]; a view where the image is channels_last."""
     n, c, h, w = image.shape
+    if image.is_contiguous(memory_format=torch.channels_last):
+        return image.as_strided((n * h * w, c), (c, 1))
     return image.permute(0, 2, 3, 1).reshape(n * h * w, c).contiguous()
 
 
 def to_image(rows: Tensor, n: int, h: int, w: int) -> Tensor:
     """A contiguous matrix [n*h*w, C] as a channels_last view [n, C, h, w]."""
-    return rows.view(n, h, w, rows.shape[1]).permute(0, 3, 1, 2)
+    c = rows.shape[1]
+    return rows.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def _parameter_strides(parameter: Tensor) -> tuple[int, ...]:

@@ -1,9 +1,12 @@
 """The block operator: its registration, and its hand-written backward against finite differences."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_res
 from fused_res import accuracy, backends, use_backend
@@ -271,3 +274,39 @@ def test_pack_and_unpack_are_inverse():
     assert [u.eps for u in restored.units] == [0.5] * 3
     assert restored.main[1].beta is block.main[1].beta
     assert restored.main[0].beta is None
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_the_direct_call_and_the_operator_give_the_same_bits(kind, shortcut):
+    results = []
+    for mode in (nullcontext(), _Watch()):
+        block, x = make(kind, shortcut, bias=True, dtype=torch.float32)
+        with mode, use_backend("reference"):
+            out = block(x)
+            grads = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+        results.append([out, *grads, *block.buffers()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.stride() == theirs.stride()
+    assert type(results[0][0].grad_fn) is not type(results[1][0].grad_fn)
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    block, x = make("BasicBlock", "identity")
+    with _Watch() as seen:
+        block(x).sum().backward()
+        with torch.no_grad():
+            block(x)
+    assert seen.names.count("fused_res.block_forward.default") == 2
+    assert seen.names.count("fused_res.block_backward.default") == 1

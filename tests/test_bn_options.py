@@ -105,3 +105,11 @@ def test_an_empty_batch_does_what_eager_does(kind, training):
     block = make(kind).train(training)
     peer, x = eager(block), image(block)[:0]
     assert_same(step(block, x), step(peer, x))
+
+
+def test_units_that_share_a_bn_move_its_statistics_one_after_the_other():
+    block = make("identity")
+    block.bn2 = block.bn1
+    peer, x = eager(block), image(block)
+    assert_same(step(block, x), step(peer, x))
+    assert block.bn1.num_batches_tracked == 2

@@ -10,6 +10,7 @@ A backend module has four functions:
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 """
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -27,6 +28,7 @@ AUTO = "auto"
 """The name that stands for the preferred one of the backends that can run."""
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The backend's module. Raises ValueError for an unknown name."""
     if name not in NAMES:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_res.block.forward import Saved, projected
-from fused_res.block.levels import Level
+from fused_res.block.levels import Level, is_pointwise
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
@@ -162,6 +162,12 @@ def _projection(
     dweight = conv_wgrad(dy, Activation(wanted), unit, backend=backend) if branch.wants.weight else None
     if not branch.below:
         return dweight, None
+    if is_pointwise(unit) and tuple(unit.stride) != (1, 1) and pool is None:
+        # The pixels that the convolution passes over get nothing: there is no need to write their zeros and to add them.
+        (n, _, h, w), channels = dy.image.shape, image.shape[1]
+        read = image.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
+        dx = conv_dgrad(dy, read, unit._replace(stride=(1, 1)), backend=backend).image
+        return dweight, Addend(dx, stride=tuple(unit.stride))
     dx = conv_dgrad(dy, wanted, unit, backend=backend).image
     return dweight, Addend(dx if pool is None else nhwc(_through_pool(dx, image, pool)))
 

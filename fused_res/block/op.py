@@ -4,6 +4,8 @@ Both are functional. What the forward saves depends on its arguments `save` and 
 it; a new level adds neither an argument nor an output. The backward's own derivative comes from `fused_res.reference`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
@@ -99,15 +101,9 @@ def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, le
     return found
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, _, residual_scale, tensors, spec, eps, save, level, backend = inputs
-    _, saved = output
-    ctx.mark_non_differentiable(*saved)
-    # Without this, autograd makes a tensor of zeros for each tensor of `saved`, whose gradient nobody reads.
+def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
+    # Without this, autograd makes a tensor of zeros for each output, also for those whose gradient nobody reads.
     ctx.set_materialize_grads(False)
-    ctx.save = save
-    if not save:
-        return
     ctx.spec, ctx.eps, ctx.level, ctx.backend = spec, eps, level, backend
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
     kept, ctx.kept_spec = without_running_statistics(tensors, spec)
@@ -116,25 +112,38 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, *([residual_scale] if ctx.has_scale else []), *kept, *saved)
 
 
-def _forward_gradient(ctx, dout, _):
-    if not ctx.save:
-        raise RuntimeError("block_forward: called with save=False, which keeps nothing for backward")
+def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, call):
+    """Gradients of x, skip and residual scale, and the list of those of the tensors; `call` is block_backward."""
     if dout is None:
-        return None, None, None, [None] * len(ctx.needs_input_grad[3]), None, None, None, None, None
+        return None, None, None, [None] * len(wanted_tensors)
     x, *rest = ctx.saved_tensors
     residual_scale = rest.pop(0) if ctx.has_scale else None
     kept, saved = rest[: ctx.kept_count], rest[ctx.kept_count :]
-    wanted_x, wanted_skip, wanted_scale, wanted_tensors = ctx.needs_input_grad[:4]
     kept_needs, _ = without_running_statistics(wanted_tensors, ctx.spec)
     needs = [wanted_x, wanted_skip, wanted_scale, *kept_needs]
-    call = torch.ops.fused_res.block_backward.default
     found = iter(call(dout, x, residual_scale, kept, saved, ctx.kept_spec, ctx.eps, needs, ctx.level, ctx.backend))
     dx, dskip, dscale = (next(found) if need else None for need in needs[:3])
     of_tensors = [
         next(found) if need and not name.startswith("running") else None
         for need, (_, name) in zip(wanted_tensors, tensor_fields(ctx.spec), strict=True)
     ]
-    return dx, dskip, dscale, of_tensors, None, None, None, None, None
+    return dx, dskip, dscale, of_tensors
+
+
+def _save_for_backward(ctx, inputs, output):
+    x, _, residual_scale, tensors, spec, eps, save, level, backend = inputs
+    _, saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save = save
+    if save:
+        _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend)
+
+
+def _forward_gradient(ctx, dout, _):
+    if not ctx.save:
+        raise RuntimeError("block_forward: called with save=False, which keeps nothing for backward")
+    found = _gradients(ctx, dout, *ctx.needs_input_grad[:4], torch.ops.fused_res.block_backward.default)
+    return *found, None, None, None, None, None
 
 
 def _save_for_double_backward(ctx, inputs, output):
@@ -204,4 +213,53 @@ for _name, _kernel, _fake in (("block_forward", _forward, _forward_fake), ("bloc
 register_autograd("fused_res::block_forward", _forward_gradient, setup_context=_save_for_backward, lib=_library)
 register_autograd("fused_res::block_backward", _backward_gradient, setup_context=_save_for_double_backward, lib=_library)
 
-block_forward = torch.ops.fused_res.block_forward.default
+_operator = torch.ops.fused_res.block_forward.default
+
+
+def _is_observed(*tensors: Tensor | None) -> bool:
+    """Whether somebody traces or transforms the operators that are called, or a tensor is not a plain one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+def _below_autograd(function, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*arguments)
+
+
+class _Direct(torch.autograd.Function):
+    """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
+
+    @staticmethod
+    def forward(ctx, arguments, found, x, skip, residual_scale, *tensors):
+        spec, eps, level, backend = arguments
+        out, saved = _below_autograd(_forward, x, skip, residual_scale, tensors, spec, eps, True, level, backend)
+        _keep(ctx, x, residual_scale, tensors, saved, *arguments)
+        found += saved
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        call = partial(_below_autograd, _backward)
+        if torch.is_grad_enabled() or _is_observed(dout):
+            call = torch.ops.fused_res.block_backward.default
+        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[2:5], ctx.needs_input_grad[5:], call)
+        return None, None, *found, *of_tensors
+
+
+def block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
+    """The operator `fused_res::block_forward`, directly where nobody watches."""
+    arguments = (spec, eps, level, backend)
+    if _is_observed(x, skip, residual_scale, *tensors):
+        return _operator(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+    if not save:
+        return _below_autograd(_forward, x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+    saved: list[Tensor] = []
+    out = _Direct.apply(arguments, saved, x, skip, residual_scale, *tensors)
+    return out, saved

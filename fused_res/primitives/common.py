@@ -26,6 +26,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raise unless the tensor is contiguous and has this shape, dtype and device."""
+    if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous():
+        return
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
