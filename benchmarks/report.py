@@ -126,6 +126,11 @@ def caption(document: dict) -> str:
             f"{top['bytes_per_s'] / 1e9:.3g} GB/s and {top['flops_per_s'] / 1e12:.3g} TFLOP/s ({top['how']}), over its time; "
             "refused where that would be a rate above what was measured."
         )
+    if sums.sums(document, document["suite"]):
+        text += (
+            " Time beyond the bare convolutions over eager's: the sum over the cases of fused_res less the bare convolutions, over "
+            "that of the faster eager layout less the bare convolutions; 0 is all but the convolutions for free."
+        )
     if document["gpu"] is not None:
         text += " graph: replayed as a CUDA graph. wall: from an idle GPU until it is idle again, the host's work included."
     return text
