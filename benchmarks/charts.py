@@ -105,7 +105,7 @@ def roofline(points: Sequence[Point], peak: float, bandwidth: float) -> str:
     corner, begin, end = at(ridge, peak), at(10**start, 10**start * bandwidth), at(10**x1, peak)
     parts += [_line(*begin, *corner, "#c0392b", 1.6), _line(*corner, *end, "#c0392b", 1.6)]
     parts.append(_text(end[0], end[1] - 6, f"{peak / 1e12:.3g} TFLOP/s measured", "end", 10, fill="#c0392b"))
-    parts.append(_text(begin[0] + 8, begin[1] - 4, f"{bandwidth / 1e9:.3g} GB/s measured", size=10, fill="#c0392b"))
+    parts.append(_text(begin[0] + 22, begin[1] + 4, f"{bandwidth / 1e9:.3g} GB/s measured", size=10, fill="#c0392b"))
     for point in points:
         x, y = at(point.intensity, point.rate)
         look = f'fill="{point.colour}" fill-opacity="0.8" stroke="white" stroke-width="0.7"'

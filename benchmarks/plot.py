@@ -31,8 +31,13 @@ def colour(name: str) -> str:
     return LEVELS[planner.LEVELS.index(level) % len(LEVELS)] if level in planner.LEVELS else LEVELS[0]
 
 
-def draw(document: dict, path: Path) -> None:
-    """Write the plot as PNG."""
+def is_of(path: Path, digest: str) -> bool:
+    """Whether the plot is there and was drawn from the result file with this digest."""
+    return path.is_file() and f"Source\0{digest}".encode() in path.read_bytes()
+
+
+def draw(document: dict, path: Path, digest: str = "") -> None:
+    """Write the plot as PNG; `digest` of the result file goes with it."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
@@ -48,7 +53,7 @@ def draw(document: dict, path: Path) -> None:
         _losses(axes[1], digits)
     wrapped = textwrap.fill(conditions(document), 170 if with_losses else 100)
     figure.suptitle(wrapped, fontsize=9, color="#52606d", x=0.01, ha="left")
-    figure.savefig(path, dpi=150, facecolor="white")
+    figure.savefig(path, dpi=150, facecolor="white", metadata={"Source": digest})
 
 
 def _blocks(axes, groups: list) -> None:

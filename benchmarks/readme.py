@@ -1,8 +1,9 @@
 """`python -m fused_res.benchmarks.readme [--check] README.md`: figures in README come from committed result files only.
 
 What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from that file, a path relative to
-the README, and what stands between `<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` from
-`fused_res.benchmarks.model`. With --check nothing is written, and the exit code is 1 if anything would be.
+the README, and the plot beside the file is drawn anew where it is of other results. What stands between
+`<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` comes from `fused_res.benchmarks.model`. With --check
+nothing is written, and the exit code is 1 if anything would be.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from fused_res.benchmarks import model, report, results
+from fused_res.benchmarks import model, plot, report, results
 
 _SECTION = re.compile(
     r"(?P<begin><!-- (?P<kind>results|predicted):begin (?P<what>[^\n]+?) -->\n)(?P<body>.*?)(?P<end><!-- (?P=kind):end -->)",
@@ -20,8 +21,7 @@ _SECTION = re.compile(
 
 
 def _measured(name: str, folder: Path) -> str:
-    picture = Path(name).with_suffix(".png")
-    return report.markdown(results.load(folder / name), picture.as_posix() if (folder / picture).is_file() else None)
+    return report.markdown(results.load(folder / name), Path(name).with_suffix(".png").as_posix())
 
 
 def _predicted(what: str, folder: Path) -> str:
@@ -41,6 +41,12 @@ def rewritten(text: str, folder: Path) -> str:
     return _SECTION.sub(lambda match: f"{match['begin']}\n{_RENDER[match['kind']](match['what'], folder)}\n\n{match['end']}", text)
 
 
+def stale_plots(text: str, folder: Path) -> list[Path]:
+    """Result files whose plot is missing or of other results."""
+    files = [folder / match["what"] for match in _SECTION.finditer(text) if match["kind"] == "results"]
+    return [file for file in files if not plot.is_of(file.with_suffix(".png"), results.digest(file))]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.readme", description=__doc__)
     parser.add_argument("readme", type=Path)
@@ -48,17 +54,19 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         text = options.readme.read_text()
-        wanted = rewritten(text, options.readme.parent)
+        wanted, stale = rewritten(text, options.readme.parent), stale_plots(text, options.readme.parent)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if text == wanted:
+    if text == wanted and not stale:
         return 0
     if options.check:
         repair = f"python -m fused_res.benchmarks.readme {options.readme}"
         print(f"{options.readme} differs from its result files; run {repair}", file=sys.stderr)
         return 1
     options.readme.write_text(wanted)
+    for file in stale:
+        plot.draw(results.load(file), file.with_suffix(".png"), results.digest(file))
     return 0
 
 

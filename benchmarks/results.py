@@ -6,6 +6,7 @@ The first line is the header: `schema` (version of this format), `created` (UTC)
 A line without its end, left by an interruption, is ignored.
 """
 
+import hashlib
 import json
 from datetime import datetime, timezone
 from pathlib import Path
@@ -123,6 +124,11 @@ def resume(path: Path, wanted: dict) -> dict:
     text = path.read_text()
     path.write_text(text[: text.rfind("\n") + 1])
     return found
+
+
+def digest(path: Path) -> str:
+    """Of what is in the file: a plot says with it what it was drawn from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def row_key(row: dict) -> tuple:

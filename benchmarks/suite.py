@@ -128,7 +128,7 @@ def run(options: Options) -> dict:
         if _measure(document, options, clock):
             results.append(document, options.file, "finished", results.now())
     if "finished" in document:
-        plot.draw(document, options.file.with_suffix(".png"))
+        plot.draw(document, options.file.with_suffix(".png"), results.digest(options.file))
     return document
 
 

@@ -304,6 +304,14 @@ def test_readme_sections_follow_their_files(document, tmp_path, capsys):
     assert text.endswith("after\n")
     assert "| eager NCHW |" in text
     assert "stale" not in text
+    picture = tmp_path / "results" / "small.png"
+    drawn = picture.read_bytes()
+    assert readme.main([str(path)]) == 0
+    assert picture.read_bytes() == drawn
+    plot.draw(document, picture, "of other results")
+    assert readme.main([str(path), "--check"]) == 1
+    assert readme.main([str(path)]) == 0
+    assert readme.main([str(path), "--check"]) == 0
     path.write_text(text.replace("results:end", "results:ended"))
     assert readme.main([str(path), "--check"]) == 2
     assert "pairs" in capsys.readouterr().err
