@@ -35,6 +35,8 @@ class Row:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    matrix: str
+    copies: int
     problems: list[str] = field(default_factory=list)
 
 
@@ -46,23 +48,31 @@ def variants(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
             yield module.name, variant
 
 
+def _specialise(value, path: tuple[int, ...], constants: dict, attributes: dict):
+    """Triton's type of an argument, or of a tuple of them; what is known of them beside goes into the two dictionaries."""
+    if isinstance(value, tuple):
+        types = [_specialise(item, (*path, i), constants, attributes) for i, item in enumerate(value)]
+        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 2**31 else "i64"
+
+
 def compile_launch(launch, arch: int):
     """The compiled kernel, specialised as the launcher's arguments make Triton do: aligned pointers, 1, multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = {}, dict(launch.constants), {}
+    constants, attributes = dict(launch.constants), {}
+    signature = dict.fromkeys(launch.kernel.arg_names, "constexpr")
     for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32" if value < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    signature = {name: signature.get(name, "constexpr") for name in launch.kernel.arg_names}
+        signature[name] = _specialise(value, (i,), constants, attributes)
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.warps})
 
@@ -83,6 +93,17 @@ def accesses(ptx: str, kind: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
+def matrix_instruction(ptx: str) -> str:
+    """The tensor cores' instruction that a kernel multiplies with: wgmma, tcgen05 or mma; empty without one."""
+    found = set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx))
+    return ", ".join(sorted(name.split(".")[0] for name in found))
+
+
+def asynchronous_copies(ptx: str) -> int:
+    """How many instructions copy from global to shared memory on the side."""
+    return len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.\S*?global)\b", ptx))
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """What `cuobjdump -res-usage` says: REG, STACK, SHARED, LOCAL and more."""
     import triton
@@ -95,16 +116,21 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
 
 
-def problems(row: Row, ptx: str, ttir: str, wide_loads: bool, wide_stores: bool) -> Iterator[str]:
+def problems(row: Row, ptx: str, ttir: str, variant) -> Iterator[str]:
     """What a kernel of this project must not do."""
     if row.local:
         yield f"spills: {row.local} bytes of local memory"
     if row.shared > SHARED[row.arch]:
         yield f"shared memory: {row.shared} bytes of {SHARED[row.arch]}"
-    for kind, sizes, wide in (("loads", row.loads, wide_loads), ("stores", row.stores, wide_stores)):
-        narrow = {size: count for size, count in sizes.items() if 1 < size < 16}
+    apart = (1, 4, 8) if variant.matrix else (1,)  # sign bytes; per-channel vectors, of which a thread may want few
+    for kind, sizes, wide in (("loads", row.loads, variant.loads), ("stores", row.stores, variant.stores)):
+        narrow = {size: count for size, count in sizes.items() if size < 16 and size not in apart}
         if wide and (narrow or not any(size >= 16 for size in sizes)):
             yield f"narrow {kind}: bytes x instructions {sizes}"
+    if variant.matrix and not row.matrix and "ieee" not in variant.launch.constants.values():
+        yield "no matrix instruction"
+    if variant.matrix and variant.loads and not row.copies:
+        yield "operands: no asynchronous copies"
     if drops := re.findall(r"\b(?:max|min)(?:\.ftz)?\.f\w+", ptx):
         yield f"drops NaN: {', '.join(sorted(set(drops)))}"
     if racy := re.findall(r"\b(?:atom|red)\.\S+", ptx):
@@ -127,8 +153,10 @@ def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
         shared=compiled.metadata.shared,
         loads=accesses(ptx, "ld"),
         stores=accesses(ptx, "st"),
+        matrix=matrix_instruction(ptx),
+        copies=asynchronous_copies(ptx),
     )
-    row.problems = list(problems(row, ptx, compiled.asm["ttir"], variant.loads, variant.stores))
+    row.problems = list(problems(row, ptx, compiled.asm["ttir"], variant))
     return row
 
 
@@ -145,8 +173,9 @@ def _line(row: Row) -> str:
     def sizes(counts: dict[int, int]) -> str:
         return " ".join(f"{count}x{size}" for size, count in counts.items())
 
-    left = f"{row.kernel:24} {row.variant:34} {row.dtype:9} sm_{row.arch:<4}"
-    return f"{left}{row.registers:4} {row.local:5} {row.shared:6}  {sizes(row.loads):18} {sizes(row.stores)}"
+    left = f"{row.kernel:24} {row.variant:54} {row.dtype:9} sm_{row.arch:<4}"
+    right = f"{sizes(row.loads):24} {sizes(row.stores):14} {row.copies:4} {row.matrix}"
+    return f"{left}{row.registers:4} {row.local:5} {row.shared:6}  {right}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -160,7 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET: expected unset, the interpreter cannot compile")
     failed = 0
     if not options.json:
-        print(f"{'kernel':24} {'variant':34} {'dtype':9} {'arch':7}{'regs':>4} local shared  loads (n x bytes)  stores")
+        heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
+        print(f"{heads}  {'loads (n x bytes)':24} {'stores':14} async matrix")
     for row in table(options.sample):
         print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
         for problem in row.problems:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused_res.kernels.common import (
     Variant,
+    add_shortcut,
     affine,
     aligned,
     is_open,
@@ -35,10 +36,7 @@ def _kernel(y, vectors, skip, y2, vectors2, out, signs, P, C, ALIGN: tl.constexp
     mask = within(p, P - row, c, C)
 
     v = affine(load_rows(y + start, at, mask), load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])
-    if skip is not None:
-        v += load_rows(skip + start, at, mask)
-    if y2 is not None:
-        v += affine(load_rows(y2 + start, at, mask), load_row(vectors2, 3, C, c)[None, :], load_row(vectors2, 4, C, c)[None, :])
+    v = add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)
     rounded = relu(v).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)
     if signs is not None:

@@ -24,6 +24,7 @@ from fused_res.kernels.common import (
     partials_tile,
     row_tiles,
     store_vectors,
+    through_bn,
     tile,
     unpack,
     variant,
@@ -210,6 +211,7 @@ def _apply(
     mask = within(p, P - row, c, C)
 
     g = load_rows(dout + start, at, mask)
+    value, value2 = g, g
     if TRAINING or signs is None:
         value = load_rows(y + start, at, mask)
     if signs is None:
@@ -223,14 +225,10 @@ def _apply(
     g = tl.where(opened, g, 0.0)
     if masked is not None:
         tl.store(masked + start + at, g.to(masked.dtype.element_ty), mask=mask)
-    result = g * load_row(coefficients, 0, C, c)[None, :]
-    if TRAINING:
-        result += tl.fma(value, load_row(coefficients, 1, C, c)[None, :], load_row(coefficients, 2, C, c)[None, :])
+    result = through_bn(g, value, coefficients, C, c, TRAINING)
     tl.store(dy + start + at, result.to(dy.dtype.element_ty), mask=mask)
     if y2 is not None:
-        result = g * load_row(coefficients2, 0, C, c)[None, :]
-        if TRAINING2:
-            result += tl.fma(value2, load_row(coefficients2, 1, C, c)[None, :], load_row(coefficients2, 2, C, c)[None, :])
+        result = through_bn(g, value2, coefficients2, C, c, TRAINING2)
         tl.store(dy2 + start + at, result.to(dy2.dtype.element_ty), mask=mask)
 
 

@@ -72,6 +72,17 @@ def relu(v):
 
 
 @triton.jit
+def narrow(v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """v as a matrix product of this dtype and precision multiplies it: TF32 keeps the upper 10 bits of a float32's fraction."""
+    if tl.float32 == DTYPE and PRECISION == "tf32":
+        bits = v.to(tl.int32, bitcast=True)
+        bits = tl.where(v == v, bits, 0)
+        even = bits + 0xFFF + ((bits >> 13) & 1)
+        v = tl.where(v == v, (even & -0x2000).to(tl.float32, bitcast=True), v)
+    return v.to(DTYPE)
+
+
+@triton.jit
 def load_row(vectors, row: tl.constexpr, C, c):
     """Row of a [rows, C] tensor of per-channel vectors, at the channels c; 0 past the last channel."""
     return tl.load(vectors + row * C + c, mask=c < C, other=0.0)
@@ -88,6 +99,31 @@ def store_vectors(pointer, vectors, C, c):
 def load_rows(pointer, at, mask):
     """A tile of activations in float32; 0 where masked."""
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def activate(v, vectors, C, c):
+    """relu(scale * v + shift), with the vectors of the channels c."""
+    return relu(affine(v, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :]))
+
+
+@triton.jit
+def add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c):
+    """v + skip, or v + scale2 * y2 + shift2, of whichever is there the elements `at` from `start` on."""
+    if skip is not None:
+        v += load_rows(skip + start, at, mask)
+    if y2 is not None:
+        v += affine(load_rows(y2 + start, at, mask), load_row(vectors2, 3, C, c)[None, :], load_row(vectors2, 4, C, c)[None, :])
+    return v
+
+
+@triton.jit
+def through_bn(g, y, coefficients, C, c, LIVE: tl.constexpr):
+    """p * g + q * y + r, with the coefficients of the channels c; p * g where the statistics are no function of y."""
+    result = g * load_row(coefficients, 0, C, c)[None, :]
+    if LIVE:
+        result += tl.fma(y, load_row(coefficients, 1, C, c)[None, :], load_row(coefficients, 2, C, c)[None, :])
+    return result
 
 
 @triton.jit
@@ -139,6 +175,12 @@ def row_tiles(pixels: int, channels: int, block: Tile) -> tuple[int, int]:
     return max(1, triton.cdiv(pixels, rows)), rows
 
 
+def dot_precision(tensor: Tensor) -> str:
+    """How matrix products of float32 multiply, "tf32" or "ieee": as torch's convolutions on the tensor's device do."""
+    library = torch.backends.mkldnn if tensor.device.type == "cpu" else torch.backends.cudnn
+    return "tf32" if library.conv.fp32_precision == "tf32" else "ieee"
+
+
 def partials_tile(tiles: int) -> Tile:
     """The part of [T, C] partial results that a program of a finalize kernel holds at once."""
     rows = next((rows for rows in (8, 64) if tiles <= rows), 512)
@@ -182,7 +224,8 @@ def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments
 class Variant(NamedTuple):
     """A launch to compile ahead of time, and what to expect of it; `fused_res.aot` reads `aot_variants(dtype)` of each file.
 
-    loads, stores: whether all of them take 16 bytes, sign bytes apart.
+    loads, stores: whether all of them take 16 bytes, sign bytes and per-channel vectors apart.
+    matrix: whether it multiplies matrices, in matrix instructions, on operands that are copied asynchronously.
     sample: whether it belongs to the quick check.
     """
 
@@ -190,20 +233,28 @@ class Variant(NamedTuple):
     launch: Launch
     loads: bool
     stores: bool
+    matrix: bool
     sample: bool
 
 
 def variant(
-    name: str, launcher: Callable, *arguments: Any, loads: bool = False, stores: bool = False, sample: bool = False
+    name: str,
+    launcher: Callable,
+    *arguments: Any,
+    loads: bool = False,
+    stores: bool = False,
+    matrix: bool = False,
+    sample: bool = False,
+    launched: int = 0,
 ) -> Variant:
-    """The launch that the launcher makes of these arguments, whose tensors have no data."""
+    """The launch that the launcher makes of these arguments, whose tensors have no data, or the one numbered `launched`."""
     launches: list[Launch] = []
     _recorders.append(launches)
     try:
         launcher(*arguments)
     finally:
         _recorders.pop()
-    return Variant(name, launches[0], loads, stores, sample)
+    return Variant(name, launches[launched], loads, stores, matrix, sample)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

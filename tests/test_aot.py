@@ -66,7 +66,7 @@ def sound(x, y, P, C, B: tl.constexpr):
 x = meta(1024, 64)
 for kernel in (plain_max, atomics, narrow_offsets, narrow_accesses, too_much_shared, spills, sound):
     launch = Launch(kernel, 1, (x, x, 1024, 64), {"B": 1024}, 1 if kernel is spills else 4)
-    row = aot.inspect("", Variant("", launch, True, True, False), torch.float32, 80)
+    row = aot.inspect("", Variant("", launch, True, True, False, False), torch.float32, 80)
     print(kernel.__name__, row.problems, sep=": ")
 """
 

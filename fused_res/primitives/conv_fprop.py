@@ -48,7 +48,7 @@ def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output:
         raise ValueError("output: expected None together with statistics")
     own = convolution("conv_fprop", backend, unit)
     if own is not None:
-        return own(x, unit, statistics, output)
+        return Convolved(*own(x, unit, statistics, output))
     y = nhwc(plain(x.values(backend), unit))
     if statistics:
         return Convolved(y, *bn_stats(to_rows(y), backend=backend))

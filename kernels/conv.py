@@ -1,0 +1,277 @@
+"""What the convolution kernels share: where pixels lie, what operands become on their way in, and tile configurations.
+
+All three directions are one implicit matrix product over NHWC images: rows are pixels, columns are channels, and what is summed
+over runs through the taps of the filter and the channels of the other side (fprop, dgrad) or through the pixels (wgrad).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    activate,
+    affine,
+    alignment,
+    dot_precision,
+    is_open,
+    load_row,
+    load_rows,
+    narrow,
+    through_bn,
+)
+from fused_res.spec import ConvBN
+
+
+class Source(NamedTuple):
+    """An image [N, C, H, W] that a convolution reads, and what becomes of it on the way.
+
+    Without `coefficients` an `Activation`: `relu(scale * image + shift)` with `vectors`, the image without. With them a `Gradient`:
+    the ReLU's signs are the bits of `signs`, or those of `scale * y + shift` with `vectors`; without either the image is
+    masked already.
+    """
+
+    image: Tensor
+    y: Tensor | None
+    vectors: Tensor | None
+    coefficients: Tensor | None
+    signs: Tensor | None
+
+
+class Geometry(NamedTuple):
+    """Sizes and steps of a convolution, height first."""
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    stride_h: int
+    stride_w: int
+    padding_h: int
+    padding_w: int
+    dilation_h: int
+    dilation_w: int
+
+
+@triton.jit
+def decode(first, H, W, BLOCK_P: tl.constexpr):
+    """Image, row and column of BLOCK_P pixels of H x W images, from pixel `first` on; the image in 64 bits."""
+    n = first // (H * W)
+    q = (first - n * (H * W)).to(tl.int32) + tl.arange(0, BLOCK_P)
+    return n + q // (H * W), q % (H * W) // W, q % W
+
+
+@triton.jit
+def load_signs(signs, place, first, inside, C, WORD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sign bits [BLOCK_P, BLOCK_C] as booleans, of pixels `place` and channels from `first` on, in words of WORD bits."""
+    words = signs
+    if WORD == 32:  # wide enough for asynchronous copies
+        words = signs.to(tl.pointer_type(tl.uint32))
+    S = (C + WORD - 1) // WORD
+    b = first // WORD + tl.arange(0, BLOCK_C // WORD)
+    bits = tl.load(words + place[:, None] * S + b[None, :], mask=inside[:, None] & (b < S)[None, :], other=0)
+    grouped = (bits.to(tl.uint32)[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
+    return tl.reshape(grouped, (BLOCK_P, BLOCK_C)) != 0
+
+
+@triton.jit
+def read(
+    source,
+    place,
+    base,
+    inside,
+    first,
+    C,
+    LIVE: tl.constexpr,
+    WORD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The source [BLOCK_P, BLOCK_C] at pixels `place`, whose first channels lie at `base`, and at channels from `first` on.
+
+    0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. LIVE: the gradient's BN used
+    the batch's statistics; where not, y only gives signs.
+    """
+    c = first + tl.arange(0, BLOCK_C)
+    mask = inside[:, None] & (c < C)[None, :]
+    at = base[:, None] + c[None, :]
+    value = tl.load(source.image + at, mask=mask, other=0.0)
+    if source.coefficients is not None:
+        g = value.to(tl.float32)
+        v = g
+        if LIVE or source.vectors is not None:
+            v = load_rows(source.y, at, mask)
+        if source.signs is not None:
+            g = tl.where(load_signs(source.signs, place, first, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+        elif source.vectors is not None:
+            scale, shift = load_row(source.vectors, 3, C, c), load_row(source.vectors, 4, C, c)
+            g = tl.where(is_open(affine(v, scale[None, :], shift[None, :])), g, 0.0)
+        value = tl.where(inside[:, None], through_bn(g, v, source.coefficients, C, c, LIVE), 0.0)
+    elif source.vectors is not None:
+        v = activate(value.to(tl.float32), source.vectors, C, c)
+        value = tl.where(inside[:, None], v, 0.0)
+    return narrow(value, source.image.dtype.element_ty, PRECISION)
+
+
+@triton.jit
+def implicit_gemm(
+    source,
+    pixels,
+    size,
+    taps,
+    filters,
+    LIVE: tl.constexpr,
+    WORD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`sum over taps and d of source[pixel moved by the tap, d] * weight[tap, d, j]`, [BLOCK_P, BLOCK_J] in float32.
+
+    pixels: numbers, rows and columns of the source's pixels under the first tap, and which of them count.
+    size: height, width and channels of the source.
+    taps: how many, how many to a row, and how far down and right from one to the next.
+    filters: the weight, its first tap, how many taps on the next one down and right lie, and the strides of taps and of d and j;
+    then j and its end.
+    """
+    place, h, w, valid = pixels
+    H, W, D = size
+    count, across, down, right = taps
+    weight, first, step_down, step_right, stride_tap, stride_d, stride_j, j, J = filters
+    wide = D.to(tl.int64)
+    base = place * wide
+    columns = weight + j.to(tl.int64) * stride_j
+    acc = tl.zeros((BLOCK_P, BLOCK_J), tl.float32)
+    for i in tl.range(0, count * tl.cdiv(D, BLOCK_D), num_stages=STAGES):
+        block, a, b = i // count * BLOCK_D, i % count // across, i % count % across
+        inside = valid & ((h + a * down).to(tl.uint32) < H) & ((w + b * right).to(tl.uint32) < W)  # below 0 is far above
+        move = a * down * W + b * right
+        rows = read(source, place + move, base + move * wide, inside, block, D, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_D)
+        d = block + tl.arange(0, BLOCK_D)
+        tap = (first + a * step_down + b * step_right) * stride_tap
+        at = (d.to(tl.int64) * stride_d + tap)[:, None] + columns[None, :]
+        factors = tl.load(at, mask=(d < D)[:, None] & (j < J)[None, :], other=0.0)
+        acc = tl.dot(rows, narrow(factors, weight.dtype.element_ty, PRECISION), acc, input_precision=PRECISION)
+    return acc
+
+
+# More pixels than a block ever has.
+_LONGEST = 1024
+
+
+class Config(NamedTuple):
+    """What a program takes at once: pixels, output and input channels of the convolution; its warps, and its loop's stages."""
+
+    block_p: int
+    block_k: int
+    block_c: int
+    warps: int
+    stages: int
+
+
+def check_image(name: str, image: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The image in channels_last, copied where it is not; raises unless it has this shape, and the dtype and device of `like`."""
+    if tuple(image.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(image.shape)}")
+    if image.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype}, as the weight has, got {image.dtype}")
+    if image.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {image.device}")
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """The tensor itself; raises unless it is contiguous, of this shape and dtype, and on the device of `like`."""
+    if tensor is None:
+        raise ValueError(f"{name}: expected a tensor of shape {shape}, got None")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != like.device or not tensor.is_contiguous():
+        got = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        raise ValueError(f"{name}: expected a contiguous {dtype} {shape} on {like.device}, got {got}")
+    return tensor
+
+
+def activation(x: Any, weight: Tensor) -> Source:
+    """The kernels' view of an `Activation` in front of this weight."""
+    shape = (x.image.shape[0], weight.shape[1], *x.image.shape[2:])
+    vectors = None if x.vectors is None else check_dense("x.vectors", x.vectors, (5, weight.shape[1]), torch.float32, weight)
+    return Source(check_image("x", x.image, shape, weight), None, vectors, None, None)
+
+
+def geometry(height: int, width: int, unit: ConvBN) -> Geometry:
+    """Sizes and steps of the unit's convolution over images of this size."""
+    out = unit.output_size(height, width)
+    if min(out) < 1:
+        raise ValueError(f"x: expected images no smaller than the filter, got {height} x {width}")
+    padded = height + 2 * unit.padding[0], width + 2 * unit.padding[1]
+    for h, w in (padded, out):
+        if h * w > 2**31 - _LONGEST:
+            raise ValueError(f"x: expected images of less than 2^31 pixels, got {h} x {w}")
+    return Geometry(height, width, *out, *unit.stride, *unit.padding, *unit.dilation)
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """The weight [K, C, R, S] as [K, R, S, C], which a channels_last weight is already."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+# Tiles by preference, for 2-byte and 4-byte activations. Filters with several taps keep to 4 warps: with 8, Triton has been
+# seen to miscompile loops that run through taps and channels together (https://github.com/pytorch/pytorch/issues/173068).
+_POINTWISE = {
+    2: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 128, 64, 4, 3), Config(64, 64, 64, 4, 3)),
+    4: (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3)),
+}
+_TAPS = {
+    2: (Config(128, 64, 32, 4, 4), Config(64, 64, 32, 4, 4), Config(64, 64, 64, 4, 3)),
+    4: (Config(64, 64, 32, 4, 3), Config(128, 64, 16, 4, 4)),
+}
+# Programs that occupy the largest GPUs, about.
+_PROGRAMS = 264
+
+
+def configurations(direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...]) -> list[Config]:
+    """The tiles worth measuring for a convolution in this direction ("fprop", "dgrad" or "wgrad"); the first is the default.
+
+    pixels: of the result, or for wgrad of the output. weight_shape: [K, C, R, S].
+    """
+    k, c = (max(16, triton.next_power_of_2(channels)) for channels in weight_shape[:2])
+    table = _POINTWISE if tuple(weight_shape[2:]) == (1, 1) else _TAPS
+    fitted = [f._replace(block_k=min(f.block_k, k), block_c=min(f.block_c, c)) for f in table[dtype.itemsize]]
+
+    def programs(f: Config) -> int:
+        return triton.cdiv(pixels, f.block_p) * triton.cdiv(weight_shape[0], f.block_k)
+
+    return sorted(dict.fromkeys(fitted), key=lambda f: -min(programs(f), _PROGRAMS))
+
+
+def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
+    """What the kernels of this convolution are compiled for."""
+    k, c, r, s = unit.weight.shape
+    return {
+        "R": r,
+        "S": s,
+        "POINTWISE": (r, s) == (1, 1) and tuple(unit.stride) == (1, 1) and tuple(unit.padding) == (0, 0),
+        "ALIGN_C": alignment(c),
+        "ALIGN_K": alignment(k),
+        "PRECISION": dot_precision(unit.weight),
+        "BLOCK_P": config.block_p,
+        "BLOCK_K": config.block_k,
+        "BLOCK_C": config.block_c,
+        "STAGES": config.stages,
+        "warps": config.warps,
+    }
+
+
+def meta_image(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A channels_last image without data."""
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+
+
+def meta_unit(k: int, c: int, r: int, stride: int, dtype: torch.dtype) -> ConvBN:
+    """A convolution without data, r x r with the padding that keeps the size."""
+    weight = meta_image(k, c, r, r, dtype=dtype)
+    return ConvBN(weight, stride=(stride, stride), padding=(r // 2, r // 2))

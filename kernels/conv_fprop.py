@@ -1,0 +1,184 @@
+"""Triton kernel of `conv_fprop`."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    Variant,
+    add_shortcut,
+    affine,
+    aligned,
+    first_row,
+    launch,
+    load_row,
+    meta,
+    offset,
+    relu,
+    variant,
+    within,
+)
+from fused_res.kernels.conv import (
+    Config,
+    activation,
+    check_dense,
+    check_image,
+    configurations,
+    constants,
+    decode,
+    geometry,
+    implicit_gemm,
+    meta_image,
+    meta_unit,
+    taps_first,
+)
+from fused_res.spec import ConvBN
+
+
+@triton.jit
+def _kernel(
+    weight,
+    x,
+    y,
+    partials,
+    after,
+    skip,
+    y2,
+    vectors2,
+    g,
+    P,
+    C,
+    K,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
+    across = tl.cdiv(K, BLOCK_K)
+    t = tl.program_id(0) // across
+    k = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
+    p, row = tl.arange(0, BLOCK_P), first_row(t, BLOCK_P)
+    left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
+    if POINTWISE:
+        place, h, w = row + p, p * 0, p * 0
+    else:
+        n, h, w = decode(row, g.out_height, g.out_width, BLOCK_P)
+        h, w = h * g.stride_h - g.padding_h, w * g.stride_w - g.padding_w
+        place = (n * g.height + h) * g.width + w
+    acc = implicit_gemm(
+        x,
+        (place, h, w, p < left),
+        (g.height, g.width, C),
+        (R * S, S, g.dilation_h, g.dilation_w),
+        (weight, 0, S, 1, C, 1, R * S * C, k, K),
+        False,
+        8,
+        PRECISION,
+        BLOCK_P,
+        BLOCK_C,
+        BLOCK_K,
+        STAGES,
+    )
+
+    start, at, mask = offset(row, K), p[:, None] * K + k[None, :], within(p, left, k, K)
+    if after is not None:
+        acc = affine(acc, load_row(after, 3, K, k)[None, :], load_row(after, 4, K, k)[None, :])
+        acc = relu(add_shortcut(acc, skip, y2, vectors2, start, at, mask, K, k))
+    stored = acc.to(y.dtype.element_ty)
+    tl.store(y + start + at, stored, mask=mask)
+    if partials is not None:
+        # Of the values as they are stored.
+        valid, v = (p < left)[:, None], stored.to(tl.float32)
+        mean = tl.sum(tl.where(valid, v, 0.0), axis=0) / left
+        v = tl.where(valid, v - mean[None, :], 0.0)
+        start = partials + offset(t * 2, K)
+        tl.store(start + k, mean, mask=k < K)
+        tl.store(start + K + k, tl.sum(v * v, axis=0), mask=k < K)
+
+
+def _checked(output: Any, shape: tuple[int, ...], weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The fields of an `Output` for a convolution's output of this shape."""
+    skip, y2 = output.skip, output.y2
+    vectors = check_dense("output.vectors", output.vectors, (5, shape[1]), torch.float32, weight)
+    if skip is not None and y2 is not None:
+        raise ValueError("output.skip: expected either skip or y2, got both")
+    if skip is not None:
+        return vectors, check_image("output.skip", skip, shape, weight), None, None
+    if y2 is None:
+        return vectors, None, None, None
+    vectors2 = check_dense("output.vectors2", output.vectors2, (5, shape[1]), torch.float32, weight)
+    return vectors, None, check_image("output.y2", y2, shape, weight), vectors2
+
+
+def conv_fprop(
+    x: Any, unit: ConvBN, statistics: bool, output: Any, *, config: Config | None = None
+) -> tuple[Tensor, Tensor | None, int]:
+    """Contract: fused_res/primitives/conv_fprop.py. config: the tile, by default one chosen by the shape."""
+    weight, source = unit.weight, activation(x, unit.weight)
+    (channels_out, channels), (n, _, height, width) = weight.shape[:2], source.image.shape
+    g = geometry(height, width, unit)
+    pixels = n * g.out_height * g.out_width
+    if config is None:
+        # A second image and its vectors need the registers of a lower tile.
+        lower = 64 if output is not None and output.y2 is not None else 128
+        config = next(c for c in configurations("fprop", weight.dtype, pixels, weight.shape) if c.block_p <= lower)
+    tiles = triton.cdiv(pixels, config.block_p)
+    shape = (n, channels_out, g.out_height, g.out_width)
+    y = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+    partials = None
+    if statistics:
+        if not pixels:
+            raise ValueError("y: expected at least one row, got none")
+        partials = torch.empty(tiles, 2, channels_out, dtype=torch.float32, device=weight.device)
+    after = (None, None, None, None) if output is None else _checked(output, shape, weight)
+    launch(
+        _kernel,
+        tiles * triton.cdiv(channels_out, config.block_k),
+        *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
+        **constants(config, unit),
+    )
+    return y, partials, config.block_p if statistics else 0
+
+
+def _output(vectors: Tensor, skip: Tensor | None = None, y2: Tensor | None = None, vectors2: Tensor | None = None) -> Any:
+    return SimpleNamespace(vectors=vectors, skip=skip, y2=y2, vectors2=vectors2)
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, C, K, image, filter, stride
+    for n, c, k, size, r, stride in (
+        (32, 64, 256, 56, 1, 1),
+        (32, 256, 512, 56, 1, 2),
+        (32, 64, 64, 56, 3, 1),
+        (32, 128, 128, 56, 3, 2),
+        (2, 512, 512, 7, 3, 1),
+        (8, 20, 13, 9, 3, 1),
+        (1, 3, 5, 7, 7, 2),
+    ):
+        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
+        image, vectors = meta_image(n, c, size, size, dtype=dtype), meta(5, c)
+        out = meta_image(n, k, *unit.output_size(size, size), dtype=dtype)
+        at = f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}"
+        plain, activated = (SimpleNamespace(image=image, vectors=v) for v in (None, vectors))
+        after = meta(5, k)
+
+        def fprop(name, *arguments, sample=False, at=at, wide=wide):
+            return variant(f"{name} {at}", conv_fprop, *arguments, loads=wide, stores=wide, matrix=True, sample=sample)
+
+        yield fprop("plain", plain, unit, False, None)
+        yield fprop("statistics", plain, unit, True, None)
+        yield fprop("activated, statistics", activated, unit, True, None, sample=(r, stride) in ((1, 1), (3, 2)))
+        yield fprop("evaluation, skip", plain, unit, False, _output(after, skip=out))
+        yield fprop("evaluation, second", plain, unit, False, _output(after, y2=out, vectors2=after))
