@@ -19,6 +19,8 @@ import fused_res.kernels
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Shared memory that one block may use, in bytes, by compute capability.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Local memory that does not count as a spill where no loop uses it, in bytes.
+PARKED = 32
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 
 
@@ -104,21 +106,55 @@ def asynchronous_copies(ptx: str) -> int:
     return len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.\S*?global)\b", ptx))
 
 
-def usage(cubin: bytes) -> dict[str, int]:
-    """What `cuobjdump -res-usage` says: REG, STACK, SHARED, LOCAL and more."""
+def _dump(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of the tools that come with Triton prints about a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def problems(row: Row, ptx: str, ttir: str, variant) -> Iterator[str]:
+def usage(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump -res-usage` says: REG, STACK, SHARED, LOCAL and more."""
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "-res-usage"))}
+
+
+def loops_spill(sass: str) -> bool:
+    """Whether an access to local memory can follow itself, in `nvdisasm`'s text of a kernel."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.+);", line):
+            code.append(instruction[1])
+
+    def following(at: int) -> Iterator[int]:
+        if target := re.search(r"\bBRA\b.*`\((\.L\w+)\)", code[at]):
+            yield labels[target[1]]
+        if not re.match(r"(?:BRA `|EXIT|RET)", code[at]):
+            yield at + 1
+
+    for spill in (at for at, text in enumerate(code) if re.search(r"\b(?:STL|LDL)\b", text)):
+        seen, ahead = set(), list(following(spill))
+        while ahead:
+            at = ahead.pop()
+            if at == spill:
+                return True
+            if at not in seen and at < len(code):
+                seen.add(at)
+                ahead += following(at)
+    return False
+
+
+def problems(row: Row, compiled, variant) -> Iterator[str]:
     """What a kernel of this project must not do."""
-    if row.local:
+    ptx, ttir = compiled.asm["ptx"], compiled.asm["ttir"]
+    # A few words outside of loops are the assembler's choice: with fewer registers one more block fits a multiprocessor.
+    if row.local > PARKED or (row.local and loops_spill(_dump(compiled.asm["cubin"], "nvdisasm"))):
         yield f"spills: {row.local} bytes of local memory"
     if row.shared > SHARED[row.arch]:
         yield f"shared memory: {row.shared} bytes of {SHARED[row.arch]}"
@@ -156,7 +192,7 @@ def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
         matrix=matrix_instruction(ptx),
         copies=asynchronous_copies(ptx),
     )
-    row.problems = list(problems(row, ptx, compiled.asm["ttir"], variant))
+    row.problems = list(problems(row, compiled, variant))
     return row
 
 

@@ -145,16 +145,19 @@ def implicit_gemm(
     weight, first, step_down, step_right, stride_tap, stride_d, stride_j, j, J = filters
     wide = D.to(tl.int64)
     base = place * wide
+    # Where no tap belongs to these pixels the loop does not run, but what precedes it may divide.
+    taps_in_all, taps_in_a_row = tl.maximum(count, 1), tl.maximum(across, 1)
     columns = weight + j.to(tl.int64) * stride_j
     acc = tl.zeros((BLOCK_P, BLOCK_J), tl.float32)
     for i in tl.range(0, count * tl.cdiv(D, BLOCK_D), num_stages=STAGES):
-        block, a, b = i // count * BLOCK_D, i % count // across, i % count % across
+        block, tap = i // taps_in_all * BLOCK_D, i % taps_in_all
+        a, b = tap // taps_in_a_row, tap % taps_in_a_row
         inside = valid & ((h + a * down).to(tl.uint32) < H) & ((w + b * right).to(tl.uint32) < W)  # below 0 is far above
         move = a * down * W + b * right
         rows = read(source, place + move, base + move * wide, inside, block, D, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_D)
         d = block + tl.arange(0, BLOCK_D)
-        tap = (first + a * step_down + b * step_right) * stride_tap
-        at = (d.to(tl.int64) * stride_d + tap)[:, None] + columns[None, :]
+        filter = (first + a * step_down + b * step_right) * stride_tap
+        at = (d.to(tl.int64) * stride_d + filter)[:, None] + columns[None, :]
         factors = tl.load(at, mask=(d < D)[:, None] & (j < J)[None, :], other=0.0)
         acc = tl.dot(rows, narrow(factors, weight.dtype.element_ty, PRECISION), acc, input_precision=PRECISION)
     return acc
@@ -202,6 +205,30 @@ def activation(x: Any, weight: Tensor) -> Source:
     return Source(check_image("x", x.image, shape, weight), None, vectors, None, None)
 
 
+def gradient(dy: Any, shape: tuple[int, ...], weight: Tensor) -> Source:
+    """The kernels' view of a `Gradient` of this shape."""
+    image = check_image("dy", dy.image, shape, weight)
+    if dy.coefficients is None:
+        return Source(image, None, None, None, None)
+    n, k, h, w = shape
+    y, vectors, signs = None, None, None
+    if not dy.masked and dy.signs is not None:
+        signs = check_dense("dy.signs", dy.signs, (n * h * w, triton.cdiv(k, 8)), torch.uint8, weight)
+    elif not dy.masked:
+        vectors = check_dense("dy.vectors", dy.vectors, (5, k), torch.float32, weight)
+    if dy.training or vectors is not None:
+        if dy.y is None:
+            raise ValueError(f"dy.y: expected an image of shape {tuple(shape)}, got None")
+        y = check_image("dy.y", dy.y, shape, weight)
+    coefficients = check_dense("dy.coefficients", dy.coefficients, (7, k), torch.float32, weight)
+    return Source(image, y, vectors, coefficients, signs)
+
+
+def sign_word(signs: Tensor | None, channels: int, block: int) -> int:
+    """In how many bits the kernels read sign bits at a time: 32 where rows and blocks consist of such words, 8 elsewhere."""
+    return 32 if signs is not None and channels % 32 == 0 and block % 32 == 0 and signs.data_ptr() % 4 == 0 else 8
+
+
 def geometry(height: int, width: int, unit: ConvBN) -> Geometry:
     """Sizes and steps of the unit's convolution over images of this size."""
     out = unit.output_size(height, width)
@@ -219,33 +246,50 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-# Tiles by preference, for 2-byte and 4-byte activations. Filters with several taps keep to 4 warps: with 8, Triton has been
-# seen to miscompile loops that run through taps and channels together (https://github.com/pytorch/pytorch/issues/173068).
+class _Tile(NamedTuple):
+    """A `Config` by what it is to the matrix product: rows and columns of the result, depth of a step, warps and stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By preference, for 2-byte and 4-byte activations. Filters with several taps keep to 4 warps: with 8, Triton has been seen to
+# miscompile loops that run through taps and channels together (https://github.com/pytorch/pytorch/issues/173068).
 _POINTWISE = {
-    2: (Config(128, 128, 64, 8, 3), Config(128, 64, 64, 4, 3), Config(64, 128, 64, 4, 3), Config(64, 64, 64, 4, 3)),
-    4: (Config(128, 128, 32, 8, 3), Config(128, 64, 32, 4, 3), Config(64, 64, 32, 4, 3)),
+    2: (_Tile(128, 128, 64, 8, 3), _Tile(128, 64, 64, 4, 3), _Tile(64, 128, 64, 4, 3), _Tile(64, 64, 64, 4, 3)),
+    4: (_Tile(128, 128, 32, 8, 3), _Tile(128, 64, 32, 4, 3), _Tile(64, 64, 32, 4, 3)),
 }
 _TAPS = {
-    2: (Config(128, 64, 32, 4, 4), Config(64, 64, 32, 4, 4), Config(64, 64, 64, 4, 3)),
-    4: (Config(64, 64, 32, 4, 3), Config(128, 64, 16, 4, 4)),
+    2: (_Tile(128, 64, 32, 4, 4), _Tile(64, 64, 32, 4, 4), _Tile(64, 64, 64, 4, 3)),
+    4: (_Tile(64, 64, 32, 4, 3), _Tile(128, 64, 16, 4, 4)),
 }
 # Programs that occupy the largest GPUs, about.
-_PROGRAMS = 264
+PROGRAMS = 264
 
 
-def configurations(direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...]) -> list[Config]:
+def configurations(
+    direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...], *, lean: bool = False
+) -> list[Config]:
     """The tiles worth measuring for a convolution in this direction ("fprop", "dgrad" or "wgrad"); the first is the default.
 
-    pixels: of the result, or for wgrad of the output. weight_shape: [K, C, R, S].
+    pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. lean: small tiles first, for kernels that need
+    many registers beside the result.
     """
     k, c = (max(16, triton.next_power_of_2(channels)) for channels in weight_shape[:2])
     table = _POINTWISE if tuple(weight_shape[2:]) == (1, 1) else _TAPS
-    fitted = [f._replace(block_k=min(f.block_k, k), block_c=min(f.block_c, c)) for f in table[dtype.itemsize]]
-
-    def programs(f: Config) -> int:
-        return triton.cdiv(pixels, f.block_p) * triton.cdiv(weight_shape[0], f.block_k)
-
-    return sorted(dict.fromkeys(fitted), key=lambda f: -min(programs(f), _PROGRAMS))
+    fitted: dict[Config, tuple[bool, int]] = {}
+    for tile in table[dtype.itemsize]:
+        if direction == "fprop":
+            config = Config(tile.rows, min(tile.columns, k), min(tile.depth, c), *tile[3:])
+            programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(k, config.block_k)
+        else:
+            config = Config(tile.rows, min(tile.depth, k), min(tile.columns, c), *tile[3:])
+            programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c)
+        fitted.setdefault(config, (lean and tile.rows * tile.columns > 64 * 64, -min(programs, PROGRAMS)))
+    return sorted(fitted, key=fitted.get)
 
 
 def constants(config: Config, unit: ConvBN) -> dict[str, Any]:

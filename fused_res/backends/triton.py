@@ -11,6 +11,7 @@ from fused_res.geometry import Geometry
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
     "conv_fprop": "conv_fprop",
+    "conv_dgrad": "conv_dgrad",
     "bn_stats": "bn_stats",
     "bn_finalize": "bn_finalize",
     "bn_act": "bn_act",

@@ -1,0 +1,238 @@
+"""Triton kernel of `conv_dgrad`."""
+
+from collections.abc import Iterator
+from math import gcd
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    Variant,
+    affine,
+    aligned,
+    first_row,
+    is_open,
+    launch,
+    load_row,
+    load_rows,
+    meta,
+    offset,
+    variant,
+)
+from fused_res.kernels.conv import (
+    Config,
+    check_dense,
+    check_image,
+    configurations,
+    constants,
+    decode,
+    geometry,
+    gradient,
+    implicit_gemm,
+    load_signs,
+    meta_image,
+    meta_unit,
+    sign_word,
+    taps_first,
+)
+from fused_res.spec import ConvBN
+
+
+class Addition(NamedTuple):
+    """An `Addend` as the kernel takes it."""
+
+    image: Tensor | None
+    signs: Tensor | None
+    down: int
+    right: int
+
+
+@triton.jit
+def _first_tap(phase, padding, dilation, stride, TAPS: tl.constexpr):
+    """The first of the taps under which pixels of this phase lie on the output's grid; TAPS where none does."""
+    first = phase * 0 + TAPS
+    for i in tl.static_range(TAPS):
+        first = tl.where((phase + padding - (TAPS - 1 - i) * dilation) % stride == 0, TAPS - 1 - i, first)
+    return first
+
+
+@triton.jit
+def _kernel(
+    weight,
+    dy,
+    dx,
+    addend,
+    y,
+    vectors,
+    partials,
+    g,
+    step_h,
+    step_w,
+    P,
+    C,
+    K,
+    LIVE: tl.constexpr,
+    WORD: tl.constexpr,
+    SCATTERED: tl.constexpr,
+    ADDEND_WORD: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
+    across = tl.cdiv(C, BLOCK_C)
+    t, first = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C
+    c, p = first + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
+
+    # Pixel h of the input has met pixel i of the output under tap r where i * stride = h + padding - r * dilation. All pixels of
+    # a tile are of one phase, h = phase + i * stride, which every step-th tap belongs to: nothing is multiplied by 0.
+    phases = g.stride_h * g.stride_w
+    phase_h, phase_w = t % phases // g.stride_w, t % phases % g.stride_w
+    tap_h = _first_tap(phase_h, g.padding_h, g.dilation_h, g.stride_h, R)
+    tap_w = _first_tap(phase_w, g.padding_w, g.dilation_w, g.stride_w, S)
+    taps_h, taps_w = tl.cdiv(R - tap_h, step_h), tl.cdiv(S - tap_w, step_w)
+    row = first_row(t // phases, BLOCK_P)
+    valid = p < P - row
+    if POINTWISE and not SCATTERED:
+        n, h, w, place = 0, 0, 0, row + p
+        source, i, j = place, p * 0, p * 0
+    else:
+        n, i, j = decode(row, tl.cdiv(g.height, g.stride_h), tl.cdiv(g.width, g.stride_w), BLOCK_P)
+        h, w = phase_h + i * g.stride_h, phase_w + j * g.stride_w
+        valid = valid & (h < g.height) & (w < g.width)
+        place = (n * g.height + h) * g.width + w
+        i += (phase_h + g.padding_h - tap_h * g.dilation_h) // g.stride_h
+        j += (phase_w + g.padding_w - tap_w * g.dilation_w) // g.stride_w
+        source = (n * g.out_height + i) * g.out_width + j
+    acc = implicit_gemm(
+        dy,
+        (source, i, j, valid),
+        (g.out_height, g.out_width, K),
+        (taps_h * taps_w, taps_w, -(step_h * g.dilation_h // g.stride_h), -(step_w * g.dilation_w // g.stride_w)),
+        (weight, tap_h * S + tap_w, step_h * S, step_w, C, R * S * C, 1, c, C),
+        LIVE,
+        WORD,
+        PRECISION,
+        BLOCK_P,
+        BLOCK_K,
+        BLOCK_C,
+        STAGES,
+    )
+
+    at, mask = (place * C)[:, None] + c[None, :], valid[:, None] & (c < C)[None, :]
+    if addend.image is not None:
+        met, where = valid, place
+        if SCATTERED:
+            met = valid & (h % addend.down == 0) & (w % addend.right == 0)
+            where = (n * tl.cdiv(g.height, addend.down) + h // addend.down) * tl.cdiv(g.width, addend.right) + w // addend.right
+        more = load_rows(addend.image, (where * C)[:, None] + c[None, :], met[:, None] & (c < C)[None, :])
+        if addend.signs is not None:
+            more = tl.where(load_signs(addend.signs, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C), more, 0.0)
+        acc += more
+    if partials is not None:
+        v = load_rows(y, at, mask)
+        acc = tl.where(is_open(affine(v, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])), acc, 0.0)
+    stored = acc.to(dx.dtype.element_ty)
+    tl.store(dx + at, stored, mask=mask)
+    if partials is not None:
+        # Of the values as they are stored.
+        v = v - load_row(vectors, 0, C, c)[None, :]
+        masked = tl.where(mask, stored.to(tl.float32), 0.0)
+        start = partials + offset(t * 2, C)
+        tl.store(start + c, tl.sum(masked, axis=0), mask=c < C)
+        tl.store(start + C + c, tl.sum(masked * v, axis=0), mask=c < C)
+
+
+def conv_dgrad(
+    dy: Any, like: Tensor, unit: ConvBN, inner: Any, add: Any, *, config: Config | None = None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Contract: fused_res/primitives/conv_dgrad.py. config: the tile, by default one chosen by the shape."""
+    weight, (n, _, height, width) = unit.weight, like.shape
+    channels = weight.shape[1]
+    if like.shape[1] != channels:
+        raise ValueError(f"like: expected {channels} channels, as the weight has, got {like.shape[1]}")
+    g = geometry(height, width, unit)
+    source = gradient(dy, (n, weight.shape[0], g.out_height, g.out_width), weight)
+    dx = torch.empty(like.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+    pixels = n * triton.cdiv(height, g.stride_h) * triton.cdiv(width, g.stride_w)
+    if config is None:
+        lean = source.coefficients is not None or g.stride_h * g.stride_w > 1
+        config = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, lean=lean)[0]
+    tiles = triton.cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
+    y, vectors, partials = None, None, None
+    if inner is not None:
+        y = check_image("inner", inner.image, like.shape, weight)
+        vectors = check_dense("inner.vectors", inner.vectors, (5, channels), torch.float32, weight)
+        fresh = torch.empty if tiles else torch.zeros
+        partials = fresh(max(1, tiles), 2, channels, dtype=torch.float32, device=weight.device)
+    addend = Addition(None, None, 1, 1) if add is None else _checked(add, like, weight)
+    launch(
+        _kernel,
+        tiles * triton.cdiv(channels, config.block_c),
+        *(taps_first(weight), source, dx, addend, y, vectors, partials, g),
+        *(step // gcd(step, dilation) for step, dilation in zip(unit.stride, unit.dilation, strict=True)),
+        *(pixels, channels, weight.shape[0]),
+        LIVE=source.coefficients is not None and dy.training,
+        WORD=sign_word(source.signs, weight.shape[0], config.block_k),
+        SCATTERED=(addend.down, addend.right) != (1, 1),
+        ADDEND_WORD=sign_word(addend.signs, channels, config.block_c),
+        **constants(config, unit),
+    )
+    return dx, partials, inner is not None
+
+
+def _checked(add: Any, like: Tensor, weight: Tensor) -> Addition:
+    """An `Addend` for a gradient of the shape of `like`."""
+    down, right = add.stride
+    n, c, h, w = *like.shape[:2], triton.cdiv(like.shape[2], down), triton.cdiv(like.shape[3], right)
+    signs = add.signs
+    if signs is not None:
+        signs = check_dense("add.signs", signs, (n * h * w, triton.cdiv(c, 8)), torch.uint8, weight)
+    return Addition(check_image("add", add.image, (n, c, h, w), weight), signs, down, right)
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    for n, c, k, size, r, stride in (
+        (32, 256, 64, 56, 1, 1),
+        (32, 256, 512, 56, 1, 2),
+        (32, 64, 64, 56, 3, 1),
+        (32, 128, 128, 56, 3, 2),
+        (2, 512, 512, 7, 3, 1),
+        (8, 20, 13, 9, 3, 2),
+    ):
+        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
+        x, out = meta_image(n, c, size, size, dtype=dtype), unit.output_size(size, size)
+        dy, vectors, coefficients = meta_image(n, k, *out, dtype=dtype), meta(5, k), meta(7, k)
+        signs, x_signs = (meta(n * h * w, triton.cdiv(d, 8), dtype=torch.uint8) for h, w, d in ((*out, k), (size, size, c)))
+        half = meta_image(n, c, triton.cdiv(size, 2), triton.cdiv(size, 2), dtype=dtype)
+        inner = SimpleNamespace(image=x, vectors=meta(5, c))
+
+        def operand(dy=dy, y=None, vectors=None, coefficients=None, signs=None, masked=False):
+            return SimpleNamespace(
+                image=dy, y=y, vectors=vectors, coefficients=coefficients, signs=signs, training=True, masked=masked
+            )
+
+        def dgrad(name, dy, *epilogue, x=x, unit=unit, sample=False, wide=wide, at=f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}"):
+            arguments = (dy, x, unit, *epilogue)
+            return variant(f"{name} {at}", conv_dgrad, *arguments, loads=wide, stores=wide, matrix=True, sample=sample)
+
+        outer, masked = operand(y=dy, coefficients=coefficients, signs=signs), operand(y=dy, coefficients=coefficients, masked=True)
+        yield dgrad("outer, inner", outer, inner, None, sample=(r, stride) == (1, 1))
+        yield dgrad("masked, inner", masked, inner, None, sample=(r, stride) == (3, 2))
+        yield dgrad("masked, addend", masked, None, SimpleNamespace(image=x, signs=x_signs, stride=(1, 1)))
+        if n == 32:
+            yield dgrad("plain", operand(), None, None)
+            yield dgrad("plain, inner", operand(), inner, None)
+            yield dgrad("open by y, inner", operand(y=dy, vectors=vectors, coefficients=coefficients), inner, None)
+            yield dgrad("masked, strided addend", masked, None, SimpleNamespace(image=half, signs=None, stride=(2, 2)))
