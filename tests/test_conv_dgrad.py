@@ -60,6 +60,8 @@ class Case:
         return convolve(self.dy, self.unit, self.geometry.size)
 
     def run(self, backend, **epilogue):
+        if self.gradient.coefficients is None and not epilogue:
+            epilogue = {"add": Addend(torch.zeros_like(self.like))}  # with nothing fused the library would run
         before = [t.clone() for t in (self.image, self.y, self.like, self.unit.weight)]
         inflow = conv_dgrad(self.gradient, self.like, self.unit, backend=backend, **epilogue)
         for tensor, copy in zip((self.image, self.y, self.like, self.unit.weight), before, strict=True):
@@ -144,7 +146,8 @@ def test_not_finite_goes_where_it_is_seen(backend, device, name):
     case.unit = case.unit._replace(weight=case.unit.weight.abs() + 1)
     case.gradient.image[0, 3, 1, 2] = float("nan")
     seen = convolve(case.gradient.image.isnan().float(), case.unit, case.geometry.size) != 0
-    dx = conv_dgrad(case.gradient, case.like, case.unit, backend=backend).image
+    case.like.zero_()
+    dx = conv_dgrad(case.gradient, case.like, case.unit, add=Addend(case.like), backend=backend).image
     assert torch.equal(dx.isnan(), seen)
     inner = Activation(case.like, torch.ones(5, case.geometry.c, device=device))
     inner.image[0, 0, 0, 0] = float("nan")
@@ -199,7 +202,7 @@ def test_any_layout(backend, device, dtype):
                 assert torch.equal(dx, expected)
                 assert dx.is_contiguous(memory_format=torch.channels_last)
     sums = case.image.new_ones(()).expand(SMALL.out)
-    dx = conv_dgrad(Gradient(sums), case.like, case.unit, backend=backend).image
+    dx = conv_dgrad(Gradient(sums), case.like, case.unit, add=Addend(torch.zeros_like(case.like)), backend=backend).image
     assert torch.equal(dx, convolve(sums, case.unit, SMALL.size).to(dtype))
 
 
@@ -234,6 +237,12 @@ def test_gradients_past_32_bits(device, proven_interpreter):
     expected = coefficients[0] * torch.where(opened, g, 0) + coefficients[1] * v + coefficients[2]
     expected = torch.einsum("hwk,kc->chw", expected, unit.weight[:, :, 0, 0].double())
     assert torch.equal(dx[0], expected.bfloat16())
+
+
+def test_nothing_fused_is_the_library(device, monkeypatch):
+    case = Case(SMALL, torch.float32, device)
+    monkeypatch.setattr("fused_res.primitives.conv_dgrad.plain", lambda dy, like, unit: dy)
+    assert conv_dgrad(case.gradient, case.like, case.unit, backend="triton").image is case.image
 
 
 def test_grouped_convolutions_are_the_library(backend, device):

@@ -40,13 +40,13 @@ def test_exact_on_integers(backend, device, geometry, dtype):
     """And padding comes after the ReLU: the shifts are positive."""
     x, vectors, unit, _ = operands(geometry, dtype, device)
     before = x.clone(), unit.weight.clone()
-    y, partials, rows = conv_fprop(Activation(x), unit, backend=backend)
+    y, partials, rows = conv_fprop(Activation(x, vectors), unit, backend=backend)
     assert y.shape == geometry.out
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (partials, rows) == (None, 0)
-    assert torch.equal(y, convolve(x, unit).to(dtype))
-    y = conv_fprop(Activation(x, vectors), unit, backend=backend).image
     assert torch.equal(y, convolve(activate(x, vectors), unit).to(dtype))
+    y = conv_fprop(Activation(x), unit, statistics=True, backend=backend).image
+    assert torch.equal(y, convolve(x, unit).to(dtype))
     assert torch.equal(x, before[0])
     assert torch.equal(unit.weight, before[1])
 
@@ -169,7 +169,7 @@ def test_any_layout(backend, device, dtype):
             assert torch.equal(y, expected)
             assert y.is_contiguous(memory_format=torch.channels_last)
     row = x[:, :, :1].expand(-1, -1, x.shape[2], -1)
-    y = conv_fprop(Activation(row), unit, backend=backend).image
+    y = conv_fprop(Activation(row), unit, statistics=True, backend=backend).image
     assert torch.equal(y, convolve(row, unit).to(dtype))
 
 
@@ -187,7 +187,7 @@ def test_images_past_32_bits(device, proven_interpreter):
         values = draw.integers(len(picked[0]), len(picked[1]), 32, dtype=torch.bfloat16)
         x.permute(0, 2, 3, 1)[0][picked[0][:, None], picked[1][None, :]] = values
         unit = geometry.unit(draw.integers(16, 32, *geometry.filter, dtype=torch.bfloat16))
-        y = conv_fprop(Activation(x), unit, backend="triton").image
+        y = conv_fprop(Activation(x), unit, statistics=True, backend="triton").image
         expected = torch.einsum("hwc,kc->khw", values.double(), unit.weight[:, :, padding, padding].double())
         assert torch.equal(y[0], expected.bfloat16())
 
@@ -209,11 +209,17 @@ def test_tensor_float_32(device, poisoned_memory, monkeypatch):
     try:
         for precision, expected in (("ieee", truth), ("tf32", narrow)):
             settings.fp32_precision = precision
-            y = conv_fprop(Activation(x), unit, backend="triton").image
+            y = conv_fprop(Activation(x), unit, statistics=True, backend="triton").image
             assert (y - expected).norm() <= 1e-6 * expected.norm()
     finally:
         settings.fp32_precision = before
     assert (narrow - truth).norm() > 1e-4 * truth.norm()
+
+
+def test_nothing_fused_is_the_library(device, monkeypatch):
+    x, _, unit, _ = operands(SMALL, torch.float32, device)
+    monkeypatch.setattr("fused_res.primitives.conv_fprop.plain", lambda x, unit: x)
+    assert conv_fprop(Activation(x), unit, backend="triton").image is x
 
 
 def test_grouped_convolutions_are_the_library(backend, device):
@@ -252,9 +258,9 @@ def test_bad_arguments(device, proven_interpreter):
     with pytest.raises(ValueError, match="output: expected None together with statistics"):
         run(statistics=True, output=Output(after))
     with pytest.raises(ValueError, match=r"x: expected shape \(2, 20, 9, 8\), got \(2, 19, 9, 8\)"):
-        run(Activation(x[:, 1:]))
+        run(Activation(x[:, 1:], vectors))
     with pytest.raises(TypeError, match=r"x: expected torch\.float32, as the weight has, got torch\.float16"):
-        run(Activation(x.half()))
+        run(Activation(x.half(), vectors))
     with pytest.raises(ValueError, match=r"x\.vectors: expected a contiguous torch\.float32 \(5, 20\)"):
         run(Activation(x, vectors.double()))
     with pytest.raises(ValueError, match="x: expected images no smaller than the filter, got 9 x 8"):

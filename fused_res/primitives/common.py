@@ -14,9 +14,9 @@ def select(primitive: str, backend: str, plain: Callable) -> Callable:
     return backends.load(backend).find(primitive) or plain
 
 
-def convolution(primitive: str, backend: str, unit: ConvBN) -> Callable | None:
-    """The backend's own convolution of this kind, or None where the library's runs: grouped ones always."""
-    return backends.load(backend).find(primitive) if unit.groups == 1 else None
+def convolution(primitive: str, backend: str, unit: ConvBN, *, fused: bool) -> Callable | None:
+    """The backend's own convolution of this kind, or None where the library's runs: with groups, or nothing fused into it."""
+    return backends.load(backend).find(primitive) if fused and unit.groups == 1 else None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

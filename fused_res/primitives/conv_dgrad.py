@@ -50,7 +50,8 @@ def conv_dgrad(
     """
     if inner is not None and add is not None:
         raise ValueError("add: expected None together with inner")
-    own = convolution("conv_dgrad", backend, unit)
+    fused = not (inner is None and add is None and dy.coefficients is None)
+    own = convolution("conv_dgrad", backend, unit, fused=fused)
     if own is not None:
         return Inflow(*own(dy, like, unit, inner, add))
     dx = nhwc(plain(dy.values(backend), like, unit))

@@ -46,7 +46,8 @@ def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output:
     """
     if statistics and output is not None:
         raise ValueError("output: expected None together with statistics")
-    own = convolution("conv_fprop", backend, unit)
+    fused = statistics or output is not None or x.vectors is not None
+    own = convolution("conv_fprop", backend, unit, fused=fused)
     if own is not None:
         return Convolved(*own(x, unit, statistics, output))
     y = nhwc(plain(x.values(backend), unit))

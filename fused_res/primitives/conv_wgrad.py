@@ -29,7 +29,8 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Te
     Returns:
         dweight [K, C / groups, R, S] in the weight's dtype.
     """
-    own = convolution("conv_wgrad", backend, unit)
+    fused = dy.coefficients is not None or x.vectors is not None
+    own = convolution("conv_wgrad", backend, unit, fused=fused)
     if own is not None:
         return own(dy, x, unit)
     return plain(dy.values(backend), x.values(backend), unit)
