@@ -6,9 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import planner
+from fused_res.block.dry_run import convolutions
 from fused_res.block.validate import compute_dtype
 from fused_res.eligibility import shortcut_of
+from fused_res.functional import with_dtype
 from fused_res.modules import ResidualBlock
+from fused_res.primitives.choice import choose
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution of a block: its module, its direction (`conv_fprop`, `conv_dgrad` or `conv_wgrad`), and who runs it.
+
+    `own` is true for a kernel of the backend, with the tile `config` (None: its default), and false for the library; `why` says
+    why the library.
+    """
+
+    unit: str
+    primitive: str
+    own: bool
+    config: tuple[int, ...] | None
+    why: str
 
 
 @dataclass(frozen=True)
@@ -16,7 +34,8 @@ class Row:
     """One block: its name and class, the x it was called with, and how it runs.
 
     `backend` is "eager" where it runs through its child modules, and `level` then None; `reason` says why, or why the
-    shortcut runs by itself.
+    shortcut runs by itself. `units` names its convolutions, main branch first; `convolutions` are those that run as such in a
+    forward and, in training, in a backward to everything.
     """
 
     name: str
@@ -26,7 +45,27 @@ class Row:
     backend: str
     level: str | None
     shortcut: str
+    units: tuple[str, ...]
+    convolutions: tuple[Convolution, ...]
     reason: str | None
+
+    def who_convolves(self) -> str:
+        """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
+        if self.level is None:
+            return "-"
+        words = [_who([c for c in self.convolutions if c.unit == unit]) for unit in self.units]
+        return words[0] if len(set(words)) == 1 else "/".join(words)
+
+
+def _who(convolutions: list[Convolution]) -> str:
+    """The convolutions of one unit in a word or two."""
+    own = sum(c.own for c in convolutions)
+    if not convolutions:
+        return "moment"
+    if own:
+        return "own" if own == len(convolutions) else f"own {own} of {len(convolutions)}"
+    why = ", ".join(dict.fromkeys(c.why for c in convolutions))
+    return f"library ({why})" if why else "library"
 
 
 @dataclass(frozen=True)
@@ -39,13 +78,11 @@ class Explanation:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("block", "class", "input", "dtype", "backend", "level", "shortcut", "why")
+        head = ("block", "class", "input", "dtype", "backend", "level", "convolutions", "shortcut", "why")
         lines = [head]
         for row in self.rows:
-            shape = "x".join(map(str, row.shape))
-            lines.append(
-                (row.name or "(self)", row.block, shape, row.dtype, row.backend, row.level or "-", row.shortcut, row.reason or "")
-            )
+            what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
+            lines.append((*what, row.backend, row.level or "-", row.who_convolves(), row.shortcut, row.reason or ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -53,14 +90,19 @@ class Explanation:
 def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
     dtype = compute_dtype(x)
     shortcut = shortcut_of(block.downsample)
-    reason, backend, level = block.unfused_reason(x), planner.EAGER, None
-    if reason is None:
-        x = x.to(dtype)
-        asked, level = planner.plan(x, block.parts())
-        backend = planner.resolve(asked, x.device, dtype)
-        reason = shortcut.reason
-    kind = type(block).__name__
-    return Row(name, kind, tuple(x.shape), str(dtype).removeprefix("torch."), backend, level, shortcut.kind, reason)
+    what = (name, type(block).__name__, tuple(x.shape), str(dtype).removeprefix("torch."))
+    reason = block.unfused_reason(x)
+    if reason is not None:
+        return Row(*what, planner.EAGER, None, shortcut.kind, (), (), reason)
+    x, parts = x.to(dtype), with_dtype(block.parts(), dtype)
+    asked, level = planner.plan(x, parts)
+    backend = planner.resolve(asked, x.device, dtype)
+    units = tuple(conv for conv, _ in block._names()) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
+    run = []
+    for unit, call in convolutions(x, block.residual_scale, parts, level, backend, block.training):
+        choice = choose(call)
+        run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason)
 
 
 def explain(model: nn.Module, x: Tensor) -> Explanation:
@@ -74,7 +116,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         x: what the model takes.
 
     Returns:
-        One row for every call of a block: backend, level and shortcut, or why it runs unfused.
+        One row for every call of a block: backend, level, who runs its convolutions, and its shortcut; or why it runs unfused.
     """
     rows: list[Row] = []
 

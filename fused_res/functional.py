@@ -80,7 +80,7 @@ def residual_block_with_saved(
     names = check_arguments(x, block, skip, residual_scale, names)
     sizes = check_batch(x, block, names)
     dtype = compute_dtype(x)
-    x, block = _to(x, dtype), _cast(block, dtype)
+    x, block = _to(x, dtype), with_dtype(block, dtype)
     outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
     skip = None if skip is None else _to(skip, dtype)
     if skip is None and block.projection is None and x.shape != outer:
@@ -106,7 +106,9 @@ def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _cast(block: Block, dtype: torch.dtype) -> Block:
+def with_dtype(block: Block, dtype: torch.dtype) -> Block:
+    """The block with its convolutions' tensors cast; BN's keep their dtype."""
+
     def cast(unit: ConvBN | None) -> ConvBN | None:
         if unit is None:
             return None

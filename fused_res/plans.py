@@ -1,16 +1,19 @@
 """What has been decided in this process. The first decision stands: a block runs again as it ran before.
 
 A checkpoint's recompute depends on that: what the forward saves follows from its level. Above lies what decides
-(`fused_res.planner`), below what asks (`fused_res.primitives`).
+(`fused_res.planner`, `fused_res.tuner`), below what asks (`fused_res.primitives`).
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
 
 _decided: dict[Hashable, object] = {}
+_remember: Callable[[Hashable], object | None] | None = None
+_recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
 
 
 def decided(key: Hashable) -> object | None:
@@ -23,12 +26,49 @@ def decide(key: Hashable, value: T) -> T:
     return _decided.setdefault(key, value)
 
 
+def remember_by(recall: Callable[[Hashable], object | None] | None) -> None:
+    """From now on `ask` looks for what an earlier process decided by calling this, which returns None where it knows nothing."""
+    global _remember
+    _remember = recall
+
+
+def remembers() -> bool:
+    """Whether decisions other than the defaults can stand."""
+    return _remember is not None
+
+
+def ask(key: Hashable, default: T) -> T:
+    """What stands for this key; where nothing does, settle it: as an earlier process did, or else by the default."""
+    found = _decided.get(key)
+    if found is None:
+        found = None if _remember is None else _remember(key)
+        found = decide(key, default if found is None else found)
+    return found
+
+
+@contextmanager
+def recording() -> Iterator[list]:
+    """Inside, primitives are their plain formulas, so that tensors without data will do, and list the convolutions they ask for."""
+    calls: list = []
+    token = _recorder.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorder.reset(token)
+
+
+def recorder() -> list | None:
+    """The list of the innermost `recording`, or None outside of one."""
+    return _recorder.get()
+
+
 @contextmanager
 def afresh() -> Iterator[None]:
     """Nothing is decided inside, and what is decided inside is forgotten: for tests and for comparing plans."""
-    global _decided
-    before, _decided = _decided, {}
+    global _decided, _remember
+    before, recall = _decided, _remember
+    _decided, _remember = {}, None
     try:
         yield
     finally:
-        _decided = before
+        _decided, _remember = before, recall

@@ -106,7 +106,7 @@ def test_str_is_a_table_with_a_line_for_each_row_and_aligned_columns(net):
     lines = str(explanation).splitlines()
     assert isinstance(explanation, Explanation)
     assert len(lines) == 1 + len(explanation.rows)
-    for word in ("block", "class", "input", "dtype", "backend", "level", "shortcut", "why"):
+    for word in ("block", "class", "input", "dtype", "backend", "level", "convolutions", "shortcut", "why"):
         column = lines[0].index(word)
         assert all(line[column - 2 : column].strip() == "" for line in lines if column)
     assert all(row.name in line and row.backend in line for row, line in zip(explanation.rows, lines[1:], strict=True))
@@ -116,7 +116,9 @@ def test_str_is_a_table_with_a_line_for_each_row_and_aligned_columns(net):
 
 def test_dicts_hold_what_the_rows_hold(net):
     explanation = explain(net, X)
-    assert explanation.to_dicts() == [vars(row) for row in explanation.rows]
+    for found, row in zip(explanation.to_dicts(), explanation.rows, strict=True):
+        assert found == vars(row) | {"convolutions": tuple(vars(c) for c in row.convolutions)}
+    assert all(row.units and row.convolutions for row in explanation.rows if row.level is not None)
 
 
 def test_a_block_by_itself_is_one_row_and_called_self_in_the_table():

@@ -24,6 +24,8 @@ def names() -> list[str]:
 
 
 NAMES = tuple(names())
+LIBRARY = "reference"
+"""The backend that has no convolutions of its own: the library's run."""
 AUTO = "auto"
 """The name that stands for the preferred one of the backends that can run."""
 

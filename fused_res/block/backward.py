@@ -155,7 +155,7 @@ def _through_pool(dpooled: Tensor, image: Tensor, pool: AvgPool) -> Tensor:
 
 
 def _projection(
-    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
+    image: Tensor, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
 ) -> tuple[Tensor | None, Addend | None]:
     """Gradients of a projection's weight and of x through it, from the gradient of its convolution's output."""
     unit, wanted = branch.unit, pooled(image, pool) if branch.needs_dy else None
@@ -211,7 +211,7 @@ def backward(
         The gradients asked for: images channels_last, weights in the weights' dtype, per-channel vectors in the statistics'.
     """
     image, count, level = nhwc(x), len(block.main), Level.of(level, block)
-    outer = _Outer(nhwc(dout), saved.signs)
+    outer, convolutions = _Outer(nhwc(dout), saved.signs), level.convolutions(backend)
     sizes = [tuple(image.shape[2:])]
     for unit in block.main:
         sizes.append(unit.output_size(*sizes[-1]))
@@ -245,14 +245,14 @@ def backward(
         del z
         if side is not None and not level.moment_projection:
             (found,), (dside,) = _outer_bns(outer, [side], level, backend)
-            dweight, add = _projection(outer, image, side, block.pool, dside, backend)
+            dweight, add = _projection(image, side, block.pool, dside, convolutions)
             dprojection = side.parameters(found, dweight)
             del dside
     else:
         branches = [current] if side is None else [current, side]
         (c, *found), (dy, *dsides) = _outer_bns(outer, branches, level, backend)
         if side is not None:
-            dweight, add = _projection(outer, image, side, block.pool, dsides[0], backend)
+            dweight, add = _projection(image, side, block.pool, dsides[0], convolutions)
             dprojection = side.parameters(found[0], dweight)
         del dsides
     dscale = c.dscale.sum() if needs.residual_scale else None
@@ -267,13 +267,19 @@ def backward(
                     masked_add(dx, add, backend=backend)
         else:
             z = activation(i)
-            dweight = conv_wgrad(dy, z, current.unit, backend=backend) if current.wants.weight else None
-            z = Activation(z.image, z.vectors)
+            dweight = None
+            if current.wants.weight:
+                read = z if level.prologues else Activation(z.values(backend))
+                dweight = conv_wgrad(dy, read, current.unit, backend=convolutions)
+                z, read = activation(i), None  # frees the values
             if i == 0 and needs.x:
-                dx = conv_dgrad(dy, image, current.unit, add=add, backend=backend).image
+                joins = add if level.epilogues else None
+                dx = conv_dgrad(dy, image, current.unit, add=joins, backend=convolutions).image
+                if add is not None and joins is None:
+                    masked_add(dx, add, backend=backend)
             elif below[i]:
                 inner = z if level.epilogues and branch(i - 1, below[i - 1]).needs_sums else None
-                inflow = conv_dgrad(dy, z.image, current.unit, inner=inner, backend=backend)
+                inflow = conv_dgrad(dy, z.image, current.unit, inner=inner, backend=convolutions)
         main[i] = current.parameters(c, dweight)
         if i == 0 or not below[i]:
             break

@@ -60,8 +60,8 @@ def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, bac
 def _conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str) -> tuple[Tensor, Tensor]:
     """The convolution's output [N, K, H', W'] and the unit's vectors."""
     if not unit.training:
-        return conv_fprop(z, unit, backend=backend).image, running(unit, z.image.dtype, residual_scale, backend)
-    y, partials, rows = conv_fprop(z, unit, statistics=level.epilogues, backend=backend)
+        return conv_fprop(z, unit, backend=level.convolutions(backend)).image, running(unit, z.image.dtype, residual_scale, backend)
+    y, partials, rows = conv_fprop(z, unit, statistics=level.epilogues, backend=level.convolutions(backend))
     if partials is None:
         partials, rows = bn_stats(to_rows(y), backend=backend)
     pixels = y.numel() // y.shape[1]

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from fused_res.backends import LIBRARY
 from fused_res.spec import Block, ConvBN
 
 LEVELS = ("bn_act", "epilogue", "prologue", "moment")
@@ -29,6 +30,10 @@ class Level(NamedTuple):
     moment_projection: bool
     stores: tuple[bool, ...]
     """For each of `block.units`: whether its convolution's output is stored."""
+
+    def convolutions(self, backend: str) -> str:
+        """The backend to ask for convolutions: below `epilogue` they are the library's."""
+        return backend if self.epilogues else LIBRARY
 
     @classmethod
     def of(cls, level: str, block: Block) -> "Level":

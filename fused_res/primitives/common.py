@@ -5,18 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_res import backends
-from fused_res.spec import ConvBN
+from fused_res import backends, plans
 
 
 def select(primitive: str, backend: str, plain: Callable) -> Callable:
     """The backend's implementation of the primitive, or the plain formula where it has none of its own."""
+    if plans.recorder() is not None:
+        return plain
     return backends.load(backend).find(primitive) or plain
-
-
-def convolution(primitive: str, backend: str, unit: ConvBN, *, fused: bool) -> Callable | None:
-    """The backend's own convolution of this kind, or None where the library's runs: with groups, or nothing fused into it."""
-    return backends.load(backend).find(primitive) if fused and unit.groups == 1 else None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_res.layout import nhwc, to_rows
 from fused_res.primitives import products
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
-from fused_res.primitives.common import convolution
+from fused_res.primitives.choice import convolution
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.operands import Activation, Addend, Gradient
 from fused_res.spec import ConvBN
@@ -50,8 +50,7 @@ def conv_dgrad(
     """
     if inner is not None and add is not None:
         raise ValueError("add: expected None together with inner")
-    fused = not (inner is None and add is None and dy.coefficients is None)
-    own = convolution("conv_dgrad", backend, unit, fused=fused)
+    own = convolution("conv_dgrad", backend, unit, dy, like, inner, add)
     if own is not None:
         return Inflow(*own(dy, like, unit, inner, add))
     dx = nhwc(plain(dy.values(backend), like, unit))

@@ -9,7 +9,7 @@ from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives import products
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_stats import bn_stats
-from fused_res.primitives.common import convolution
+from fused_res.primitives.choice import convolution
 from fused_res.primitives.operands import Activation, Output
 from fused_res.spec import ConvBN
 
@@ -46,8 +46,7 @@ def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output:
     """
     if statistics and output is not None:
         raise ValueError("output: expected None together with statistics")
-    fused = statistics or output is not None or x.vectors is not None
-    own = convolution("conv_fprop", backend, unit, fused=fused)
+    own = convolution("conv_fprop", backend, unit, x, statistics, output)
     if own is not None:
         return Convolved(*own(x, unit, statistics, output))
     y = nhwc(plain(x.values(backend), unit))

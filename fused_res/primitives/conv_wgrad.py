@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fused_res.primitives import products
-from fused_res.primitives.common import convolution
+from fused_res.primitives.choice import convolution
 from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
 
@@ -29,8 +29,7 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Te
     Returns:
         dweight [K, C / groups, R, S] in the weight's dtype.
     """
-    fused = dy.coefficients is not None or x.vectors is not None
-    own = convolution("conv_wgrad", backend, unit, fused=fused)
+    own = convolution("conv_wgrad", backend, unit, dy, x)
     if own is not None:
         return own(dy, x, unit)
     return plain(dy.values(backend), x.values(backend), unit)

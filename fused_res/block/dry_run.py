@@ -1,0 +1,56 @@
+"""Which convolutions a block asks for at a level: its schedules run once, on tensors without data."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res import plans
+from fused_res.block.backward import Gradients, backward
+from fused_res.block.forward import Saved, forward
+from fused_res.primitives.choice import Call
+from fused_res.spec import Block, ConvBN, pack, unpack
+
+
+class Asked(NamedTuple):
+    """A convolution: the number of its unit in `block.units`, and the call, whose operands have no data."""
+
+    unit: int
+    call: Call
+
+
+def _meta(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to("meta")
+
+
+def _without_data(unit: ConvBN | None) -> ConvBN | None:
+    if unit is None:
+        return None
+    return unit._replace(**{name: _meta(value) for name, value in unit._asdict().items() if isinstance(value, Tensor)})
+
+
+def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> list[Asked]:
+    """The convolutions of a forward and, if `training`, of a backward to everything, in order.
+
+    Args:
+        x: [N, C, H, W]; x and the block's tensors in the dtypes of the operator. Their values are not read.
+        level, backend: as the operator takes them.
+
+    Returns:
+        The calls, with the block's own weights.
+    """
+    image, scale = _meta(x), _meta(residual_scale)
+    bare = block._replace(main=[_without_data(unit) for unit in block.main], projection=_without_data(block.projection))
+    n, size = x.shape[0], tuple(x.shape[2:])
+    for unit in block.main:
+        size = unit.output_size(*size)
+    skip = image.new_empty((n, block.main[-1].weight.shape[0], *size)) if block.given else None
+    with torch.no_grad(), plans.recording() as calls:
+        out, saved = forward(image, skip, scale, bare, level, training, backend)
+        if training:
+            tensors, spec, eps = pack(bare)
+            needs = Gradients(True, skip is not None, scale is not None, unpack([True] * len(tensors), spec, eps))
+            backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, backend)
+    units = {id(unit.weight): i for i, unit in enumerate(bare.units)}
+    numbered = ((units[id(call.unit.weight)], call) for call in calls)
+    return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units[i].weight))) for i, call in numbered]

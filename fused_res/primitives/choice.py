@@ -1,0 +1,129 @@
+"""Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
+
+What was measured to be faster stands in `fused_res.plans`. Where nothing has been measured, the backend's own kernel runs what
+has something fused into it, and the library the rest. FUSED_RES_CONVOLUTIONS=library leaves all to the library.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res import backends, plans, settings
+from fused_res.primitives.operands import Activation, Addend, Gradient, Output
+from fused_res.spec import ConvBN
+
+
+class Choice(NamedTuple):
+    """own: the backend's kernel, with the tile `config` (None: the kernel's default); or else the library. why: for `explain`."""
+
+    own: bool
+    config: tuple | None = None
+    why: str = ""
+
+
+class Call(NamedTuple):
+    """A convolution that a backend is asked for: `operands` are the arguments of its kernel's launcher, less the unit."""
+
+    primitive: str
+    backend: str
+    unit: ConvBN
+    operands: tuple
+
+    @property
+    def fused(self) -> tuple[str | bool, ...]:
+        """What each operand makes the kernel compute beside the convolution, whatever its sizes; empty or false for nothing."""
+        return tuple(_kind(operand) for operand in self.operands)
+
+    def key(self) -> tuple:
+        """What a choice depends on: geometry, dtype, what is fused into the convolution, and torch's own switches."""
+        unit, weight = self.unit, self.unit.weight
+        shapes = tuple(_shape(operand) for operand in self.operands[:2])
+        steps = (tuple(unit.stride), tuple(unit.padding), tuple(unit.dilation), unit.groups)
+        where = (weight.device, weight.dtype, *_switches(weight))
+        return (self.primitive, self.backend, *where, tuple(weight.shape), *shapes, *steps, self.fused)
+
+
+def _switches(weight: Tensor) -> tuple:
+    library = torch.backends.cudnn if weight.is_cuda else torch.backends.mkldnn
+    return library.conv.fp32_precision, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+
+def _shape(operand: object) -> tuple[int, ...]:
+    image = operand if isinstance(operand, Tensor) else getattr(operand, "image", None)
+    return () if image is None else tuple(image.shape)
+
+
+def _kind(operand: object) -> str | bool:
+    if isinstance(operand, Activation):
+        return "" if operand.vectors is None else "bn relu"
+    if isinstance(operand, Gradient):
+        if operand.coefficients is None:
+            return ""
+        mask = "masked" if operand.masked else "signs" if operand.signs is not None else "relu"
+        return f"{mask} bn{'' if operand.training else ', running statistics'}"
+    if isinstance(operand, Output):
+        shortcut = "y2" if operand.y2 is not None else "skip" if operand.skip is not None else "none"
+        return f"output, {shortcut}"
+    if isinstance(operand, Addend):
+        return f"{'plain' if operand.signs is None else 'masked'} addend, stride {operand.stride[0]} {operand.stride[1]}"
+    return operand if isinstance(operand, bool) else ""
+
+
+_imposed: ContextVar[Choice | None] = ContextVar("imposed", default=None)
+
+
+@contextmanager
+def imposing(choice: Choice) -> Iterator[None]:
+    """Inside, this is the choice for every convolution that the backend's own kernel could run."""
+    token = _imposed.set(choice)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+def own_kernel(call: Call) -> tuple[Callable | None, str]:
+    """The backend's own kernel for the convolution, or None and the reason."""
+    if call.backend == backends.LIBRARY:
+        return None, ""
+    if call.unit.groups != 1:
+        return None, "grouped"
+    kernel = backends.load(call.backend).find(call.primitive)
+    return kernel, "" if kernel is not None else "no kernel"
+
+
+def choose(call: Call) -> Choice:
+    """The choice that holds for this convolution."""
+    kernel, why = own_kernel(call)
+    if kernel is None:
+        return Choice(False, why=why)
+    imposed = _imposed.get()
+    if imposed is not None:
+        return imposed
+    if not settings.own_convolutions():
+        return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
+    default = Choice(True) if any(call.fused) else Choice(False, why="nothing fused")
+    return plans.ask(call.key(), default) if plans.remembers() else default
+
+
+def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -> Callable | None:
+    """The backend's own kernel, to be called with the operands (the unit comes second), or None where the library runs.
+
+    Args:
+        operands: the arguments of the kernel's launcher but the unit.
+    """
+    call = Call(primitive, backend, unit, operands)
+    calls = plans.recorder()
+    if calls is not None:
+        calls.append(call)
+        return None
+    choice = choose(call)
+    if not choice.own:
+        return None
+    kernel, _ = own_kernel(call)
+    return kernel if choice.config is None else functools.partial(kernel, config=choice.config)

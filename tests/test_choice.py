@@ -1,0 +1,206 @@
+"""Who runs a convolution: levels, what is planted as a backend's own kernel, and what was decided."""
+
+import pytest
+import torch
+
+from blocks import image, make
+from fused_res import backends, explain, plans, use_backend
+from fused_res.block.dry_run import convolutions
+from fused_res.block.levels import LEVELS
+from fused_res.functional import with_dtype
+from fused_res.primitives import choice
+from fused_res.primitives.choice import Call, Choice, choose, imposing
+from fused_res.primitives.conv_dgrad import conv_dgrad
+from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.operands import Activation
+from fused_res.spec import ConvBN
+
+
+@pytest.fixture(autouse=True)
+def _nothing_decided():
+    with plans.afresh():
+        yield
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """The backend "planted": the plain formulas, with convolutions of its own that note what they are called with."""
+    calls = []
+
+    def note(primitive, unit, operands, config):
+        calls.append((Call(primitive, "planted", unit, operands), config))
+
+    class Planted:
+        @staticmethod
+        def supports(device, dtype):
+            return None
+
+        @staticmethod
+        def find(primitive):
+            return getattr(Planted, primitive, None)
+
+        @staticmethod
+        def conv_fprop(x, unit, statistics, output, *, config=None):
+            note("conv_fprop", unit, (x, statistics, output), config)
+            return conv_fprop(x, unit, statistics=statistics, output=output, backend="reference")
+
+        @staticmethod
+        def conv_dgrad(dy, like, unit, inner, add, *, config=None):
+            note("conv_dgrad", unit, (dy, like, inner, add), config)
+            return conv_dgrad(dy, like, unit, inner=inner, add=add, backend="reference")
+
+        @staticmethod
+        def conv_wgrad(dy, x, unit, *, config=None):
+            note("conv_wgrad", unit, (dy, x), config)
+            return conv_wgrad(dy, x, unit, backend="reference")
+
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: Planted if name == "planted" else load(name))
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "planted"))
+    return calls
+
+
+def keys(calls):
+    return [call.key() for call in calls]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["identity", "projection", "bottleneck", "pooled", "as it is"])
+def test_the_dry_run_lists_what_a_run_asks_for(kind, level, training, planted):
+    """In the same order, with the same shapes and the same work fused into each; at the first level, nothing."""
+    block = make(kind).train(training)
+    x = image(block).requires_grad_(training)
+    with use_backend("planted", level), torch.set_grad_enabled(training):
+        out = block(x)
+        if training:
+            out.backward(torch.ones_like(out))
+    asked = convolutions(x, block.residual_scale, block.parts(), level, "planted", training)
+    if level == "bn_act":
+        assert not planted
+        assert {call.backend for _, call in asked} == {backends.LIBRARY}
+    else:
+        assert keys(call for _, call in asked if any(call.fused)) == keys(call for call, _ in planted)
+        units = block.parts().units
+        assert [units[i].weight is call.unit.weight for i, call in asked] == [True] * len(asked)
+    assert len(asked) >= len(block.parts().main) - 1
+
+
+@pytest.mark.parametrize("kind", ["projection", "bottleneck"])
+def test_levels_differ_in_what_is_fused_into_convolutions(kind):
+    block = make(kind)
+    found = {}
+    for level in LEVELS:
+        asked = convolutions(image(block), block.residual_scale, block.parts(), level, "native", True)
+        found[level] = {word for _, call in asked for word in call.fused}
+    assert found["bn_act"] == {"", False}
+    assert found["epilogue"] >= {"", True, "bn relu"}
+    assert found["prologue"] >= {"", True, "bn relu", "signs bn", "relu bn"}
+
+
+def call(backend="planted", groups=1):
+    unit = ConvBN(torch.randn(4, 4 // groups, 1, 1), groups=groups)
+    return Call("conv_fprop", backend, unit, (Activation(torch.randn(2, 4, 3, 3)), True, None))
+
+
+def test_reasons(planted, monkeypatch):
+    assert choose(call()) == Choice(True)
+    assert choose(call(groups=2)) == Choice(False, why="grouped")
+    assert choose(call()._replace(operands=(*call().operands[:1], False, None))) == Choice(False, why="nothing fused")
+    assert choose(call(backends.LIBRARY)) == Choice(False)
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "library")
+    assert choose(call()) == Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "auto")
+    assert choose(call()) == Choice(True)
+
+
+def test_what_is_imposed_or_decided_is_what_runs(planted):
+    asked = call()
+    x, unit = asked.operands[0], asked.unit
+
+    def run():
+        planted.clear()
+        conv_fprop(x, unit, statistics=True, backend="planted")
+        return [config for _, config in planted]
+
+    assert run() == [None]
+    with imposing(Choice(False)):
+        assert run() == []
+    with imposing(Choice(True, (1, 2))):
+        assert run() == [(1, 2)]
+        assert choose(call(groups=2)).own is False
+    plans.remember_by(lambda key: Choice(True, (3, 4)) if key == asked.key() else None)
+    assert run() == [(3, 4)]
+    plans.remember_by(lambda key: Choice(False))
+    assert run() == [(3, 4)]
+
+
+def test_a_plain_convolution_is_our_own_only_if_that_was_measured(planted):
+    asked = call()._replace(operands=(*call().operands[:1], False, None))
+    plans.remember_by(lambda key: Choice(True, (5,)) if key == asked.key() else None)
+    conv_fprop(asked.operands[0], asked.unit, backend="planted")
+    assert [config for _, config in planted] == [(5,)]
+
+
+def test_keys_tell_apart_what_may_differ_in_speed():
+    first = call()
+    other = [
+        first._replace(primitive="conv_wgrad"),
+        first._replace(backend="native"),
+        first._replace(unit=first.unit._replace(stride=(2, 2))),
+        first._replace(unit=first.unit._replace(weight=first.unit.weight.double())),
+        first._replace(operands=(Activation(torch.randn(3, 4, 3, 3)), True, None)),
+        first._replace(operands=(Activation(torch.randn(2, 4, 3, 3), torch.zeros(5, 4)), True, None)),
+        first._replace(operands=(*first.operands[:1], False, None)),
+    ]
+    assert len({first.key(), *(c.key() for c in other)}) == 1 + len(other)
+    assert call().key() == first.key()
+
+
+def test_explain_says_who_runs_each_convolution(planted, monkeypatch):
+    block = make("bottleneck")
+    x = image(block)
+    with use_backend("planted", "prologue"):
+        row = explain(block, x).rows[0]
+        assert row.who_convolves() == "own"
+        assert [c.unit for c in row.convolutions[:3]] == ["conv1", "conv2", "conv3"]
+        assert {c.primitive for c in row.convolutions} == {"conv_fprop", "conv_dgrad", "conv_wgrad"}
+        with use_backend("planted", "moment"):
+            assert explain(block, x).rows[0].who_convolves() == "own/own/moment"
+        plans.remember_by(lambda key: Choice(False, why="measured") if key[0] == "conv_wgrad" else None)
+        assert explain(block, x).rows[0].who_convolves() == "own 2 of 3"
+        monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "library")
+        assert explain(block, x).rows[0].who_convolves() == "library (FUSED_RES_CONVOLUTIONS=library)"
+    with use_backend("planted", "bn_act"):
+        assert explain(block.eval(), x).rows[0].who_convolves() == "library"
+        assert {c.primitive for c in explain(block, x).rows[0].convolutions} == {"conv_fprop"}
+
+
+def test_explain_tells_grouped_convolutions_apart(planted):
+    from fused_res import Bottleneck
+
+    block = Bottleneck(16, 4, groups=4).double()
+    with use_backend("planted", "prologue"):
+        explanation = explain(block, image(block))
+    assert explanation.rows[0].who_convolves() == "own/library (grouped)/own"
+    assert "own/library (grouped)/own" in str(explanation)
+    found = explanation.to_dicts()[0]["convolutions"]
+    assert {c["why"] for c in found if c["unit"] == "conv2"} == {"grouped"}
+    assert {c["why"] for c in found if c["unit"] != "conv2"} == {""}
+
+
+def test_a_recording_ends_after_an_error():
+    with pytest.raises(KeyError), plans.recording():
+        raise KeyError
+    assert plans.recorder() is None
+    with pytest.raises(KeyError), imposing(Choice(False)):
+        raise KeyError
+    assert choice._imposed.get() is None
+
+
+def test_autocast_asks_for_convolutions_in_its_dtype(planted):
+    block = make("identity", torch.float32)
+    parts = with_dtype(block.parts(), torch.bfloat16)
+    asked = convolutions(image(block, dtype=torch.bfloat16), None, parts, "moment", "planted", True)
+    assert {call.key()[3] for _, call in asked} == {torch.bfloat16}
