@@ -271,12 +271,12 @@ PROGRAMS = 264
 
 
 def configurations(
-    direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...], *, lean: bool = False
+    direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...], *, area: int = 128 * 128
 ) -> list[Config]:
     """The tiles worth measuring for a convolution in this direction ("fprop", "dgrad" or "wgrad"); the first is the default.
 
-    pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. lean: small tiles first, for kernels that need
-    many registers beside the result.
+    pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. area: tiles of at most this many results come
+    first, for kernels that need many registers beside them.
     """
     k, c = (max(16, triton.next_power_of_2(channels)) for channels in weight_shape[:2])
     table = _POINTWISE if tuple(weight_shape[2:]) == (1, 1) else _TAPS
@@ -285,10 +285,13 @@ def configurations(
         if direction == "fprop":
             config = Config(tile.rows, min(tile.columns, k), min(tile.depth, c), *tile[3:])
             programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(k, config.block_k)
-        else:
+        elif direction == "dgrad":
             config = Config(tile.rows, min(tile.depth, k), min(tile.columns, c), *tile[3:])
             programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c)
-        fitted.setdefault(config, (lean and tile.rows * tile.columns > 64 * 64, -min(programs, PROGRAMS)))
+        else:  # parts of the pixels make up for few blocks
+            config = Config(tile.depth, min(tile.rows, k), min(tile.columns, c), *tile[3:])
+            programs = PROGRAMS
+        fitted.setdefault(config, (tile.rows * tile.columns > area, -min(programs, PROGRAMS)))
     return sorted(fitted, key=fitted.get)
 
 

@@ -167,8 +167,8 @@ def conv_dgrad(
     dx = torch.empty(like.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
     pixels = n * triton.cdiv(height, g.stride_h) * triton.cdiv(width, g.stride_w)
     if config is None:
-        lean = source.coefficients is not None or g.stride_h * g.stride_w > 1
-        config = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, lean=lean)[0]
+        area = 64 * 64 if source.coefficients is not None or g.stride_h * g.stride_w > 1 else 128 * 128
+        config = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)[0]
     tiles = triton.cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
     y, vectors, partials = None, None, None
     if inner is not None:

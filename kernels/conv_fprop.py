@@ -131,8 +131,8 @@ def conv_fprop(
     g = geometry(height, width, unit)
     pixels = n * g.out_height * g.out_width
     if config is None:
-        second = output is not None and output.y2 is not None
-        config = configurations("fprop", weight.dtype, pixels, weight.shape, lean=second)[0]
+        area = 64 * 64 if output is not None and output.y2 is not None else 128 * 128
+        config = configurations("fprop", weight.dtype, pixels, weight.shape, area=area)[0]
     tiles = triton.cdiv(pixels, config.block_p)
     shape = (n, channels_out, g.out_height, g.out_width)
     y = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)

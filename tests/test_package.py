@@ -11,7 +11,7 @@ import fused_res
 from fused_res import backends
 
 ROOT = Path(__file__).parents[1]
-STEMS = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "conv_fprop", "conv_dgrad"]
+STEMS = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "conv_fprop", "conv_dgrad", "conv_wgrad", "masked_add"]
 
 
 def run(code, **kwargs):

@@ -12,6 +12,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
     "conv_fprop": "conv_fprop",
     "conv_dgrad": "conv_dgrad",
+    "conv_wgrad": "conv_wgrad",
+    "masked_add": "masked_add",
     "bn_stats": "bn_stats",
     "bn_finalize": "bn_finalize",
     "bn_act": "bn_act",

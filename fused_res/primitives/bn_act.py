@@ -23,7 +23,7 @@ def pack_signs(open_: Tensor) -> Tensor:
 def unpack_signs(signs: Tensor, channels: int) -> Tensor:
     """Inverse of `pack_signs`."""
     place = torch.arange(8, dtype=torch.uint8, device=signs.device)
-    return ((signs.unsqueeze(-1) >> place) & 1).view(signs.shape[0], -1)[:, :channels].bool()
+    return ((signs.unsqueeze(-1) >> place) & 1).flatten(1)[:, :channels].bool()
 
 
 def plain(

@@ -94,5 +94,5 @@ def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
             top, left = i * unit.dilation[0], j * unit.dilation[1]
             bottom, end = top + down * (height - 1) + 1, left + right * (width - 1) + 1
             taps[:, :, :, i, j] = padded[:, top:bottom:down, left:end:right]
-    dweight = torch.mm(to_rows(dy).t(), taps.view(n * height * width, -1))
+    dweight = torch.mm(to_rows(dy).t(), taps.flatten(0, 2).flatten(1))
     return dweight.view(out, kernel_height, kernel_width, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,193 @@
+"""Triton kernels of `conv_wgrad`: partial sums over parts of the pixels, and their sum."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels import conv
+from fused_res.kernels.common import Variant, aligned, first_row, launch, meta, offset, variant
+from fused_res.kernels.conv import (
+    Config,
+    activation,
+    configurations,
+    constants,
+    geometry,
+    gradient,
+    meta_image,
+    meta_unit,
+    read,
+    sign_word,
+)
+from fused_res.spec import ConvBN
+
+
+@triton.jit
+def _partial(
+    partials,
+    dy,
+    x,
+    g,
+    rows,
+    P,
+    C,
+    K,
+    LIVE: tl.constexpr,
+    WORD: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    ALIGN_C: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
+    blocks_c, blocks_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
+    first_c = tl.program_id(0) % blocks_c * BLOCK_C
+    rest = tl.program_id(0) // blocks_c
+    tap = rest % (R * S)
+    first_k = rest // (R * S) % blocks_k * BLOCK_K
+    t = rest // (R * S) // blocks_k
+
+    row, p = first_row(t, rows), tl.arange(0, BLOCK_P)
+    left = tl.minimum(P - row, rows).to(tl.int32)
+    wide_c, wide_k = C.to(tl.int64), K.to(tl.int64)
+    image = row // (g.out_height * g.out_width)
+    start = (row - image * (g.out_height * g.out_width)).to(tl.int32)
+    top, side = tap // S * g.dilation_h - g.padding_h, tap % S * g.dilation_w - g.padding_w
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for i in tl.range(0, tl.cdiv(left, BLOCK_P), num_stages=STAGES):
+        q = i * BLOCK_P + p
+        valid, place = q < left, row + q
+        inside, source = valid, place
+        if not POINTWISE:
+            q += start
+            h = q // g.out_width % g.out_height * g.stride_h + top
+            w = q % g.out_width * g.stride_w + side
+            inside = valid & (h.to(tl.uint32) < g.height) & (w.to(tl.uint32) < g.width)  # below 0 is far above
+            source = ((image + q // (g.out_height * g.out_width)) * g.height + h) * g.width + w
+        rows_k = read(dy, place, place * wide_k, valid, first_k, K, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_K)
+        rows_c = read(x, source, source * wide_c, inside, first_c, C, False, 8, PRECISION, BLOCK_P, BLOCK_C)
+        acc = tl.dot(tl.trans(rows_k), rows_c, acc, input_precision=PRECISION)
+
+    k, c = first_k + tl.arange(0, BLOCK_K), first_c + tl.arange(0, BLOCK_C)
+    at = ((t * wide_k + k) * (R * S) + tap) * wide_c
+    tl.store(partials + at[:, None] + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _sum(
+    partials,
+    dweight,
+    T,
+    E,
+    C,
+    stride_k,
+    stride_c,
+    stride_r,
+    stride_s,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    e = first_row(tl.program_id(0), BLOCK_E) + tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        total += tl.load(partials + offset(t, E)[:, None] + e[None, :], mask=(t < T)[:, None] & (e < E)[None, :], other=0.0)
+    tap, c = e // C % (R * S), e % C
+    at = e // C // (R * S) * stride_k + tap // S * stride_r + tap % S * stride_s + c * stride_c
+    tl.store(dweight + at, tl.sum(total, axis=0).to(dweight.dtype.element_ty), mask=e < E)
+
+
+def split(pixels: int, programs: int, block_p: int) -> tuple[int, int]:
+    """Into how many parts the pixels are cut, and the pixels of each but the last, where one part makes this many programs.
+
+    By the shape alone, so that results repeat; at least one part, and none of a few blocks only if that can be helped.
+    """
+    parts = max(1, min(conv.PROGRAMS // programs, pixels // (4 * block_p)))
+    parts = max(parts, triton.cdiv(pixels, 2**30))  # places within a part take 32 bits
+    rows = block_p * max(1, triton.cdiv(triton.cdiv(pixels, parts), block_p))
+    return max(1, triton.cdiv(pixels, rows)), rows
+
+
+def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: Config | None = None) -> Tensor:
+    """Contract: fused_res/primitives/conv_wgrad.py. config: the tile, by default one chosen by the shape."""
+    weight, right = unit.weight, activation(x, unit.weight)
+    (k, c, r, s), (n, _, height, width) = weight.shape, right.image.shape
+    g = geometry(height, width, unit)
+    left = gradient(dy, (n, k, g.out_height, g.out_width), weight)
+    pixels = n * g.out_height * g.out_width
+    if config is None:
+        area = 128 * 64 if left.coefficients is not None else 128 * 128
+        config = configurations("wgrad", weight.dtype, pixels, weight.shape, area=area)[0]
+    programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s
+    parts, rows = split(pixels, programs, config.block_p)
+    partials = torch.empty(parts, weight.numel(), dtype=torch.float32, device=weight.device)
+    launch(
+        _partial,
+        parts * programs,
+        *(partials, left, right, g, rows, pixels, c, k),
+        LIVE=left.coefficients is not None and dy.training,
+        WORD=sign_word(left.signs, k, config.block_k),
+        **constants(config, unit),
+    )
+    dweight = torch.empty_like(weight)
+    block_t = min(64, triton.next_power_of_2(parts))
+    block_e = 2048 // block_t
+    launch(
+        _sum,
+        triton.cdiv(weight.numel(), block_e),
+        *(partials, dweight, parts, weight.numel(), c, *dweight.stride()),
+        R=r,
+        S=s,
+        BLOCK_T=block_t,
+        BLOCK_E=block_e,
+        warps=4,
+    )
+    return dweight
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, C, K, image, filter, stride
+    for n, c, k, size, r, stride in (
+        (32, 256, 64, 56, 1, 1),
+        (32, 256, 512, 56, 1, 2),
+        (32, 64, 64, 56, 3, 1),
+        (32, 128, 128, 56, 3, 2),
+        (2, 512, 512, 7, 3, 1),
+        (8, 20, 13, 9, 3, 2),
+    ):
+        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
+        x, out = meta_image(n, c, size, size, dtype=dtype), unit.output_size(size, size)
+        dy, vectors, coefficients = meta_image(n, k, *out, dtype=dtype), meta(5, k), meta(7, k)
+        signs = meta(n * out[0] * out[1], triton.cdiv(k, 8), dtype=torch.uint8)
+        raw, activated = (SimpleNamespace(image=x, vectors=v) for v in (None, meta(5, c)))
+
+        def operand(dy=dy, y=None, vectors=None, coefficients=None, signs=None, masked=False):
+            fields = {"image": dy, "y": y, "vectors": vectors, "coefficients": coefficients, "signs": signs, "masked": masked}
+            return SimpleNamespace(**fields, training=True)
+
+        def wgrad(name, *operands, unit=unit, wide=wide, at=f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}", **options):
+            return variant(f"{name} {at}", conv_wgrad, *operands, unit, loads=wide, stores=wide, matrix=True, **options)
+
+        masked = operand(y=dy, coefficients=coefficients, masked=True)
+        yield wgrad("masked", masked, raw)
+        yield wgrad("masked, activated", masked, activated, sample=(r, stride) == (3, 2))
+        yield wgrad(
+            "outer, activated", operand(y=dy, coefficients=coefficients, signs=signs), activated, sample=(r, stride) == (1, 1)
+        )
+        if n == 32:
+            yield wgrad("plain", operand(), raw)
+            yield wgrad("plain, activated", operand(), activated)
+            yield wgrad("open by y, activated", operand(y=dy, vectors=vectors, coefficients=coefficients), activated)
+        yield variant(f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}", conv_wgrad, operand(), raw, unit, launched=1)

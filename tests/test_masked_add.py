@@ -1,0 +1,79 @@
+"""`masked_add`, in place."""
+
+import pytest
+import torch
+from convolutions import Draw, every_dtype, misaligned
+
+from fused_res.layout import to_rows
+from fused_res.primitives.bn_act import pack_signs
+from fused_res.primitives.masked_add import masked_add
+from fused_res.primitives.operands import Addend
+
+STRIDES = [(1, 1), (2, 2), (1, 3)]
+
+
+def case(shape, stride, dtype, device, signs=True):
+    draw, (n, c, h, w) = Draw(0, device), shape
+    dx = draw.integers(*shape, dtype=dtype)
+    image = draw.integers(n, c, -(-h // stride[0]), -(-w // stride[1]), dtype=dtype)
+    opened = draw.integers(*image.shape) > 0 if signs else torch.ones_like(image, dtype=torch.bool)
+    expected = dx.double()
+    expected[:, :, :: stride[0], :: stride[1]] += torch.where(opened, image.double(), 0)
+    return dx, Addend(image, pack_signs(to_rows(opened)) if signs else None, stride), expected.to(dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("stride", STRIDES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 20, 5, 7), (1, 3, 1, 1), (3, 64, 8, 6)], ids=str)
+@pytest.mark.parametrize("signs", [False, True], ids=["all", "open"])
+def test_exact_on_integers(backend, device, signs, shape, stride, dtype):
+    dx, addend, expected = case(shape, stride, dtype, device, signs)
+    before = addend.image.clone()
+    assert masked_add(dx, addend, backend=backend) is None
+    assert torch.equal(dx, expected)
+    assert torch.equal(addend.image, before)
+
+
+@every_dtype
+def test_rounds_once(backend, device, dtype):
+    draw = Draw(1, device)
+    dx, image = draw.normal(2, 20, 5, 7, dtype=dtype), draw.normal(2, 20, 5, 7, dtype=dtype)
+    expected = (dx.double() + image.double()).to(dtype)
+    masked_add(dx, Addend(image), backend=backend)
+    assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("stride", STRIDES, ids=str)
+def test_nan_passes_where_open(backend, device, stride):
+    dx, addend, _ = case((2, 20, 5, 7), stride, torch.float32, device)
+    addend.image.fill_(float("nan"))
+    opened = torch.zeros_like(dx)
+    masked_add(opened, Addend(torch.ones_like(addend.image), addend.signs, stride), backend=backend)
+    masked_add(dx, addend, backend=backend)
+    assert torch.equal(dx.isnan(), opened != 0)
+
+
+@pytest.mark.parametrize("stride", STRIDES, ids=str)
+def test_misaligned_images(backend, device, stride):
+    dx, addend, expected = case((3, 64, 8, 6), stride, torch.bfloat16, device)
+    dx = misaligned(dx)
+    masked_add(dx, addend._replace(image=misaligned(addend.image)), backend=backend)
+    assert torch.equal(dx, expected)
+
+
+def test_no_images(backend, device):
+    dx, addend, _ = case((0, 20, 5, 7), (2, 2), torch.float32, device)
+    masked_add(dx, addend, backend=backend)
+
+
+def test_bad_arguments(backend, device):
+    dx, addend, _ = case((2, 20, 5, 7), (2, 2), torch.float32, device)
+    with pytest.raises(ValueError, match=r"addend: expected shape \(2, 20, 5, 7\), got \(2, 20, 3, 4\)"):
+        masked_add(dx, addend._replace(stride=(1, 1)), backend=backend)
+    with pytest.raises(TypeError, match=r"addend: expected torch\.float32, got torch\.float16"):
+        masked_add(dx, addend._replace(image=addend.image.half()), backend=backend)
+    with pytest.raises(ValueError, match=r"signs: expected shape \(24, 3\), got \(23, 3\)"):
+        masked_add(dx, addend._replace(signs=addend.signs[1:]), backend=backend)
+    if backend == "triton":
+        with pytest.raises(ValueError, match="dx: expected a channels_last image"):
+            masked_add(dx.contiguous(), addend, backend=backend)
