@@ -120,8 +120,8 @@ def split(pixels: int, programs: int, block_p: int) -> tuple[int, int]:
     return max(1, triton.cdiv(pixels, rows)), rows
 
 
-def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: Config | None = None) -> Tensor:
-    """Contract: fused_res/primitives/conv_wgrad.py. config: the tile, by default one chosen by the shape."""
+def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) -> Tensor:
+    """Contract: fused_res/primitives/conv_wgrad.py. config: the fields of a `Config`; by default chosen by the shape."""
     weight, right = unit.weight, activation(x, unit.weight)
     (k, c, r, s), (n, _, height, width) = weight.shape, right.image.shape
     g = geometry(height, width, unit)
@@ -130,6 +130,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: Config | None = None) -
     if config is None:
         area = 128 * 64 if left.coefficients is not None else 128 * 128
         config = configurations("wgrad", weight.dtype, pixels, weight.shape, area=area)[0]
+    config = Config(*config)
     programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s
     parts, rows = split(pixels, programs, config.block_p)
     partials = torch.empty(parts, weight.numel(), dtype=torch.float32, device=weight.device)
