@@ -84,15 +84,12 @@ def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
 
 def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     """`conv_wgrad` of any ungrouped convolution; the result is channels_last."""
-    n, out, height, width = dy.shape
-    _, channels, kernel_height, kernel_width = unit.weight.shape
-    (down, right), (pad_down, pad_right) = unit.stride, unit.padding
+    out, channels, *kernel = unit.weight.shape
+    (n, _, *size), (pad_down, pad_right) = dy.shape, unit.padding
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad_right, pad_right, pad_down, pad_down))
-    taps = x.new_empty((n, height, width, kernel_height, kernel_width, channels))
-    for i in range(kernel_height):
-        for j in range(kernel_width):
-            top, left = i * unit.dilation[0], j * unit.dilation[1]
-            bottom, end = top + down * (height - 1) + 1, left + right * (width - 1) + 1
-            taps[:, :, :, i, j] = padded[:, top:bottom:down, left:end:right]
-    dweight = torch.mm(to_rows(dy).t(), taps.flatten(0, 2).flatten(1))
-    return dweight.view(out, kernel_height, kernel_width, channels).permute(0, 3, 1, 2)
+    image, *pixel, _ = padded.stride()
+    steps = [s * p for s, p in zip(unit.stride, pixel, strict=True)]
+    taps = [d * p for d, p in zip(unit.dilation, pixel, strict=True)]
+    windows = padded.as_strided((n, *size, *kernel, channels), (image, *steps, *taps, 1))
+    dweight = torch.mm(to_rows(dy).t(), windows.flatten(0, 2).flatten(1))
+    return dweight.view(out, *kernel, channels).permute(0, 3, 1, 2)
