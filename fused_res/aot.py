@@ -21,7 +21,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Local memory that does not count as a spill where no loop uses it, in bytes.
 PARKED = 32
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 
 
 @dataclass

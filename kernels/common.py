@@ -127,6 +127,25 @@ def through_bn(g, y, coefficients, C, c, LIVE: tl.constexpr):
 
 
 @triton.jit
+def store_gradient(pointer, gradient, at, mask, y, vectors, partials, t, C, c):
+    """Store a block of the gradient of z at elements `at`, where z is `relu(scale * y + shift)` if there are `partials`.
+
+    It is then masked by that ReLU, and row t of `partials` [T, 2, C] becomes the sums over the block of g and g * (y - mean), of
+    the values as they are stored.
+    """
+    if partials is not None:
+        v = load_rows(y, at, mask)
+        opened = is_open(affine(v, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :]))
+        gradient = tl.where(opened, gradient, 0.0)
+    stored = gradient.to(pointer.dtype.element_ty)
+    tl.store(pointer + at, stored, mask=mask)
+    if partials is not None:
+        g = tl.where(mask, stored.to(tl.float32), 0.0)
+        moment = g * (v - load_row(vectors, 0, C, c)[None, :])
+        store_vectors(partials + offset(t * 2, C), (tl.sum(g, axis=0), tl.sum(moment, axis=0)), C, c)
+
+
+@triton.jit
 def pack(bits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Booleans [BLOCK_P, BLOCK_C] as sign bytes [BLOCK_P, BLOCK_C / 8], the first channel in the lowest bit."""
     grouped = tl.reshape(bits.to(tl.int32), (BLOCK_P, BLOCK_C // 8, 8))
@@ -175,6 +194,16 @@ def row_tiles(pixels: int, channels: int, block: Tile) -> tuple[int, int]:
     return max(1, triton.cdiv(pixels, rows)), rows
 
 
+def split_rows(pixels: int, across: int, step: int, least: int = 1, most: int = 2**31) -> tuple[int, int]:
+    """The same for matrix products, of `across` blocks each, one or two of which fill a multiprocessor.
+
+    A tile has from `least` to `most` rows, in multiples of `step`.
+    """
+    rows = triton.cdiv(pixels * across, max(1, PROGRAMS // 2))
+    rows = step * triton.cdiv(min(max(rows, least), most), step)
+    return max(1, triton.cdiv(pixels, rows)), rows
+
+
 def dot_precision(tensor: Tensor) -> str:
     """How matrix products of float32 multiply, "tf32" or "ieee": as torch's convolutions on the tensor's device do."""
     library = torch.backends.mkldnn if tensor.device.type == "cpu" else torch.backends.cudnn
@@ -206,11 +235,11 @@ _recorders: list[list[Launch]] = []
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
-    """Run the kernel on the current stream of the first argument's device."""
+    """Run the kernel on the current stream of the device of the first tensor among the arguments."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
         return
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
 
 

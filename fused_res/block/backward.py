@@ -18,7 +18,7 @@ from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.moments import moments
-from fused_res.primitives.operands import Activation, Addend, Gradient
+from fused_res.primitives.operands import Activation, Addend, Gradient, multiplied
 from fused_res.primitives.pointwise_tail import Pointwise
 from fused_res.primitives.pointwise_tail_backward import (
     TailGradients,
@@ -136,9 +136,9 @@ def _moment_bn(outer: _Outer, z: Activation, branch: _Branch, backend: str) -> t
     """Through the outer ReLU and a unit in the moment form: its gradients, and what flows into z, where they are wanted."""
     if not branch.needs_any:
         return None, None
-    pointwise = Pointwise(z, branch.unit.weight, branch.vectors)
+    pointwise = Pointwise(z, multiplied(branch.unit.weight, backend), branch.vectors)
     found = moments(z, backend=backend) if branch.unit.training else None
-    scaled = scaled_weight(pointwise) if branch.below else None
+    scaled = multiplied(scaled_weight(pointwise), backend) if branch.below else None
     mean = None if found is None else found.mean
     sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled, backend=backend)
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale

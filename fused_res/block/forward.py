@@ -14,7 +14,7 @@ from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.moments import moments, moments_finalize
-from fused_res.primitives.operands import Activation, Output
+from fused_res.primitives.operands import Activation, Output, multiplied
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
 from fused_res.reference import pooled
 from fused_res.spec import AvgPool, Block, ConvBN
@@ -71,6 +71,7 @@ def _conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: 
 
 def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Pointwise:
     """A unit in the moment form: its vectors from the moments of its input."""
+    unit = unit._replace(weight=multiplied(unit.weight, backend))
     if not unit.training:
         return Pointwise(z, unit.weight, running(unit, z.image.dtype, residual_scale, backend))
     vectors, _ = moments_finalize(moments(z, backend=backend), z, unit, residual_scale, backend=backend)

@@ -12,6 +12,16 @@ from torch import Tensor
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply
+from fused_res.primitives.common import select
+
+
+def multiplied(weight: Tensor, backend: str) -> Tensor:
+    """The weight as the backend's matrix products multiply it: itself, or rounded to TF32 where they round float32 to that.
+
+    What the moment form derives from a weight must be derived from these values.
+    """
+    own = select("multiplied", backend, None)
+    return weight if own is None else own(weight)
 
 
 def _like(rows: Tensor, image: Tensor) -> Tensor:

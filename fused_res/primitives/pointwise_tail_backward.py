@@ -181,7 +181,7 @@ def pointwise_tail_backward_apply(
     """
     own = select("pointwise_tail_backward_apply", backend, None) if z.pixels > FEW else None
     if own is not None:
-        return own(dout, signs, z, scaled, through, gradients, inner)
+        return Inflow(*own(dout, signs, z, scaled, through, gradients, inner))
     rows = plain_apply(dout, signs, z, scaled, gradients, backend)
     n, _, h, w = dout.shape
     dz = to_image(rows, n, h, w)

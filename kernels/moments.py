@@ -1,0 +1,245 @@
+"""Triton kernels of `moments`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    STAGES,
+    Variant,
+    aligned,
+    alignment,
+    dot_precision,
+    first_row,
+    launch,
+    narrow,
+    offset,
+    split_rows,
+    store_vectors,
+    variant,
+    within,
+)
+from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot
+
+# More rows than these would leave too much to the float32 accumulators, which tensor cores truncate.
+_MOST_ROWS = 1024
+# Channels whose mean is beyond about twice their deviation count from a pivot; the differences are multiplied in two halves.
+_REACH, _SHARE = 0.875, 7
+
+
+@triton.jit
+def _halves(z, row, first, p, left, k, K, start, PRECISION: tl.constexpr):
+    """c = z - start, 0 outside: in float32, and as the sum of two values that are multiplied as they are."""
+    v = load_operand(z, row, first, p, left, k, K, PRECISION)
+    centred = tl.where(within(first + p, left, k, K), v.to(tl.float32) - start, 0.0)
+    high = narrow(centred, v.dtype, PRECISION)
+    return centred, high, narrow(centred - high.to(tl.float32), v.dtype, PRECISION)
+
+
+@triton.jit
+def _accumulate(
+    z,
+    row,
+    left,
+    k_i,
+    k,
+    K,
+    start_i,
+    start,
+    SPLIT: tl.constexpr,
+    ONE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums over a tile of what columns k are from `start`, [BLOCK_P, BLOCK_K], and of the products of columns k_i and k."""
+    p = tl.arange(0, BLOCK_P)
+    total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    product = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
+        centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
+        total += centred
+        high_i, low_i = high, low
+        if not ONE:
+            _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
+        product = tl.dot(tl.trans(high_i), high, product, input_precision=PRECISION)
+        if SPLIT:
+            product = tl.dot(tl.trans(high_i), low, product, input_precision=PRECISION)
+            product = tl.dot(tl.trans(low_i), high, product, input_precision=PRECISION)
+            if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
+                product = tl.dot(tl.trans(low_i), low, product, input_precision=PRECISION)
+    return total, product
+
+
+@triton.jit
+def _kernel(
+    z,
+    vectors,
+    products,
+    P,
+    K,
+    rows,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    REACH: tl.constexpr,
+    SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    K = aligned(K, ALIGN)
+    across = tl.cdiv(K, BLOCK_K)
+    t, i, j = tl.program_id(0) // (across * across), tl.program_id(0) // across % across, tl.program_id(0) % across
+    if i <= j:
+        row = first_row(t, rows)
+        left = tl.minimum(P - row, rows).to(tl.int32)
+        k_i, k = i * BLOCK_K + tl.arange(0, BLOCK_K), j * BLOCK_K + tl.arange(0, BLOCK_K)
+        start = pivot(z, row, left, k, K, REACH, SHARE, PRECISION)
+        start_i = start
+        if not ONE:
+            start_i = pivot(z, row, left, k_i, K, REACH, SHARE, PRECISION)
+        far = 0
+        if SPLIT:
+            far = tl.sum((start != 0).to(tl.int32)) + tl.sum((start_i != 0).to(tl.int32))
+        if far == 0:
+            total, product = _accumulate(z, row, left, k_i, k, K, start_i, start, False, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+        else:
+            total, product = _accumulate(z, row, left, k_i, k, K, start_i, start, True, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+
+        at = k_i[:, None] * K + k[None, :]
+        tl.store(products + offset(t, K) * K + at, product, mask=within(k_i, K, k, K))
+        if i == j:
+            store_vectors(vectors + offset(t * 2, K), (tl.sum(start, axis=0), tl.sum(total, axis=0)), K, k)
+
+
+@triton.jit
+def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
+    """Numbers of BLOCK_T tiles from one on, which of them are there, and their rows, [BLOCK_T, 1] in float64."""
+    t = first + tl.arange(0, BLOCK_T)
+    return t, (t < T)[:, None], tl.where(t == T - 1, last, rows).to(tl.float64)[:, None]
+
+
+@triton.jit
+def _mean(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in range(0, T, BLOCK_T):
+        t, there, count = _counts(first, T, rows, last, BLOCK_T)
+        at, mask = vectors + offset(t * 2, K)[:, None] + k[None, :], there & (k < K)[None, :]
+        total += count * load_wide(at, mask) + load_wide(at + K, mask)
+    tl.store(mean + k, tl.sum(total, axis=0) / P, mask=k < K)
+
+
+@triton.jit
+def _covariance(
+    vectors,
+    products,
+    mean,
+    covariance,
+    T,
+    rows,
+    last,
+    P,
+    K,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    j, k = e // K, e % K
+    inside = j < K
+    mean_j = tl.load(mean + j, mask=inside, other=0.0)[None, :]
+    mean_k = tl.load(mean + k, mask=inside, other=0.0)[None, :]
+    # Blocks below the diagonal were not computed; those on it need not be symmetric to the last bit.
+    below, above = j // BLOCK_K > k // BLOCK_K, j // BLOCK_K < k // BLOCK_K
+    one, other = tl.where(below, k * K + j, e), tl.where(above, e, k * K + j)
+    square = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in range(0, T, BLOCK_T):
+        t, there, count = _counts(first, T, rows, last, BLOCK_T)
+        mask, at = there & inside[None, :], vectors + offset(t * 2, K)[:, None]
+        # The tile's mean counted from its pivot, and from the mean of all: Chan, Golub and LeVeque's formula.
+        near_j, near_k = load_wide(at + K + j[None, :], mask) / count, load_wide(at + K + k[None, :], mask) / count
+        far_j = load_wide(at + j[None, :], mask) + near_j - mean_j
+        far_k = load_wide(at + k[None, :], mask) + near_k - mean_k
+        at = products + (offset(t, K) * K)[:, None]
+        value = 0.5 * (load_wide(at + one[None, :], mask) + load_wide(at + other[None, :], mask))
+        square += tl.where(mask, value + count * (far_j * far_k - near_j * near_k), 0.0)
+    tl.store(covariance + e, tl.sum(square, axis=0) / P, mask=inside)
+
+
+def _blocks(channels: int, narrow_dtype: bool, precision: str) -> tuple[int, int, int]:
+    """Columns and rows of a program's blocks, and its warps: what registers allow."""
+    wide = max(16, triton.next_power_of_2(channels))
+    if precision == "ieee" and not narrow_dtype:
+        return min(64, wide), 64, 8
+    if wide <= 64:
+        return wide, 32 if narrow_dtype else 16, 4
+    return 128, 32 if wide == 128 and not narrow_dtype else 16, 8
+
+
+def moments(z: Any) -> tuple[Tensor, Tensor]:
+    """Contract: fused_res/primitives/moments.py."""
+    read, pixels, precision = operand("z", z, z.image), z.pixels, dot_precision(z.image)
+    channels, narrow_dtype = z.image.shape[1], z.image.element_size() == 2
+    block, step, warps = _blocks(channels, narrow_dtype, precision)
+    across = triton.cdiv(channels, block)
+    tiles, rows = split_rows(pixels, across * (across + 1) // 2, step, least=256, most=_MOST_ROWS)
+    device = z.image.device
+    vectors = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
+    products = torch.empty(tiles, channels, channels, dtype=torch.float32, device=device)
+    launch(
+        _kernel,
+        tiles * across**2,
+        *(read, vectors, products, pixels, channels, rows),
+        ALIGN=alignment(channels),
+        BLOCK_P=step,
+        BLOCK_K=block,
+        ONE=across == 1,
+        SPLIT=narrow_dtype or precision == "tf32",
+        REACH=_REACH,
+        SHARE=_SHARE,
+        PRECISION=precision,
+        STAGES=STAGES,
+        warps=warps,
+    )
+    mean = torch.empty(channels, dtype=torch.float64, device=device)
+    covariance = torch.empty(channels, channels, dtype=torch.float64, device=device)
+    together = min(32, triton.next_power_of_2(tiles))
+    elements = 1024 // together
+    counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
+    merge = {"BLOCK_T": together, "BLOCK_E": elements, "warps": 4}
+    launch(_mean, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
+    launch(
+        _covariance,
+        triton.cdiv(channels * channels, elements),
+        *(vectors, products, mean, covariance, *counts),
+        BLOCK_K=block,
+        **merge,
+    )
+    return mean, covariance
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, K, output's size, stride
+    for n, k, size, stride in (
+        (32, 64, 56, 1),
+        (32, 128, 28, 1),
+        (8, 512, 7, 1),
+        (32, 256, 28, 2),
+        (8, 1024, 7, 2),
+        (4, 20, 9, 1),
+        (1, 3, 1, 1),
+    ):
+        z, wide = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), k % 16 == 0
+        at = f"{n}x{k}x{size}x{size}/{stride}"
+        yield variant(at, moments, z, loads=wide, stores=wide, matrix=True, sample=k in (64, 1024))
+        if size > 1:
+            yield variant(f"merge {at}", moments, z, launched=1)
+            yield variant(f"merge {at}", moments, z, launched=2)

@@ -1,0 +1,145 @@
+"""What the kernels of the moment form read: z, the input of a 1x1 convolution, and g, the masked gradient of its output."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import activate, dot_precision, launch, meta, narrow, offset, within
+from fused_res.kernels.conv import check_dense, check_image, load_signs, meta_image
+from fused_res.layout import to_rows
+
+
+class Operand(NamedTuple):
+    """An `Activation` of fused_res/primitives/operands.py as a kernel takes it.
+
+    data: [rows, K] as they lie in memory. vectors: [5, K] of the BN and ReLU that are still to be applied, or None.
+    sampling: None, or, with a stride, the width and the pixels of the sampled image, and how many rows of `data` apart its
+    images, its lines and its pixels are.
+    """
+
+    data: Tensor
+    vectors: Tensor | None
+    sampling: tuple[int, int, int, int, int] | None
+
+
+def operand(name: str, z: Any, like: Tensor) -> Operand:
+    """The kernels' view of an `Activation`, strided or not, without a copy, in the dtype and on the device of `like`.
+
+    A strided one may have 2^31 - 1 rows.
+    """
+    rows = to_rows(check_image(name, z.image, z.image.shape, like))
+    vectors = z.vectors
+    if vectors is not None:
+        check_dense(f"{name}.vectors", vectors, (5, rows.shape[1]), torch.float32, like)
+    if z.stride == (1, 1):
+        return Operand(rows, vectors, None)
+    if z.pixels >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2^31 pixels at stride {z.stride}, got {z.pixels}")
+    (height, width), (down, right) = z.image.shape[2:], z.stride
+    w, h = triton.cdiv(width, right), triton.cdiv(height, down)
+    return Operand(rows, vectors, (w, h * w, height * width, down * width, right))
+
+
+def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
+    """The rows of dout, after a check of its signs."""
+    rows = to_rows(dout)
+    if len(rows) != pixels:
+        raise ValueError(f"dout: expected {pixels} pixels, as z has, got {len(rows)}")
+    check_dense("signs", signs, (pixels, triton.cdiv(rows.shape[1], 8)), torch.uint8, rows)
+    return rows
+
+
+@triton.jit
+def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr):
+    """Rows first + p of the tile of `left` rows that begins at a row, and columns k, as a matrix product multiplies them.
+
+    Columns past the last one are 0; rows past the last one are not.
+    """
+    if z.sampling is None:
+        start, at = z.data + offset(row + first, K), p * K
+    else:
+        w, pixels, image, line, step = z.sampling
+        r = row.to(tl.int32) + first + p
+        r = (r // pixels).to(tl.int64) * image + r % pixels // w * line + r % w * step
+        start, at = z.data, r * K
+    v = tl.load(start + (at[:, None] + k[None, :]), mask=within(first + p, left, k, K), other=0.0)
+    if z.vectors is not None:
+        v = activate(v.to(tl.float32), z.vectors, K, k)
+    return narrow(v, z.data.dtype.element_ty, PRECISION)
+
+
+@triton.jit
+def load_gradient(dout, signs, row, first, left, column, C, WORD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows from `first` on of the tile of `left` rows that begins at a row, and channels from a column on, of g.
+
+    g is dout where the outer ReLU was open, and 0 elsewhere and outside.
+    """
+    p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
+    at = p[:, None] * C + c[None, :]
+    g = tl.load(dout + offset(row + first, C) + at, mask=within(first + p, left, c, C), other=0.0)
+    signs += offset(row + first, (C + 7) // 8)
+    return tl.where(load_signs(signs, p, column, first + p < left, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+
+
+@triton.jit
+def load_matrix(matrix, r, R, c, C, PRECISION: tl.constexpr):
+    """Rows r and columns c of a [R, C] matrix, as a matrix product multiplies them; 0 outside."""
+    v = tl.load(matrix + r[:, None] * C + c[None, :], mask=within(r, R, c, C), other=0.0)
+    return narrow(v, matrix.dtype.element_ty, PRECISION)
+
+
+@triton.jit
+def load_wide(pointer, mask):
+    """float64 of whatever is there; 0 where masked."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def pivot(z, row, left, k, K, REACH: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr):
+    """For each column of a tile of `left` rows the value to count from, float32 [1, columns]: 0, or where the column is far
+    from 0 the median of three of its values.
+
+    It is far where of the first rows at least SHARE eighths are no farther from the median than REACH times the median.
+    Values near 0 lose nothing by counting from there. The difference of two values within a factor of 2 needs no more digits
+    than they have (Sterbenz's lemma). Every program that asks for a column of a tile gets the same answer, to the bit.
+    """
+    p = tl.arange(0, 1)
+    a = load_operand(z, row, 0, p, left, k, K, PRECISION).to(tl.float32)
+    b = load_operand(z, row, left // 2, p, left, k, K, PRECISION).to(tl.float32)
+    c = load_operand(z, row, left - 1, p, left, k, K, PRECISION).to(tl.float32)
+    low, high = tl.where(a < b, a, b), tl.where(a < b, b, a)
+    median = tl.where(c < low, low, tl.where(c < high, c, high))
+    ROWS: tl.constexpr = 64
+    p = tl.arange(0, ROWS)
+    v = load_operand(z, row, 0, p, left, k, K, PRECISION).to(tl.float32)
+    near = (tl.abs(v - median) <= REACH * tl.abs(median)) & (p < left)[:, None]
+    far = tl.sum(near.to(tl.int32), axis=0) * 8 >= SHARE * tl.minimum(left, ROWS)
+    return tl.where(far[None, :], median, 0.0)
+
+
+@triton.jit
+def _multiplied(matrix, out, N, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    at = offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
+    v = tl.load(matrix + at, mask=at < N, other=0.0)
+    tl.store(out + at, narrow(v, matrix.dtype.element_ty, PRECISION), mask=at < N)
+
+
+def multiplied(matrix: Tensor) -> Tensor:
+    """Contract: fused_res/primitives/operands.py."""
+    precision = dot_precision(matrix)
+    if matrix.dtype != torch.float32 or precision != "tf32":
+        return matrix
+    matrix = matrix.contiguous()
+    out, block = torch.empty_like(matrix), 1024
+    launch(_multiplied, triton.cdiv(matrix.numel(), block), matrix, out, matrix.numel(), PRECISION=precision, BLOCK=block, warps=4)
+    return out
+
+
+def meta_activation(n: int, c: int, h: int, w: int, dtype: torch.dtype, stride: int = 1, activated: bool = True) -> Any:
+    """An `Activation` without data whose strided sample is [n, c, h, w]."""
+    image = meta_image(n, c, h * stride, w * stride, dtype=dtype)
+    return SimpleNamespace(image=image, vectors=meta(5, c) if activated else None, stride=(stride, stride), pixels=n * h * w)

@@ -1,0 +1,188 @@
+"""Triton kernels of `pointwise_direct`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    Variant,
+    aligned,
+    alignment,
+    dot_precision,
+    first_row,
+    launch,
+    meta,
+    offset,
+    split_rows,
+    store_vectors,
+    variant,
+)
+from fused_res.kernels.conv import meta_image
+from fused_res.kernels.operands import incoming, load_matrix, load_operand, load_wide, meta_activation, operand
+
+
+@triton.jit
+def _channel(
+    z,
+    weight,
+    row,
+    first,
+    left,
+    c,
+    C,
+    K,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One channel c, [1], of W z in float64, of the values that a matrix product multiplies: rows from `first` on, [BLOCK_P]."""
+    y = tl.zeros((BLOCK_P,), tl.float64)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        rows = load_operand(z, row, first, tl.arange(0, BLOCK_P), left, k, K, PRECISION).to(tl.float64)
+        y += tl.sum(rows * load_matrix(weight, c, C, k, K, PRECISION).to(tl.float64), axis=1)
+    return y
+
+
+@triton.jit
+def _kernel(
+    z,
+    weight,
+    suspect,
+    dout,
+    signs,
+    mean,
+    partials,
+    P,
+    C,
+    K,
+    rows,
+    ALIGN_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    K = aligned(K, ALIGN_K)
+    across = tl.cdiv(C, BLOCK_C)
+    t, i = tl.program_id(0) // across, tl.program_id(0) % across
+    c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+    if tl.sum(tl.load(suspect + c, mask=c < C, other=0).to(tl.int32)) > 0:
+        row = first_row(t, rows)
+        left = tl.minimum(P - row, rows).to(tl.int32)
+        p = tl.arange(0, BLOCK_P)
+        for channel in range(i * BLOCK_C, tl.minimum((i + 1) * BLOCK_C, C)):
+            if tl.load(suspect + channel) != 0:
+                one = channel + tl.arange(0, 1)
+                if dout is None:
+                    # Counted from the tile's first row, which keeps the digits of a mean far from 0.
+                    y = _channel(z, weight, row, 0, left, one, C, K, BLOCK_P, BLOCK_K, PRECISION)
+                    start = tl.sum(tl.where(p == 0, y, 0.0))
+                else:
+                    start = tl.load(mean + channel).to(tl.float64)
+                total, squares = tl.zeros((BLOCK_P,), tl.float64), tl.zeros((BLOCK_P,), tl.float64)
+                for first in range(0, left, BLOCK_P):
+                    inside = first + p < left
+                    y = _channel(z, weight, row, first, left, one, C, K, BLOCK_P, BLOCK_K, PRECISION) - start
+                    y = tl.where(inside, y, 0.0)
+                    if dout is None:
+                        total += y
+                        squares += y * y
+                    else:
+                        S = (C + 7) // 8
+                        bits = tl.load(signs + offset(row + first, S) + (p * S + channel // 8), mask=inside, other=0)
+                        g = load_wide(dout + offset(row + first, C) + (p * C + channel), inside)
+                        total += tl.where((bits.to(tl.int32) >> (channel % 8)) & 1 != 0, g * y, 0.0)
+                if dout is None:
+                    tl.store(partials + offset(t * 3, C) + channel, tl.sum(total))
+                    tl.store(partials + offset(t * 3 + 1, C) + channel, tl.sum(squares))
+                    tl.store(partials + offset(t * 3 + 2, C) + channel, start)
+                else:
+                    tl.store(partials + offset(t, C) + channel, tl.sum(total))
+
+
+@triton.jit
+def _merge(partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    suspects = tl.load(suspect + c, mask=c < C, other=0) != 0
+    total, squares = tl.zeros((BLOCK_C,), tl.float64), tl.zeros((BLOCK_C,), tl.float64)
+    if tl.sum(suspects.to(tl.int32)) > 0:
+        for first in range(0, T, BLOCK_T):
+            t = first + tl.arange(0, BLOCK_T)
+            mask = (t < T)[:, None] & suspects[None, :]
+            at = partials + offset(t * (3 if STATS else 1), C)[:, None] + c[None, :]
+            value = load_wide(at, mask)
+            if STATS:
+                value += load_wide(at + 2 * C, mask) * tl.where(t == T - 1, last, rows).to(tl.float64)[:, None]
+            total += tl.sum(value, axis=0)
+        if STATS:
+            total /= P
+            for first in range(0, T, BLOCK_T):
+                t = first + tl.arange(0, BLOCK_T)
+                mask = (t < T)[:, None] & suspects[None, :]
+                at = partials + offset(t * 3, C)[:, None] + c[None, :]
+                count = tl.where(t == T - 1, last, rows).to(tl.float64)[:, None]
+                near = load_wide(at, mask) / count
+                far = load_wide(at + 2 * C, mask) + near - total[None, :]
+                square = load_wide(at + C, mask) + count * (far * far - near * near)
+                squares += tl.sum(tl.where(mask, square, 0.0), axis=0)
+            squares = tl.where(squares < 0, 0.0, squares) / P
+    if STATS:
+        store_vectors(out, (total, squares), C, c)
+    else:
+        store_vectors(out, (total,), C, c)
+
+
+def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Tensor | None, mean: Tensor | None) -> Tensor:
+    weight, pixels, stats = weight.flatten(1), z.pixels, dout is None
+    channels, inner = weight.shape
+    block_p, block_c = 16, 64
+    tiles, rows = split_rows(pixels, triton.cdiv(channels, block_c), block_p, least=256)
+    partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
+    launch(
+        _kernel,
+        tiles * triton.cdiv(channels, block_c),
+        *(operand("z", z, weight), weight, suspect, dout, signs, mean, partials, pixels, channels, inner, rows),
+        ALIGN_K=alignment(inner),
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        BLOCK_K=32,
+        PRECISION=dot_precision(weight),
+        warps=4,
+    )
+    out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=weight.device)
+    launch(
+        _merge,
+        triton.cdiv(channels, 16),
+        *(partials, suspect, out, tiles, rows, pixels - rows * (tiles - 1), pixels, channels),
+        STATS=stats,
+        BLOCK_T=32,
+        BLOCK_C=16,
+        warps=4,
+    )
+    return out
+
+
+def pointwise_direct_stats(z: Any, weight: Tensor, suspect: Tensor) -> Tensor:
+    """Contract: fused_res/primitives/pointwise_direct.py."""
+    return _run(z, weight, suspect, None, None, None)
+
+
+def pointwise_direct_sums(dout: Tensor, signs: Tensor, z: Any, weight: Tensor, mean: Tensor, suspect: Tensor) -> Tensor:
+    """Contract: fused_res/primitives/pointwise_direct.py."""
+    return _run(z, weight, suspect, incoming(dout, signs, z.pixels), signs, mean)
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, K, C, size, stride
+    for n, k, c, size, stride in ((32, 64, 256, 56, 1), (32, 256, 512, 28, 2), (4, 20, 36, 9, 1), (1, 3, 5, 1, 1)):
+        z, weight = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), meta_image(c, k, 1, 1, dtype=dtype)
+        dout, signs = meta_image(n, c, size, size, dtype=dtype), meta(n * size * size, -(-c // 8), dtype=torch.uint8)
+        suspect, at = meta(c, dtype=torch.bool), f"{n}x{k}x{size}x{size}/{stride} {c}"
+        for launched, step in enumerate(("", "merge ")):
+            yield variant(f"{step}stats {at}", pointwise_direct_stats, z, weight, suspect, launched=launched)
+            yield variant(f"{step}sums {at}", pointwise_direct_sums, dout, signs, z, weight, meta(c), suspect, launched=launched)

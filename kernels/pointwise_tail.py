@@ -1,0 +1,175 @@
+"""Triton kernel of `pointwise_tail`."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    Variant,
+    add_shortcut,
+    affine,
+    aligned,
+    alignment,
+    dot_precision,
+    first_row,
+    is_open,
+    launch,
+    load_row,
+    meta,
+    offset,
+    pack,
+    relu,
+    variant,
+    within,
+)
+from fused_res.kernels.conv import meta_image
+from fused_res.kernels.operands import load_matrix, load_operand, meta_activation, operand
+from fused_res.layout import to_image, to_rows
+
+
+@triton.jit
+def _product(
+    z,
+    weight,
+    row,
+    left,
+    c,
+    C,
+    K,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """W z of a block of rows from `row` on and of the channels c, in float32."""
+    y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = first + tl.arange(0, BLOCK_K)
+        rows = load_operand(z, row, 0, tl.arange(0, BLOCK_P), left, k, K, PRECISION)
+        y = tl.dot(rows, tl.trans(load_matrix(weight, c, C, k, K, PRECISION)), y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def _kernel(
+    z,
+    weight,
+    vectors,
+    skip,
+    y2,
+    vectors2,
+    z2,
+    weight2,
+    out,
+    signs,
+    P,
+    C,
+    K,
+    K2,
+    ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    ALIGN_K2: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K, K2 = aligned(C, ALIGN), aligned(K, ALIGN_K), aligned(K2, ALIGN_K2)
+    across = tl.cdiv(C, BLOCK_C)
+    row, column = first_row(tl.program_id(0) // across, BLOCK_P), tl.program_id(0) % across * BLOCK_C
+    left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
+    p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
+
+    y = _product(z, weight, row, left, c, C, K, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
+    v = affine(y, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])
+    if weight2 is not None:
+        y = _product(z2, weight2, row, left, c, C, K2, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
+        v += affine(y, load_row(vectors2, 3, C, c)[None, :], load_row(vectors2, 4, C, c)[None, :])
+    start, at, mask = offset(row, C), p[:, None] * C + c[None, :], within(p, left, c, C)
+    rounded = relu(add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)).to(out.dtype.element_ty)
+    tl.store(out + start + at, rounded, mask=mask)
+    if signs is not None:
+        S = (C + 7) // 8
+        b = column // 8 + tl.arange(0, BLOCK_C // 8)
+        packed = pack(is_open(rounded.to(tl.float32)), BLOCK_P, BLOCK_C)
+        tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=within(p, left, b, S))
+
+
+def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
+    """Contract: fused_res/primitives/pointwise_tail.py."""
+    image, weight = main.z.image, main.weight.flatten(1)
+    n, _, h, w = image.shape
+    pixels, channels, inner = n * h * w, *weight.shape
+    out = torch.empty(pixels, channels, dtype=image.dtype, device=image.device)
+    signs = torch.empty(pixels, -(-channels // 8), dtype=torch.uint8, device=image.device) if keep_signs else None
+    skip, y2 = (None if image is None else to_rows(image) for image in (shortcut.skip, shortcut.y2))
+    vectors2, z2, weight2, inner2, side = shortcut.vectors2, None, None, 1, shortcut.projection
+    if side is not None:
+        z2, weight2, vectors2 = operand("projection.z", side.z, image), side.weight.flatten(1), side.vectors
+        inner2 = weight2.shape[1]
+    precision, narrow_dtype = dot_precision(image), image.element_size() == 2
+    widest = 128 if narrow_dtype or precision == "tf32" else 64
+    block_p, block_c = 64, max(16, min(widest, triton.next_power_of_2(channels)))
+    launch(
+        _kernel,
+        triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
+        *(
+            operand("main.z", main.z, weight),
+            weight,
+            main.vectors,
+            skip,
+            y2,
+            vectors2,
+            z2,
+            weight2,
+            out,
+            signs,
+            pixels,
+            channels,
+            inner,
+            inner2,
+        ),
+        ALIGN=alignment(channels),
+        ALIGN_K=alignment(inner),
+        ALIGN_K2=alignment(inner2),
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        BLOCK_K=64 if narrow_dtype else 32,
+        PRECISION=precision,
+        STAGES=3,
+        warps=8,
+    )
+    return to_image(out, n, h, w), signs
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, K, C, size, a projection's channels and stride
+    for n, k, c, size, k2, stride in (
+        (32, 64, 256, 56, 64, 1),
+        (32, 128, 512, 28, 256, 2),
+        (8, 512, 2048, 7, 1024, 2),
+        (4, 20, 36, 9, 12, 3),
+        (1, 3, 5, 1, 1, 1),
+    ):
+        z, out, wide = meta_activation(n, k, size, size, dtype), meta_image(n, c, size, size, dtype=dtype), k % 16 == 0
+        main = SimpleNamespace(z=z, weight=meta_image(c, k, 1, 1, dtype=dtype), vectors=meta(5, c))
+        z2 = meta_activation(n, k2, size, size, dtype, stride, activated=False)
+        projection = SimpleNamespace(z=z2, weight=meta_image(c, k2, 1, 1, dtype=dtype), vectors=meta(5, c))
+        at = f"{n}x{k}x{size}x{size} {c}"
+
+        def tail(name, keep_signs, main=main, at=at, wide=wide, sample=False, **shortcut):
+            shortcut = SimpleNamespace(**{"skip": None, "y2": None, "vectors2": None, "projection": None} | shortcut)
+            name = f"{name}{', signs' if keep_signs else ''} {at}"
+            return variant(name, pointwise_tail, main, shortcut, keep_signs, loads=wide, stores=wide, matrix=True, sample=sample)
+
+        yield tail("skip", False, skip=out)
+        yield tail("skip", True, skip=out, sample=k == 64)
+        yield tail("second", True, y2=out, vectors2=meta(5, c))
+        yield tail("projection", True, projection=projection, sample=k == 128)

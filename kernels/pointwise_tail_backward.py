@@ -1,0 +1,318 @@
+"""Triton kernels of `pointwise_tail_backward`."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_res.kernels.common import (
+    STAGES,
+    Variant,
+    aligned,
+    alignment,
+    dot_precision,
+    first_row,
+    launch,
+    load_row,
+    load_rows,
+    meta,
+    narrow,
+    offset,
+    split_rows,
+    store_gradient,
+    store_vectors,
+    variant,
+    within,
+)
+from fused_res.kernels.conv import meta_image, sign_word
+from fused_res.kernels.operands import (
+    incoming,
+    load_gradient,
+    load_matrix,
+    load_operand,
+    load_wide,
+    meta_activation,
+    operand,
+    pivot,
+)
+from fused_res.layout import to_image
+
+# Channels whose values are within a factor of 2 count from a pivot; the differences then need no rounding.
+_REACH, _SHARE = 0.5, 8
+
+
+@triton.jit
+def _fold(g, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of every eighth row, [8, BLOCK_C]: without exchange between threads, and in few registers."""
+    return tl.sum(tl.reshape(g.to(tl.float32), (BLOCK_P // 8, 8, BLOCK_C)), axis=0)
+
+
+@triton.jit
+def _reduce(
+    dout,
+    signs,
+    z,
+    scaled,
+    through,
+    starts,
+    totals,
+    products,
+    P,
+    C,
+    K,
+    rows,
+    ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    REACH: tl.constexpr,
+    SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
+    across, deep = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
+    t, i, j = tl.program_id(0) // (across * deep), tl.program_id(0) // deep % across, tl.program_id(0) % deep
+    row = first_row(t, rows)
+    left = tl.minimum(P - row, rows).to(tl.int32)
+    p, k = tl.arange(0, BLOCK_P), j * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+    DTYPE: tl.constexpr = dout.dtype.element_ty
+    ROUNDED: tl.constexpr = tl.float32 == DTYPE and PRECISION == "tf32"
+
+    start = pivot(z, row, left, k, K, REACH, SHARE, PRECISION)
+    total = tl.zeros((8, BLOCK_C), tl.float32)
+    multiplied = tl.zeros((8, BLOCK_C), tl.float32)  # the same sum of what the product sees
+    product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    if through is not None:
+        factors = load_matrix(scaled, c, C, k, K, PRECISION)
+    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
+        exact = load_gradient(dout, signs, row, first, left, i * BLOCK_C, C, WORD, BLOCK_P, BLOCK_C)
+        g = narrow(exact, DTYPE, PRECISION)
+        total += _fold(exact, BLOCK_P, BLOCK_C)
+        if ROUNDED:
+            multiplied += _fold(g, BLOCK_P, BLOCK_C)
+        value = load_operand(z, row, first, p, left, k, K, PRECISION).to(tl.float32)
+        value = tl.where((first + p < left)[:, None], value - start, 0.0)
+        product = tl.dot(tl.trans(g), narrow(value, DTYPE, PRECISION), product, input_precision=PRECISION)
+        if through is not None:
+            dz = tl.dot(g, factors, input_precision=PRECISION)
+            at = through + offset(row + first, K) + p[:, None] * K + k[None, :]
+            tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
+
+    tl.store(products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product, mask=within(c, C, k, K))
+    if i == 0:
+        store_vectors(starts + offset(t, K), (tl.sum(start, axis=0),), K, k)
+    if j == 0:
+        if not ROUNDED:
+            multiplied = total
+        store_vectors(totals + offset(t * 2, C), (tl.sum(total, axis=0), tl.sum(multiplied, axis=0)), C, c)
+
+
+@triton.jit
+def _merge(
+    starts,
+    totals,
+    products,
+    mean,
+    total,
+    product,
+    T,
+    C,
+    K,
+    ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    c, k = e // K, e % K
+    inside = c < C
+    m = tl.zeros((BLOCK_E,), tl.float64)
+    if mean is not None:
+        m = tl.load(mean + k, mask=inside, other=0.0)
+    sums, sum_g = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in range(0, T, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < T)[:, None] & inside[None, :]
+        start = load_wide(starts + offset(t, K)[:, None] + k[None, :], mask)
+        at = totals + offset(t * 2, C)[:, None] + c[None, :]
+        sum_g += load_wide(at, mask)
+        value = load_wide(products + (offset(t, C) * K)[:, None] + e[None, :], mask)
+        sums += tl.where(mask, value + load_wide(at + C, mask) * (start - m[None, :]), 0.0)
+    tl.store(product + e, tl.sum(sums, axis=0), mask=inside)
+    tl.store(total + c, tl.sum(sum_g, axis=0), mask=inside & (k == 0))
+
+
+def _blocks(channels: int, inner: int, narrow_dtype: bool, precision: str) -> tuple[int, int, int, int]:
+    """Channels, columns and rows of a program's blocks, and its warps: what registers allow."""
+    wide, deep = triton.next_power_of_2(channels), triton.next_power_of_2(inner)
+    if narrow_dtype and wide <= 256 and deep <= 64:
+        return max(16, wide), max(16, deep), 16, 8
+    if narrow_dtype:
+        return max(16, min(128, wide)), max(16, min(128, deep)), 32, 8
+    return max(16, min(64, wide)), max(16, min(64, deep)), *((32, 8) if precision == "tf32" else (16, 4))
+
+
+def pointwise_tail_backward_reduce(
+    dout: Tensor, signs: Tensor, z: Any, mean: Tensor | None, scaled: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Contract: fused_res/primitives/pointwise_tail_backward.py."""
+    pixels, channels, inner = z.pixels, dout.shape[1], z.image.shape[1]
+    g, precision, device = incoming(dout, signs, pixels), dot_precision(dout), dout.device
+    block_c, block_k, step, warps = _blocks(channels, inner, g.element_size() == 2, precision)
+    one = channels <= block_c and inner <= block_k
+    through = torch.empty(pixels, inner, dtype=g.dtype, device=device) if one and scaled is not None else None
+    blocks = triton.cdiv(channels, block_c) * triton.cdiv(inner, block_k)
+    tiles, rows = split_rows(pixels, blocks, step, least=128)
+    starts = torch.empty(tiles, inner, dtype=torch.float32, device=device)
+    totals = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
+    products = torch.empty(tiles, channels, inner, dtype=torch.float32, device=device)
+    launch(
+        _reduce,
+        tiles * blocks,
+        *(g, signs, operand("z", z, g), None if through is None else scaled, through, starts, totals, products),
+        *(pixels, channels, inner, rows),
+        ALIGN=alignment(channels),
+        ALIGN_K=alignment(inner),
+        WORD=sign_word(signs, channels, block_c),
+        BLOCK_P=step,
+        BLOCK_C=block_c,
+        BLOCK_K=block_k,
+        REACH=_REACH,
+        SHARE=_SHARE,
+        PRECISION=precision,
+        STAGES=STAGES,
+        warps=warps,
+    )
+    total = torch.empty(channels, dtype=torch.float64, device=device)
+    product = torch.empty(channels, inner, dtype=torch.float64, device=device)
+    together = min(32, triton.next_power_of_2(tiles))
+    launch(
+        _merge,
+        triton.cdiv(channels * inner, 1024 // together),
+        *(starts, totals, products, mean, total, product, tiles, channels, inner),
+        ALIGN=alignment(channels),
+        ALIGN_K=alignment(inner),
+        BLOCK_T=together,
+        BLOCK_E=1024 // together,
+        warps=4,
+    )
+    return total, product, through
+
+
+@triton.jit
+def _apply(
+    dout,
+    signs,
+    z,
+    scaled,
+    mean,
+    quadratic,
+    constant,
+    through,
+    dz,
+    partials,
+    P,
+    C,
+    K,
+    ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
+    across = tl.cdiv(K, BLOCK_K)
+    t = tl.program_id(0) // across
+    row = first_row(t, BLOCK_P)
+    left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
+    p, k = tl.arange(0, BLOCK_P), tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
+    at, mask = offset(row, K) + p[:, None] * K + k[None, :], within(p, left, k, K)
+    DTYPE: tl.constexpr = dout.dtype.element_ty
+
+    result = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
+    if through is None:
+        for column in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+            g = narrow(load_gradient(dout, signs, row, 0, left, column, C, WORD, BLOCK_P, BLOCK_C), DTYPE, PRECISION)
+            factors = load_matrix(scaled, column + tl.arange(0, BLOCK_C), C, k, K, PRECISION)
+            result = tl.dot(g, factors, result, input_precision=PRECISION)
+    else:
+        result = load_rows(through, at, mask)
+    if quadratic is not None:
+        for column in tl.range(0, K, BLOCK_C, num_stages=STAGES):
+            d = column + tl.arange(0, BLOCK_C)
+            m = tl.load(mean + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
+            value = narrow(m - load_operand(z, row, 0, p, left, d, K, PRECISION).to(tl.float32), DTYPE, PRECISION)
+            result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
+        result -= load_row(constant, 0, K, k)[None, :]
+    store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
+
+
+def pointwise_tail_backward_apply(
+    dout: Tensor, signs: Tensor, z: Any, scaled: Tensor, through: Tensor | None, gradients: Any, inner: bool
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Contract: fused_res/primitives/pointwise_tail_backward.py."""
+    g, pixels, precision = incoming(dout, signs, z.pixels), z.pixels, dot_precision(dout)
+    n, channels, h, w = dout.shape
+    size, narrow_dtype = scaled.shape[1], g.element_size() == 2
+    dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
+    block_p, depth = 64, 64 if narrow_dtype else 32
+    block_k = max(16, min(128 if narrow_dtype else 64, triton.next_power_of_2(size)))
+    tiles = triton.cdiv(pixels, block_p)
+    partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
+    launch(
+        _apply,
+        tiles * triton.cdiv(size, block_k),
+        *(g, signs, operand("z", z, g), scaled, gradients.mean, gradients.quadratic, gradients.constant, through, dz, partials),
+        *(pixels, channels, size),
+        ALIGN=alignment(channels),
+        ALIGN_K=alignment(size),
+        WORD=sign_word(signs, channels, depth),
+        BLOCK_P=block_p,
+        BLOCK_C=depth,
+        BLOCK_K=block_k,
+        PRECISION=precision,
+        STAGES=3,
+        warps=8,
+    )
+    return to_image(dz, n, h, w), partials, inner
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    # n, K, C, size, stride
+    for n, k, c, size, stride in (
+        (32, 64, 256, 56, 1),
+        (32, 128, 512, 28, 1),
+        (8, 512, 2048, 7, 1),
+        (32, 256, 512, 28, 2),
+        (4, 20, 36, 9, 3),
+        (1, 3, 5, 1, 1),
+    ):
+        z, wide, inner = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), k % 16 == 0, stride == 1
+        dout, signs = meta_image(n, c, size, size, dtype=dtype), meta(n * size * size, -(-c // 8), dtype=torch.uint8)
+        scaled, mean = meta(c, k, dtype=dtype), meta(k, dtype=torch.float64)
+        live = SimpleNamespace(mean=mean, quadratic=meta(k, k, dtype=dtype), constant=meta(k))
+        frozen = SimpleNamespace(mean=None, quadratic=None, constant=None)
+        at = f"{n}x{k}x{size}x{size}/{stride} {c}"
+
+        def step(name, launcher, *arguments, at=at, wide=wide, sample=False):
+            return variant(f"{name} {at}", launcher, *arguments, loads=wide, matrix=True, sample=sample)
+
+        yield step("live", pointwise_tail_backward_reduce, dout, signs, z, mean, scaled, sample=k in (64, 512))
+        yield step("parameters only", pointwise_tail_backward_reduce, dout, signs, z, mean, None)
+        yield variant(f"merge {at}", pointwise_tail_backward_reduce, dout, signs, z, mean, None, launched=1)
+        through = meta(n * size * size, k, dtype=dtype)
+        yield step("live", pointwise_tail_backward_apply, dout, signs, z, scaled, None, live, inner, sample=k == 128)
+        yield step("live, through", pointwise_tail_backward_apply, dout, signs, z, scaled, through, live, inner)
+        yield step("frozen", pointwise_tail_backward_apply, dout, signs, z, scaled, None, frozen, inner)
