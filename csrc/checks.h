@@ -200,4 +200,162 @@ inline void check_bn_act_backward_apply(const Tensor& dout, const Tensor& y, con
   }
 }
 
+// Images [N, H, W, C], C >= 1.
+inline void check_image(const char* name, const Tensor& image) {
+  check_memory(name, image);
+  STD_TORCH_CHECK(image.dim() == 4, name, ": expected images [N, H, W, C], got ", image.dim(), " dimensions");
+  STD_TORCH_CHECK(is_floating_point(image.scalar_type()), name,
+                  ": expected float32, float16, bfloat16 or float64, got ",
+                  torch::headeronly::toString(image.scalar_type()));
+  STD_TORCH_CHECK(image.size(3) >= 1, name, ": expected at least one channel, got none");
+}
+
+// Images of which every down-th line and right-th pixel is read, normalised if there are vectors.
+inline void check_activation(const char* name, const Tensor& image, const char* vectors_name,
+                             const OptionalTensor& vectors, int64_t down, int64_t right) {
+  check_image(name, image);
+  STD_TORCH_CHECK(down >= 1 && right >= 1, name, ": expected strides of at least 1, got ", down, " and ", right);
+  if (vectors) check(vectors_name, *vectors, {kVectors, image.size(3)}, statistics_dtype(image.scalar_type()), image);
+}
+
+// How many pixels that is, in images of any batch.
+inline int64_t sampled(const Tensor& image, int64_t down, int64_t right) {
+  const auto sample = [](int64_t size, int64_t step) { return size / step + (size % step != 0); };
+  return image.size(0) * sample(image.size(1), down) * sample(image.size(2), right);
+}
+
+// A matrix, [C, K] for an operand of K channels on `side` 1, of C channels on side 0.
+inline void check_weight(const char* name, const Tensor& weight, const Tensor& operand, int64_t side) {
+  check_memory(name, weight);
+  STD_TORCH_CHECK(weight.dim() == 2, name, ": expected a matrix, got ", weight.dim(), " dimensions");
+  check_dtype(name, weight, operand.scalar_type());
+  check_device(name, weight, operand);
+  const int64_t channels = operand.size(operand.dim() - 1);
+  STD_TORCH_CHECK(weight.size(side) == channels && weight.size(1 - side) >= 1, name, ": expected ", channels,
+                  side == 1 ? " columns" : " rows", ", got shape ", shape_string(weight.sizes().data(), 2));
+}
+
+// dx [N, H, W, C] is joined by an addend [N, ceil(H / down), ceil(W / right), C].
+inline void check_addend(const Tensor& dx, const Tensor& addend, const OptionalTensor& signs, int64_t down,
+                         int64_t right) {
+  STD_TORCH_CHECK(down >= 1 && right >= 1, "addend: expected strides of at least 1, got ", down, " and ", right);
+  const int64_t height = dx.size(1) / down + (dx.size(1) % down != 0);
+  const int64_t width = dx.size(2) / right + (dx.size(2) % right != 0);
+  check("addend", addend, {dx.size(0), height, width, dx.size(3)}, dx.scalar_type(), dx);
+  if (signs) check("signs", *signs, {dx.size(0) * height * width, sign_bytes(dx.size(3))}, ScalarType::Byte, dx);
+}
+
+inline void check_pointwise_tail(const Tensor& z, const OptionalTensor& z_vectors, int64_t down, int64_t right,
+                                 const Tensor& weight, const Tensor& vectors, const OptionalTensor& skip,
+                                 const OptionalTensor& y2, const OptionalTensor& x, const OptionalTensor& x_vectors,
+                                 int64_t x_down, int64_t x_right, const OptionalTensor& weight2,
+                                 const OptionalTensor& vectors2) {
+  check_activation("z", z, "z_vectors", z_vectors, down, right);
+  check_weight("weight", weight, z, 1);
+  const int64_t pixels = sampled(z, down, right), channels = weight.size(0);
+  check("vectors", vectors, {kVectors, channels}, statistics_dtype(z.scalar_type()), z);
+  STD_TORCH_CHECK(skip.has_value() + y2.has_value() + x.has_value() <= 1,
+                  "skip: expected at most one of skip, y2 and x");
+  STD_TORCH_CHECK(vectors2.has_value() == (y2.has_value() || x.has_value()),
+                  "vectors2: expected together with y2 or x");
+  STD_TORCH_CHECK(weight2.has_value() == x.has_value(), "weight2: expected together with x");
+  STD_TORCH_CHECK(x || !x_vectors, "x_vectors: expected together with x");
+  if (skip) check("skip", *skip, {pixels, channels}, z.scalar_type(), z);
+  if (y2) check("y2", *y2, {pixels, channels}, z.scalar_type(), z);
+  if (vectors2) check("vectors2", *vectors2, {kVectors, channels}, vectors.scalar_type(), z);
+  if (x) {
+    check_activation("x", *x, "x_vectors", x_vectors, x_down, x_right);
+    check_dtype("x", *x, z.scalar_type());
+    check_device("x", *x, z);
+    check_weight("weight2", *weight2, *x, 1);
+    STD_TORCH_CHECK(weight2->size(0) == channels, "weight2: expected ", channels, " rows, got ", weight2->size(0));
+    STD_TORCH_CHECK(sampled(*x, x_down, x_right) == pixels, "x: expected ", pixels, " pixels, got ",
+                    sampled(*x, x_down, x_right));
+  }
+}
+
+inline void check_outer(const Tensor& dout, const Tensor& signs, const Tensor& z, const OptionalTensor& z_vectors,
+                        int64_t down, int64_t right) {
+  check_activation("z", z, "z_vectors", z_vectors, down, right);
+  check_rows("dout", dout);
+  STD_TORCH_CHECK(dout.size(1) >= 1, "dout: expected at least one channel, got none");
+  check("dout", dout, {sampled(z, down, right), dout.size(1)}, z.scalar_type(), z);
+  check("signs", signs, {dout.size(0), sign_bytes(dout.size(1))}, ScalarType::Byte, z);
+}
+
+inline void check_pointwise_tail_backward_reduce(const Tensor& dout, const Tensor& signs, const Tensor& z,
+                                                 const OptionalTensor& z_vectors, int64_t down, int64_t right,
+                                                 const OptionalTensor& mean, const OptionalTensor& scaled) {
+  check_outer(dout, signs, z, z_vectors, down, right);
+  if (mean) check("mean", *mean, {z.size(3)}, ScalarType::Double, z);
+  if (scaled) check("scaled", *scaled, {dout.size(1), z.size(3)}, z.scalar_type(), z);
+}
+
+inline void check_pointwise_tail_backward_apply(const Tensor& dz, const OptionalTensor& through, const Tensor& dout,
+                                                const Tensor& signs, const Tensor& z, const OptionalTensor& z_vectors,
+                                                int64_t down, int64_t right, const Tensor& scaled,
+                                                const OptionalTensor& mean, const OptionalTensor& quadratic,
+                                                const OptionalTensor& constant, bool inner) {
+  check_pointwise_tail_backward_reduce(dout, signs, z, z_vectors, down, right, mean, scaled);
+  check("dz", dz, {dout.size(0), z.size(3)}, z.scalar_type(), z);
+  if (through) check("through", *through, {dout.size(0), z.size(3)}, statistics_dtype(z.scalar_type()), z);
+  STD_TORCH_CHECK(mean.has_value() == quadratic.has_value() && mean.has_value() == constant.has_value(),
+                  "quadratic: expected mean, quadratic and constant together");
+  if (quadratic) check("quadratic", *quadratic, {z.size(3), z.size(3)}, z.scalar_type(), z);
+  if (constant) check("constant", *constant, {z.size(3)}, statistics_dtype(z.scalar_type()), z);
+  STD_TORCH_CHECK(!inner || (z_vectors && down == 1 && right == 1),
+                  "inner: expected z_vectors and strides of 1 with it");
+}
+
+// The gradient of a convolution's output, images [N, H, W, K], as it is or with what it follows from.
+inline void check_gradient(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& vectors,
+                           const OptionalTensor& coefficients, const OptionalTensor& signs) {
+  check_image("dy", dy);
+  const bool computed = coefficients.has_value();
+  STD_TORCH_CHECK(y.has_value() == computed && vectors.has_value() == computed && (computed || !signs),
+                  "coefficients: expected y, vectors and coefficients together, and signs only with them");
+  if (!computed) return;
+  const ScalarType wide = statistics_dtype(dy.scalar_type());
+  const int64_t channels = dy.size(3);
+  check("y", *y, {dy.size(0), dy.size(1), dy.size(2), channels}, dy.scalar_type(), dy);
+  check("vectors", *vectors, {kVectors, channels}, wide, dy);
+  check("coefficients", *coefficients, {kCoefficients, channels}, wide, dy);
+  if (signs) {
+    check("signs", *signs, {dy.size(0) * dy.size(1) * dy.size(2), sign_bytes(channels)}, ScalarType::Byte, dy);
+  }
+}
+
+inline void check_pointwise_fprop(const Tensor& x, const OptionalTensor& x_vectors, int64_t down, int64_t right,
+                                  const Tensor& weight, bool statistics) {
+  check_activation("x", x, "x_vectors", x_vectors, down, right);
+  check_weight("weight", weight, x, 1);
+  STD_TORCH_CHECK(!statistics || sampled(x, down, right) >= 1, "x: expected at least one row, got none");
+}
+
+// dx has the pixels of dy.
+inline void check_pointwise_dgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& vectors,
+                                  const OptionalTensor& coefficients, const OptionalTensor& signs, const Tensor& weight,
+                                  const OptionalTensor& inner, const OptionalTensor& inner_vectors,
+                                  const OptionalTensor& addend) {
+  check_gradient(dy, y, vectors, coefficients, signs);
+  check_weight("weight", weight, dy, 0);
+  STD_TORCH_CHECK(!(inner && addend), "inner: expected either inner or addend, got both");
+  STD_TORCH_CHECK(inner.has_value() == inner_vectors.has_value(), "inner_vectors: expected together with inner");
+  if (!inner) return;
+  const int64_t channels = weight.size(1);
+  check("inner", *inner, {dy.size(0), dy.size(1), dy.size(2), channels}, dy.scalar_type(), dy);
+  check("inner_vectors", *inner_vectors, {kVectors, channels}, statistics_dtype(dy.scalar_type()), dy);
+}
+
+inline void check_pointwise_wgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& vectors,
+                                  const OptionalTensor& coefficients, const OptionalTensor& signs, const Tensor& x,
+                                  const OptionalTensor& x_vectors, int64_t down, int64_t right) {
+  check_gradient(dy, y, vectors, coefficients, signs);
+  check_activation("x", x, "x_vectors", x_vectors, down, right);
+  check_dtype("x", x, dy.scalar_type());
+  check_device("x", x, dy);
+  const int64_t pixels = dy.size(0) * dy.size(1) * dy.size(2);
+  STD_TORCH_CHECK(sampled(x, down, right) == pixels, "x: expected ", pixels, " pixels, got ", sampled(x, down, right));
+}
+
 }  // namespace fused_res

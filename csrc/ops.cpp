@@ -19,4 +19,28 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "bn_act_backward_apply(Tensor dout, Tensor y, Tensor vectors, Tensor coefficients, Tensor? signs, bool training, "
       "Tensor? y2, Tensor? coefficients2, bool training2, bool keep_masked) -> (Tensor, Tensor?, Tensor?)");
+  m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
+  m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
+  m.def(
+      "pointwise_tail(Tensor z, Tensor? z_vectors, int down, int right, Tensor weight, Tensor vectors, Tensor? skip, "
+      "Tensor? y2, Tensor? x, Tensor? x_vectors, int x_down, int x_right, Tensor? weight2, Tensor? vectors2, "
+      "bool keep_signs) -> (Tensor, Tensor?)");
+  m.def(
+      "pointwise_tail_backward_reduce(Tensor dout, Tensor signs, Tensor z, Tensor? z_vectors, int down, int right, "
+      "Tensor? mean, Tensor? scaled) -> (Tensor, Tensor, Tensor?)");
+  m.def(
+      "pointwise_tail_backward_apply(Tensor(a!) dz, Tensor? through, Tensor dout, Tensor signs, Tensor z, Tensor? "
+      "z_vectors, "
+      "int down, int right, Tensor scaled, Tensor? mean, Tensor? quadratic, Tensor? constant, bool inner) -> Tensor?");
+  m.def(
+      "pointwise_fprop(Tensor x, Tensor? x_vectors, int down, int right, Tensor weight, bool statistics) -> "
+      "(Tensor, Tensor?, int)");
+  m.def(
+      "pointwise_dgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
+      "Tensor weight, Tensor? inner, Tensor? inner_vectors, Tensor? addend, Tensor? addend_signs, int down, int right) "
+      "-> "
+      "(Tensor, Tensor?)");
+  m.def(
+      "pointwise_wgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
+      "Tensor x, Tensor? x_vectors, int down, int right) -> Tensor");
 }

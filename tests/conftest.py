@@ -44,6 +44,15 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["reference", "native"])
+def cpu_backend(request):
+    """Each backend that runs on CPU tensors as it would for a user."""
+    reason = backends.supports(request.param, torch.device("cpu"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture
 def device():
     """Where the kernels run compiled, or else interpreted."""

@@ -67,6 +67,118 @@ void run(Dtype dtype, int64_t pixels, int64_t channels, int64_t block, int64_t t
   }
 }
 
+int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+
+// The kernels that multiply matrices: [pixels, inner] and [pixels, outer], every second pixel of a line of the former.
+void multiply(Dtype dtype, int64_t pixels, int64_t inner, int64_t outer, int64_t block) {
+  const auto& table = FUSED_RES_VARIANT::table;
+  const int64_t item = dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2, wide = dtype == kDouble ? 8 : 4;
+  const int64_t blocks = (pixels + block - 1) / block, stretches = (outer + kStretch - 1) / kStretch;
+  const auto memory = [&](int64_t channels) { return block * (whole_panels(channels) + 64 / wide); };
+  Buffer z((2 * pixels - 1) * inner, item), whole(pixels * inner, item), dz(pixels * inner, item);
+  Buffer weight(outer * inner, item), y(pixels * outer, item), y2(pixels * outer, item), out(pixels * outer, item);
+  Buffer z_vectors(5 * inner, wide), vectors(5 * outer, wide), c(7 * outer, wide), mean(inner, wide);
+  Buffer start(pixels * inner, wide), through(pixels * inner, wide), signs(pixels * ((outer + 7) / 8), 1),
+      inner_signs(pixels * ((inner + 7) / 8), 1);
+  Buffer across(inner * whole_panels(outer), wide), back(outer * whole_panels(inner), wide);
+  Buffer partials(blocks * 2 * outer, wide), inner_partials(blocks * 2 * inner, wide);
+  Buffer products(blocks * outer * whole_panels(inner), wide), sums(blocks * outer, wide);
+  Buffer squares(inner * whole_panels(inner), wide), centres(blocks * inner, 8), rests(blocks * inner, 8);
+  uint8_t* bits = static_cast<uint8_t*>(signs.data());
+
+  Operand activation{}, masked{}, gradient{};
+  activation.reading = kActivation;
+  activation.channels = inner;
+  activation.rows = z.data();
+  activation.vectors = z_vectors.data();
+  activation.sampling = {pixels, pixels, 1, 2, 2 * pixels - 1, 2 * pixels - 1};
+  masked.reading = kMasked;
+  masked.channels = outer;
+  masked.rows = y.data();
+  masked.signs = bits;
+  masked.sampling = {1, 1, 1, 1, 1, 1};
+  gradient = masked;
+  gradient.reading = kGradient;
+  gradient.y = y2.data();
+  gradient.vectors = vectors.data();
+  gradient.coefficients = c.data();
+  gradient.training = true;
+  Operand centred = activation;
+  centred.mean = mean.data();
+  Operand rows = masked;
+  rows.reading = kRows;
+  rows.signs = nullptr;
+
+  table.pack[dtype]({inner, outer, weight.data(), true, false, across.data()}, 0, (outer + kPanel - 1) / kPanel);
+  table.pack[dtype]({outer, inner, weight.data(), false, true, back.data()}, 0, (inner + kPanel - 1) / kPanel);
+  const Tiling tall{pixels, outer, block, block, blocks, stretches};
+  const Tiling flat{pixels, inner, block, block, blocks, (inner + kStretch - 1) / kStretch};
+  {
+    Buffer scratch(2 * memory(kStretch) + 2 * memory(inner), wide);
+    for (int shortcut = 0; shortcut < 4; ++shortcut) {
+      PointwiseTail tail{};
+      tail.tiling = tall;
+      tail.main = {activation, across.data()};
+      if (shortcut == 3) tail.projection = tail.main;
+      tail.vectors = vectors.data();
+      tail.skip = shortcut == 1 ? y.data() : nullptr;
+      tail.y2 = shortcut == 2 ? y.data() : nullptr;
+      tail.vectors2 = shortcut > 1 ? vectors.data() : nullptr;
+      tail.out = out.data();
+      tail.signs = shortcut == 0 ? nullptr : bits;
+      table.pointwise_tail[dtype](tail, 0, blocks * stretches, scratch.data());
+    }
+  }
+  {
+    Buffer scratch(memory(kStretch) + memory(inner), wide);
+    Product fprop{};
+    fprop.tiling = tall;
+    fprop.first = {activation, across.data()};
+    fprop.out = out.data();
+    fprop.statistics = {tall, out.data(), partials.data()};
+    table.product[dtype](fprop, 0, blocks * stretches, scratch.data());
+  }
+  {
+    Buffer scratch(memory(kStretch) + memory(outer) + memory(inner), wide);
+    for (const Operand* left : {&masked, &gradient, &rows}) {
+      Product dgrad{};
+      dgrad.tiling = flat;
+      dgrad.first = {*left, back.data()};
+      dgrad.second = {centred, squares.data()};
+      dgrad.start = left == &masked ? start.data() : nullptr;
+      dgrad.constant = left == &masked ? mean.data() : nullptr;
+      dgrad.addend = left == &rows ? whole.data() : nullptr;
+      dgrad.addend_signs = left == &rows ? static_cast<uint8_t*>(inner_signs.data()) : nullptr;
+      dgrad.addend_sampling = {(pixels + 1) / 2, (pixels + 1) / 2, 1, 2, pixels, pixels};
+      dgrad.out = dz.data();
+      dgrad.sums = {flat, dz.data(), whole.data(), z_vectors.data(), nullptr, nullptr, nullptr, inner_partials.data()};
+      table.product[dtype](dgrad, 0, blocks * flat.stretches, scratch.data());
+    }
+  }
+  for (const bool cut : {false, true}) {
+    const int64_t stretch = cut ? kPanel : outer;
+    Buffer scratch(memory(stretch) + 2 * memory(inner), wide);
+    Reduction reduction{};
+    reduction.tiling = {pixels, outer, block, block, blocks, (outer + stretch - 1) / stretch};
+    reduction.stretch = stretch;
+    reduction.left = masked;
+    reduction.right = centred;
+    reduction.products = products.data();
+    reduction.sums = sums.data();
+    reduction.packed = cut ? nullptr : back.data();
+    reduction.through = cut ? nullptr : through.data();
+    table.reduction[dtype](reduction, 0, blocks * reduction.tiling.stretches, scratch.data());
+  }
+  {
+    Buffer scratch(memory(inner), wide);
+    const Tiling tiling{pixels, inner, block, block * blocks, 1, 1};
+    table.moments[dtype](
+        {tiling, activation, squares.data(), static_cast<double*>(centres.data()), static_cast<double*>(rests.data())},
+        0, 1, scratch.data());
+  }
+  table.masked_add[dtype]({inner, whole.data(), nullptr, activation.sampling, z.data()}, 0, pixels);
+}
+
 }  // namespace
 
 int main() {
@@ -75,6 +187,11 @@ int main() {
       for (int64_t pixels : {1, 2, 3, 7, 8, 9, 17, 65}) {
         run(static_cast<Dtype>(dtype), pixels, channels, 8, 2);
         run(static_cast<Dtype>(dtype), pixels, channels, 1000, 1);
+      }
+    }
+    for (int64_t inner : {1, 7, 8, 64, 65, 300}) {
+      for (int64_t outer : {1, 9, 64, 100, 257}) {
+        for (int64_t pixels : {1, 5, 6, 7, 25}) multiply(static_cast<Dtype>(dtype), pixels, inner, outer, 12);
       }
     }
   }

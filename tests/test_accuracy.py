@@ -5,20 +5,12 @@ import torch
 from torch import nn
 
 import fused_res
-from fused_res import accuracy, backends
+from fused_res import accuracy
 from fused_res.primitives import bn_act_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = ["BasicBlock", "Bottleneck"]
 SHORTCUTS = ["identity", "projection", "pooled"]
-
-
-@pytest.fixture(params=["reference", "native"])
-def cpu_backend(request):
-    reason = backends.supports(request.param, torch.device("cpu"), torch.float32)
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_scale=None, eps=1e-5, device="cpu"):

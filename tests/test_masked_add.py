@@ -61,6 +61,19 @@ def test_misaligned_images(backend, device, stride):
     assert torch.equal(dx, expected)
 
 
+def test_float64_and_many_channels(cpu_backend):
+    dx, addend, expected = case((2, 300, 5, 7), (1, 1), torch.float64, "cpu")
+    masked_add(dx, addend, backend=cpu_backend)
+    assert torch.equal(dx, expected)
+
+
+def test_bits_past_the_last_channel_do_not_matter(backend, device):
+    dx, addend, expected = case((2, 20, 5, 7), (1, 1), torch.float32, device)
+    addend.signs[:, 2] |= 0xF0
+    masked_add(dx, addend, backend=backend)
+    assert torch.equal(dx, expected)
+
+
 def test_no_images(backend, device):
     dx, addend, _ = case((0, 20, 5, 7), (2, 2), torch.float32, device)
     masked_add(dx, addend, backend=backend)

@@ -4,7 +4,12 @@ import ctypes
 import itertools
 import os
 
+import pointwise
 import pytest
+import test_masked_add
+import test_moments
+import test_pointwise_tail
+import test_pointwise_tail_backward
 import torch
 
 from fused_res import accuracy, backends, explain, use_backend
@@ -254,3 +259,22 @@ def test_gradcheck_through_the_compiled_kernels():
 def test_automatic_choice_on_a_cpu():
     rows = explain(BasicBlock(4, 4), torch.randn(2, 4, 5, 5)).rows
     assert rows[0].backend == "native"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrix_products_on_every_instruction_set(capability, poisoned_memory, dtype):
+    error = 1e-11 if dtype == torch.float64 else 8e-6
+    for shape, inner, outer in (((2, 1, 9), 3, 5), ((3, 7, 9), 70, 20), ((2, 9, 12), 33, 300)):
+        draw = pointwise.Draw(inner, "cpu")
+        for prologue in (True, False):
+            test_moments.check(draw.activation(shape[0], inner, *shape[1:], dtype, prologue=prologue), "native")
+        for shortcut in test_pointwise_tail.SHORTCUTS:
+            arguments = test_pointwise_tail.arguments(draw, shape, inner, outer, dtype, shortcut)
+            test_pointwise_tail.check(*arguments, "native")
+        for reread in (False, True):
+            case = test_pointwise_tail_backward.case(draw, "native", shape, inner, outer, dtype)
+            test_pointwise_tail_backward.check(case, "native", error, inner=True, reread=reread)
+        for stride in ((1, 1), (2, 2)):
+            dx, addend, expected = test_masked_add.case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
+            ops().masked_add(dx.permute(0, 2, 3, 1), addend.image.permute(0, 2, 3, 1), addend.signs, *stride)
+            assert torch.equal(dx, expected)

@@ -14,9 +14,22 @@ inline V affine(V y, const A* scale, const A* shift, int64_t c, Lanes lanes) {
 
 enum Shortcut { kNone, kSkip, kSecond };
 
+// A row of some channels. y and the shortcut may be in T or in the dtype of the arithmetic.
+template <class T, Shortcut shortcut, class Y, class Other, class A>
+inline void bn_act_row(int64_t channels, const Y* y, const A* scale, const A* shift, const Other* other,
+                       const A* scale2, const A* shift2, T* out, uint8_t* signs) {
+  using V = typename Arithmetic<T>::Vec;
+  for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
+    V v = affine<T>(load<V>(y + c, lanes), scale, shift, c, lanes);
+    if (shortcut == kSkip) v = v + load<V>(other + c, lanes);
+    if (shortcut == kSecond) v = v + affine<T>(load<V>(other + c, lanes), scale2, shift2, c, lanes);
+    const V rounded = store(out + c, v.relu(), lanes);
+    if (signs != nullptr) store_bits<V::width>(signs + c / 8, rounded.open(), lanes);
+  });
+}
+
 template <class T, Shortcut shortcut>
 void bn_act_rows(const BnAct& a, int64_t begin, int64_t end) {
-  using V = typename Arithmetic<T>::Vec;
   using A = typename Arithmetic<T>::type;
   const int64_t channels = a.channels, bytes = (channels + 7) / 8;
   const A *scale = static_cast<const A*>(a.vectors) + 3 * channels, *shift = scale + channels;
@@ -25,21 +38,12 @@ void bn_act_rows(const BnAct& a, int64_t begin, int64_t end) {
     scale2 = static_cast<const A*>(a.vectors2) + 3 * channels;
     shift2 = scale2 + channels;
   }
+  const T *y = static_cast<const T*>(a.y), *other = static_cast<const T*>(shortcut == kSkip ? a.skip : a.y2);
   Row<T> results(a.out, channels, a.stream);
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t row = p * channels;
-    const T* y = static_cast<const T*>(a.y) + row;
-    T* out = results.begin(p);
-    uint8_t* signs = a.signs == nullptr ? nullptr : a.signs + p * bytes;
-    for_channels<V::width>(channels, [&](int64_t c, auto lanes) {
-      V v = affine<T>(load<V>(y + c, lanes), scale, shift, c, lanes);
-      if (shortcut == kSkip) v = v + load<V>(static_cast<const T*>(a.skip) + row + c, lanes);
-      if (shortcut == kSecond) {
-        v = v + affine<T>(load<V>(static_cast<const T*>(a.y2) + row + c, lanes), scale2, shift2, c, lanes);
-      }
-      const V rounded = store(out + c, v.relu(), lanes);
-      if (signs != nullptr) store_bits<V::width>(signs + c / 8, rounded.open(), lanes);
-    });
+    bn_act_row<T, shortcut>(channels, y + p * channels, scale, shift,
+                            shortcut == kNone ? nullptr : other + p * channels, scale2, shift2, results.begin(p),
+                            a.signs == nullptr ? nullptr : a.signs + p * bytes);
     results.end(p);
   }
 }

@@ -119,17 +119,20 @@ inline void for_channels(int64_t channels, F f) {
 template <class T>
 class Row {
  public:
-  Row(void* tensor, int64_t channels, bool stream)
-      : to_(static_cast<T*>(tensor)), channels_(channels), stream_(stream) {}
+  Row(void* tensor, int64_t channels, bool stream) : Row(tensor, channels, stream, channels) {}
+
+  // Only so many channels of rows that are further apart.
+  Row(void* tensor, int64_t channels, bool stream, int64_t stride)
+      : to_(static_cast<T*>(tensor)), channels_(channels), stride_(stride), stream_(stream) {}
 
   explicit operator bool() const { return to_ != nullptr; }
 
-  T* begin(int64_t p) { return stream_ ? reinterpret_cast<T*>(lines_) : to_ + p * channels_; }
+  T* begin(int64_t p) { return stream_ ? reinterpret_cast<T*>(lines_) : to_ + p * stride_; }
 
   void end(int64_t p) {
 #if defined(__AVX2__)
     if (!stream_ || to_ == nullptr) return;
-    __m256i* to = reinterpret_cast<__m256i*>(to_ + p * channels_);
+    __m256i* to = reinterpret_cast<__m256i*>(to_ + p * stride_);
     const __m256i* from = reinterpret_cast<const __m256i*>(lines_);
     for (const __m256i* last = from + channels_ * static_cast<int64_t>(sizeof(T)) / 32; from != last;
          from += 2, to += 2) {
@@ -137,7 +140,7 @@ class Row {
       _mm256_stream_si256(to + 1, from[1]);
     }
 #else
-    if (stream_ && to_ != nullptr) std::memcpy(to_ + p * channels_, lines_, channels_ * sizeof(T));
+    if (stream_ && to_ != nullptr) std::memcpy(to_ + p * stride_, lines_, channels_ * sizeof(T));
 #endif
   }
 
@@ -151,7 +154,7 @@ class Row {
  private:
   alignas(64) unsigned char lines_[kStreamedRow];
   T* to_;
-  int64_t channels_;
+  int64_t channels_, stride_;
   bool stream_;
 };
 

@@ -4,6 +4,12 @@
 #include "bn_act_kernel.h"
 #include "bn_stats_kernel.h"
 #include "kernels.h"
+#include "masked_add_kernel.h"
+#include "matrix_kernel.h"
+#include "moments_kernel.h"
+#include "pointwise_tail_kernel.h"
+#include "product_kernel.h"
+#include "reduction_kernel.h"
 
 #define FUSED_RES_TEXT(name) #name
 #define FUSED_RES_NAME(name) FUSED_RES_TEXT(name)
@@ -19,6 +25,12 @@ const Kernels table = {
      bn_act_backward_reduce<double>},
     {bn_act_backward_apply<float>, bn_act_backward_apply<half>, bn_act_backward_apply<bfloat16>,
      bn_act_backward_apply<double>},
+    {masked_add<float>, masked_add<half>, masked_add<bfloat16>, masked_add<double>},
+    {pack<float>, pack<half>, pack<bfloat16>, pack<double>},
+    {product<float>, product<half>, product<bfloat16>, product<double>},
+    {pointwise_tail<float>, pointwise_tail<half>, pointwise_tail<bfloat16>, pointwise_tail<double>},
+    {reduction<float>, reduction<half>, reduction<bfloat16>, reduction<double>},
+    {moments<float>, moments<half>, moments<bfloat16>, moments<double>},
 };
 
 }  // namespace fused_res::cpu::FUSED_RES_VARIANT

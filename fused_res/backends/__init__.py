@@ -8,6 +8,9 @@ A backend module has four functions:
   `use_backend` nor a measurement says;
 - `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
+
+It may have a fifth, `takes(primitive, unit) -> bool`: whether its convolution of that kind runs this unit. Without it, all of
+them do.
 """
 
 import functools
@@ -20,7 +23,7 @@ import torch
 
 def names() -> list[str]:
     """Names of all backends, whether they can run here or not."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 NAMES = tuple(names())

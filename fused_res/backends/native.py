@@ -4,6 +4,7 @@ The library is loaded when this backend is first asked for. FUSED_RES_NATIVE=0 i
 """
 
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fused_res.geometry import Geometry
+from fused_res.spec import ConvBN
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 RECORD = LIBRARY.with_suffix(".json")
@@ -22,6 +24,24 @@ PRIMITIVES = (
     "bn_act_backward_reduce",
     "bn_act_backward_finalize",
     "bn_act_backward_apply",
+)
+_POINTWISE = ("conv_fprop", "conv_dgrad", "conv_wgrad")
+_CALLS = (
+    "masked_add",
+    "moments",
+    "pointwise_tail",
+    "pointwise_tail_backward_reduce",
+    "pointwise_tail_backward_apply",
+    *_POINTWISE,
+)
+_FUNCTIONAL = (
+    *PRIMITIVES,
+    "moments",
+    "pointwise_tail",
+    "pointwise_tail_backward_reduce",
+    "pointwise_fprop",
+    "pointwise_dgrad",
+    "pointwise_wgrad",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,8 +86,8 @@ def load() -> None:
             f"CUDA {built.get('cuda')}, for {built.get('machine')}; here is torch {torch.__version__}, "
             f"CUDA {torch.version.cuda}. Reinstall fused_res, or set FUSED_RES_NATIVE=0 to do without. The loader says: {error}"
         ) from error
-    for primitive in PRIMITIVES:
-        torch.library.register_autograd(f"fused_res::{primitive}", _refuse_gradient)
+    for operator in _FUNCTIONAL:
+        torch.library.register_autograd(f"fused_res::{operator}", _refuse_gradient)
 
 
 def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
@@ -121,7 +141,17 @@ def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
 
 @functools.cache
 def find(primitive: str) -> Callable | None:
-    if primitive not in PRIMITIVES:
+    if primitive not in PRIMITIVES + _CALLS:
         return None
     load()
+    if primitive in _CALLS:
+        return getattr(importlib.import_module("fused_res.backends._native_calls"), primitive)
     return getattr(torch.ops.fused_res, primitive).default
+
+
+def takes(primitive: str, unit: ConvBN) -> bool:
+    """Convolutions are compiled for CPUs, as matrix products: 1x1, ungrouped, without padding; going back also unstrided."""
+    if not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64):
+        return False
+    pointwise = tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1
+    return pointwise and (primitive != "conv_dgrad" or tuple(unit.stride) == (1, 1))

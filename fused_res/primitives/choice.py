@@ -93,7 +93,9 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
         return None, ""
     if call.unit.groups != 1:
         return None, "grouped"
-    kernel = backends.load(call.backend).find(call.primitive)
+    backend = backends.load(call.backend)
+    takes = getattr(backend, "takes", None)
+    kernel = backend.find(call.primitive) if takes is None or takes(call.primitive, call.unit) else None
     return kernel, "" if kernel is not None else "no kernel"
 
 

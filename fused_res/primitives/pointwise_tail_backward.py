@@ -32,7 +32,7 @@ FEW = 16
 
 
 class Sums(NamedTuple):
-    """Step 1: `sum g` [C], `M` [C, K] (both float64), and `g A` [P, K] in z's dtype, or None where it is left to step 3."""
+    """Step 1: `sum g` [C], `M` [C, K] (both float64), and `g A` [P, K], or None where it is left to step 3."""
 
     total: Tensor
     product: Tensor
@@ -147,13 +147,20 @@ def pointwise_tail_backward_finalize(
     return TailGradients(dweight.to(branch.weight.dtype).view_as(branch.weight), *vectors, mean, quadratic, constant)
 
 
-def plain_apply(dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, backend: str) -> Tensor:
+def plain_apply(
+    dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, inner: bool, backend: str
+) -> Inflow:
     dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(scaled.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:
         centred = (z.rows(backend).double() - gradients.mean).to(dtype)
         dz -= torch.addmm(gradients.constant.to(dtype), centred, gradients.quadratic.to(dtype))
-    return dz.to(scaled.dtype)
+    rows = dz.to(scaled.dtype)
+    n, _, h, w = dout.shape
+    if not inner:
+        return Inflow(to_image(rows, n, h, w))
+    partials = bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, backend=backend)
+    return Inflow(to_image(rows, n, h, w), partials)
 
 
 def pointwise_tail_backward_apply(
@@ -180,11 +187,6 @@ def pointwise_tail_backward_apply(
         `Inflow`: dz at the pixels of z's stride, [N, K, h, w], channels_last, in z's dtype; partial sums with `inner`.
     """
     own = select("pointwise_tail_backward_apply", backend, None) if z.pixels > FEW else None
-    if own is not None:
-        return Inflow(*own(dout, signs, z, scaled, through, gradients, inner))
-    rows = plain_apply(dout, signs, z, scaled, gradients, backend)
-    n, _, h, w = dout.shape
-    dz = to_image(rows, n, h, w)
-    if not inner:
-        return Inflow(dz)
-    return Inflow(dz, bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, backend=backend))
+    if own is None:
+        return plain_apply(dout, signs, z, scaled, gradients, inner, backend)
+    return Inflow(*own(dout, signs, z, scaled, through, gradients, inner))

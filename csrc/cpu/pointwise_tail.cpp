@@ -1,0 +1,46 @@
+// pointwise_tail on the CPU, and the same without signs as the last convolution in evaluation.
+#include "products.h"
+
+namespace fused_res::cpu {
+namespace {
+
+std::tuple<Tensor, OptionalTensor> pointwise_tail(const Tensor& z, const OptionalTensor& z_vectors, int64_t down,
+                                                  int64_t right, const Tensor& weight, const Tensor& vectors,
+                                                  const OptionalTensor& skip, const OptionalTensor& y2,
+                                                  const OptionalTensor& x, const OptionalTensor& x_vectors,
+                                                  int64_t x_down, int64_t x_right, const OptionalTensor& weight2,
+                                                  const OptionalTensor& vectors2, bool keep_signs) {
+  check_pointwise_tail(z, z_vectors, down, right, weight, vectors, skip, y2, x, x_vectors, x_down, x_right, weight2,
+                       vectors2);
+  const int64_t pixels = sampled(z, down, right), channels = weight.size(0);
+  const Tensor out = torch::stable::new_empty(z, {pixels, channels});
+  OptionalTensor signs;
+  if (keep_signs) signs = torch::stable::new_empty(z, {pixels, sign_bytes(channels)}, ScalarType::Byte);
+  const Tensor matrix = packed(weight, true);
+  PointwiseTail arguments{};
+  arguments.tiling = product_tiling(pixels, channels);
+  arguments.main = {activation(z, z_vectors, down, right), data(matrix)};
+  arguments.vectors = data(vectors);
+  arguments.skip = data(skip);
+  arguments.y2 = data(y2);
+  arguments.vectors2 = data(vectors2);
+  arguments.out = output(out);
+  arguments.signs = static_cast<uint8_t*>(output(signs));
+  arguments.stream = streams(out, {output(out)});
+  const int64_t rows = arguments.tiling.rows;
+  int64_t elements = 2 * block_elements(rows, kStretch) + block_elements(rows, z.size(3));
+  OptionalTensor matrix2;
+  if (x) {
+    matrix2 = packed(*weight2, true);
+    arguments.projection = {activation(*x, x_vectors, x_down, x_right), data(matrix2)};
+    elements += block_elements(rows, x->size(3));
+  }
+  run_products(kernels().pointwise_tail[dtype_of(z)], arguments, arguments.tiling.tiles * arguments.tiling.stretches,
+               elements * arithmetic_size(z));
+  return {out, signs};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("pointwise_tail", TORCH_BOX(&pointwise_tail)); }
+
+}  // namespace
+}  // namespace fused_res::cpu

@@ -1,0 +1,123 @@
+// pointwise_tail_backward on the CPU: reduce, and apply.
+#include <vector>
+
+#include "parameters.h"
+#include "reduction.h"
+
+namespace fused_res::cpu {
+namespace {
+
+// A vector of doubles as the kernels hold it, and what that leaves of it.
+class Split {
+ public:
+  Split(const OptionalTensor& vector, const Tensor& like) {
+    if (!vector) return;
+    const int64_t n = vector->size(0);
+    const double* from = static_cast<const double*>(data(*vector));
+    held_ = fresh_statistics(like, {n});
+    rest_.assign(from, from + n);
+    void* to = output(*held_);
+    for (int64_t i = 0; i < n; ++i) {
+      if (held_->scalar_type() == ScalarType::Double) {
+        static_cast<double*>(to)[i] = from[i];
+        rest_[i] = 0;
+      } else {
+        static_cast<float*>(to)[i] = static_cast<float>(from[i]);
+        rest_[i] -= static_cast<double>(static_cast<float>(from[i]));
+      }
+    }
+  }
+
+  const void* held() const { return data(held_); }
+  const std::vector<double>& rest() const { return rest_; }
+
+ private:
+  OptionalTensor held_;
+  std::vector<double> rest_;
+};
+
+std::tuple<Tensor, Tensor, OptionalTensor> reduce_op(const Tensor& dout, const Tensor& signs, const Tensor& z,
+                                                     const OptionalTensor& z_vectors, int64_t down, int64_t right,
+                                                     const OptionalTensor& mean, const OptionalTensor& scaled) {
+  check_pointwise_tail_backward_reduce(dout, signs, z, z_vectors, down, right, mean, scaled);
+  const int64_t pixels = dout.size(0), channels = dout.size(1), inner = z.size(3);
+  const Split centre(mean, z);
+  Operand operand = activation(z, z_vectors, down, right);
+  operand.mean = centre.held();
+  OptionalTensor matrix, through;
+  if (scaled) matrix = packed(*scaled, false);
+  const Partials partials = reduce(masked(dout, signs), operand, pixels, true, dout, matrix, through);
+  const Tensor total = torch::stable::new_empty(dout, {channels}, ScalarType::Double);
+  const Tensor product = torch::stable::new_empty(dout, {channels, inner}, ScalarType::Double);
+  double* sums = static_cast<double*>(output(total));
+  partials.all_sums(sums);
+  for_products(partials, [&](int64_t c) {
+    double* row = static_cast<double*>(output(product)) + c * inner;
+    partials.products_row(c, inner, row);
+    if (!mean) return;
+    for (int64_t k = 0; k < inner; ++k) row[k] -= sums[c] * centre.rest()[k];
+  });
+  return {total, product, through};
+}
+
+// dz = through - (z - m) B - b, with dout A for through where that is not given. dz may be the memory of through.
+OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const Tensor& dout, const Tensor& signs,
+                        const Tensor& z, const OptionalTensor& z_vectors, int64_t down, int64_t right,
+                        const Tensor& scaled, const OptionalTensor& mean, const OptionalTensor& quadratic,
+                        const OptionalTensor& constant, bool inner) {
+  check_pointwise_tail_backward_apply(dz, through, dout, signs, z, z_vectors, down, right, scaled, mean, quadratic,
+                                      constant, inner);
+  const int64_t pixels = dout.size(0), channels = z.size(3);
+  Product arguments{};
+  arguments.tiling = product_tiling(pixels, channels);
+  arguments.start = data(through);
+  arguments.out = output(dz);
+  OptionalTensor first, second, shift;
+  int64_t elements = block_elements(arguments.tiling.rows, kStretch) + block_elements(arguments.tiling.rows, channels);
+  if (!through) {
+    first = packed(scaled, false);
+    arguments.first = {masked(dout, signs), data(first)};
+    elements += block_elements(arguments.tiling.rows, dout.size(1));
+  }
+  const Split centre(mean, z);
+  if (quadratic) {
+    second = packed(*quadratic, false, true);
+    arguments.second = {activation(z, z_vectors, down, right), data(second)};
+    arguments.second.left.mean = centre.held();
+    // What is left of the mean, times B, joins the constant.
+    const Parameter b(constant, 0), matrix(quadratic, 0);
+    shift = fresh_statistics(z, {channels});
+    std::vector<double> values(channels);
+    for (int64_t k = 0; k < channels; ++k) values[k] = b[k];
+    for (int64_t j = 0; j < channels; ++j) {
+      const double rest = centre.rest()[j];
+      if (rest == 0) continue;
+      for (int64_t k = 0; k < channels; ++k) values[k] -= rest * matrix[j * channels + k];
+    }
+    for (int64_t k = 0; k < channels; ++k) {
+      if (z.scalar_type() == ScalarType::Double) {
+        static_cast<double*>(output(*shift))[k] = values[k];
+      } else {
+        static_cast<float*>(output(*shift))[k] = static_cast<float>(values[k]);
+      }
+    }
+    arguments.constant = data(shift);
+  }
+  OptionalTensor partials;
+  if (inner) {
+    partials = fresh_statistics(z, {arguments.tiling.tiles, 2, channels});
+    arguments.sums = {arguments.tiling, data(dz), data(z), data(z_vectors),
+                      nullptr,          nullptr,  nullptr, output(partials)};
+  }
+  run_products(kernels().product[dtype_of(z)], arguments, arguments.tiling.tiles * arguments.tiling.stretches,
+               elements * arithmetic_size(z));
+  return partials;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("pointwise_tail_backward_reduce", TORCH_BOX(&reduce_op));
+  m.impl("pointwise_tail_backward_apply", TORCH_BOX(&apply_op));
+}
+
+}  // namespace
+}  // namespace fused_res::cpu

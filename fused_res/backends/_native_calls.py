@@ -1,0 +1,140 @@
+"""How primitives whose arguments are operands call the compiled operators, which take tensors and numbers.
+
+These operators are compiled for CPUs only; on a GPU the plain formulas run.
+"""
+
+import torch
+from torch import Tensor
+
+from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives import masked_add as masked_addition
+from fused_res.primitives import moments as second_moments
+from fused_res.primitives import pointwise_tail as tail
+from fused_res.primitives import pointwise_tail_backward as tail_backward
+from fused_res.primitives.conv_dgrad import Inflow
+from fused_res.primitives.conv_fprop import Convolved
+from fused_res.primitives.operands import Activation, Addend, Gradient, Output
+from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
+from fused_res.primitives.pointwise_tail_backward import TailGradients
+from fused_res.spec import ConvBN
+
+
+def _pixels_first(image: Tensor) -> Tensor:
+    """[N, C, H, W] as a contiguous [N, H, W, C]; a view where the image is channels_last."""
+    return nhwc(image).permute(0, 2, 3, 1).contiguous()
+
+
+def _activation(z: Activation) -> tuple:
+    return _pixels_first(z.image), z.vectors, *z.stride
+
+
+def _gradient(dy: Gradient) -> tuple:
+    if dy.coefficients is None:
+        return _pixels_first(dy.image), None, None, None, None, True
+    return _pixels_first(dy.image), _pixels_first(dy.y), dy.vectors, dy.coefficients, dy.signs, dy.training
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1).contiguous()
+
+
+def _rows(image: Tensor | None) -> Tensor | None:
+    return None if image is None else to_rows(image)
+
+
+def moments(z: Activation) -> tuple[Tensor, Tensor]:
+    if not z.image.is_cpu:
+        return second_moments.plain(z, "native")
+    return torch.ops.fused_res.moments(*_activation(z))
+
+
+def _tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
+    projection, x, weight2, vectors2 = shortcut.projection, (None, None, 1, 1), None, shortcut.vectors2
+    if projection is not None:
+        x, weight2, vectors2 = _activation(projection.z), _matrix(projection.weight), projection.vectors
+    return torch.ops.fused_res.pointwise_tail(
+        *_activation(main.z),
+        _matrix(main.weight),
+        main.vectors,
+        _rows(shortcut.skip),
+        _rows(shortcut.y2),
+        *x,
+        weight2,
+        vectors2,
+        keep_signs,
+    )
+
+
+def pointwise_tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
+    if not main.weight.is_cpu:
+        return tail.plain(main, shortcut, keep_signs, "native")
+    out, signs = _tail(main, shortcut, keep_signs)
+    n, _, h, w = main.z.image.shape
+    return to_image(out, n, h, w), signs
+
+
+def pointwise_tail_backward_reduce(
+    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not dout.is_cpu:
+        return tail_backward.plain_reduce(dout, signs, z, mean, "native")
+    return torch.ops.fused_res.pointwise_tail_backward_reduce(to_rows(dout), signs, *_activation(z), mean, scaled)
+
+
+def pointwise_tail_backward_apply(
+    dout: Tensor,
+    signs: Tensor,
+    z: Activation,
+    scaled: Tensor,
+    through: Tensor | None,
+    gradients: TailGradients,
+    inner: bool,
+) -> Inflow:
+    if not dout.is_cpu:
+        return tail_backward.plain_apply(dout, signs, z, scaled, gradients, inner, "native")
+    rows = to_rows(dout)
+    in_place = through is not None and through.dtype == scaled.dtype
+    dz = through if in_place else rows.new_empty(rows.shape[0], scaled.shape[1])
+    partials = torch.ops.fused_res.pointwise_tail_backward_apply(
+        dz,
+        through,
+        rows,
+        signs,
+        *_activation(z),
+        scaled,
+        gradients.mean,
+        gradients.quadratic,
+        gradients.constant,
+        inner,
+    )
+    n, _, h, w = dout.shape
+    return Inflow(to_image(dz, n, h, w), partials)
+
+
+def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:
+    if not dx.is_cpu:
+        return masked_addition.plain(dx, image, signs, stride)
+    return torch.ops.fused_res.masked_add(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
+
+
+def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
+    sample = Activation(x.image, x.vectors, unit.stride)
+    n, _, h, w = x.image.shape
+    size = n, *unit.output_size(h, w)
+    if output is not None:
+        main, shortcut = Pointwise(sample, unit.weight, output.vectors), Shortcut(output.skip, output.y2, output.vectors2)
+        return Convolved(to_image(_tail(main, shortcut, False)[0], *size))
+    y, partials, rows = torch.ops.fused_res.pointwise_fprop(*_activation(sample), _matrix(unit.weight), statistics)
+    return Convolved(to_image(y, *size), partials, rows)
+
+
+def conv_dgrad(dy: Gradient, like: Tensor, unit: ConvBN, inner: Activation | None, add: Addend | None) -> Inflow:
+    below = (None, None) if inner is None else (_pixels_first(inner.image), inner.vectors)
+    joins = (None, None, 1, 1) if add is None else (_pixels_first(add.image), add.signs, *add.stride)
+    dx, partials = torch.ops.fused_res.pointwise_dgrad(*_gradient(dy), _matrix(unit.weight), *below, *joins)
+    return Inflow(dx.permute(0, 3, 1, 2), partials)
+
+
+def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
+    sample = Activation(x.image, x.vectors, unit.stride)
+    return torch.ops.fused_res.pointwise_wgrad(*_gradient(dy), *_activation(sample)).view_as(unit.weight)

@@ -1,0 +1,160 @@
+"""`moments` against float64, and the BN that follows from them against the statistics of the convolution's output."""
+
+import pytest
+import torch
+from convolutions import every_dtype, misaligned
+from pointwise import Draw, exact_rows, run_with_threads
+
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.primitives.moments import moments, moments_finalize
+from fused_res.primitives.operands import Activation
+from fused_res.spec import ConvBN
+
+# numpy, under the interpreter, warns of NaN that is on its way on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+# Images and channels; the last has several tiles and more than one panel of columns in every backend.
+SHAPES = [((1, 1, 1), 3), ((2, 1, 1), 5), ((1, 3, 1), 64), ((1, 1, 5), 20), ((2, 9, 7), 33), ((3, 20, 21), 100)]
+EPS = 1e-5
+
+
+def check(z, backend, error=32 * 2.0**-24):
+    """Errors of the mean in units of the deviation, which is known to a value's rounding at best; of the covariance, of two."""
+    before = z.image.clone()
+    mean, covariance = moments(z, backend=backend)
+    assert torch.equal(z.image, before)
+    assert mean.dtype == covariance.dtype == torch.float64
+    rows = exact_rows(z, backend)
+    centred = rows - rows.mean(0)
+    expected = centred.T @ centred / len(rows)
+    unit = expected.diagonal().sqrt() + 2.0**-24 * rows.abs().amax(0)
+    assert ((mean - rows.mean(0)).abs() <= error * unit).all()
+    assert ((covariance - expected).abs() <= error * torch.outer(unit, unit)).all()
+    assert torch.equal(covariance, covariance.T)
+
+
+@every_dtype
+@pytest.mark.parametrize("prologue", [True, False], ids=["activation", "plain"])
+@pytest.mark.parametrize(("shape", "channels"), SHAPES, ids=str)
+def test_matches_float64(backend, device, dtype, shape, channels, prologue):
+    n, h, w = shape
+    check(Draw(0, device).activation(n, channels, h, w, dtype, prologue=prologue), backend)
+
+
+def test_float64_stays_float64(cpu_backend):
+    check(Draw(1, "cpu").activation(2, 20, 9, 7, torch.float64), cpu_backend, 1e-14)
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 3), (5, 9)], ids=str)
+def test_every_stride(backend, device, stride):
+    check(Draw(2, device).activation(2, 20, 9, 8, torch.float32, stride=stride), backend)
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e5])
+def test_mean_far_above_deviation(backend, device, mean):
+    check(Draw(3, device).activation(2, 20, 21, 20, torch.float32, prologue=False, mean=mean), backend)
+
+
+def test_outliers(backend, device):
+    z = Draw(4, device).activation(2, 8, 21, 20, torch.float32, prologue=False)
+    z.image[0, :4, 0, 0] = torch.tensor([1e4, -1e6, 0.0, 1e-6], device=device)
+    z.image[1, :4, 20, 19] = torch.tensor([-1e5, 1e6, 1e3, 1e6], device=device)
+    check(z, backend)
+
+
+def test_drift(backend, device):
+    """Rows that come sorted: the blocks' means are further apart than their deviations."""
+    z = Draw(5, device).activation(1, 8, 40, 20, torch.float32, prologue=False)
+    z.image += torch.linspace(-1e4, 1e4, 40, device=device)[:, None]
+    check(z, backend)
+
+
+def test_constant_and_equal_channels(backend, device):
+    z = Draw(6, device).activation(2, 8, 9, 7, torch.float32, prologue=False)
+    z.image[:, 2], z.image[:, 3] = 0, 1000.1
+    z.image[:, 5] = z.image[:, 4]
+    check(z, backend)
+    _, covariance = moments(z, backend=backend)
+    assert not covariance[2].any()
+    assert torch.equal(covariance[4], covariance[5])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_not_finite_spoils_its_channel_only(backend, device, poison):
+    z = Draw(7, device).activation(2, 20, 9, 7, torch.float32, prologue=False)
+    clean = moments(z, backend=backend)
+    z.image[1, 7, 3, 3] = poison
+    mean, covariance = moments(z, backend=backend)
+    others = [c for c in range(20) if c != 7]
+    assert not mean[7].isfinite()
+    assert not covariance[7].isfinite().any()
+    assert torch.equal(mean[others], clean.mean[others])
+    assert torch.equal(covariance[others][:, others], clean.covariance[others][:, others])
+
+
+def test_nan_passes_the_relu(backend, device):
+    z = Draw(8, device).activation(1, 8, 3, 3, torch.float32)
+    z.image[0, 2, 1, 1] = float("nan")
+    assert moments(z, backend=backend).mean[2].isnan()
+
+
+@every_dtype
+def test_misaligned_and_repeated(backend, device, dtype):
+    z = Draw(9, device).activation(2, 64, 9, 7, dtype)
+    first, moved = moments(z, backend=backend), moments(Activation(misaligned(z.image), z.vectors), backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, moved, strict=True))
+
+
+def test_same_bits_whatever_the_threads(cpu_backend):
+    if cpu_backend == "reference":
+        pytest.skip("the library's own products")
+    z = Draw(10, "cpu").activation(2, 70, 60, 50, torch.float32)
+    first, *others = run_with_threads(lambda: moments(z, backend=cpu_backend))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_no_rows(backend, device):
+    with pytest.raises(ValueError, match="z: expected at least one row"):
+        moments(Activation(torch.empty(0, 4, 3, 3, device=device)), backend=backend)
+
+
+def batch_norm(z, unit, backend):
+    """Mean and variance of y = W z, in float64 from the rounded operands."""
+    y = exact_rows(z, backend) @ unit.weight.flatten(1).double().T
+    return y.mean(0), y.var(0, correction=0)
+
+
+@every_dtype
+@pytest.mark.parametrize("residual_scale", [None, 0.5])
+def test_finalize_gives_the_statistics_of_the_output(backend, device, dtype, residual_scale):
+    draw = Draw(11, device)
+    z, weight = draw.activation(3, 20, 9, 7, dtype), draw.normal(33, 20, 1, 1, dtype=dtype)
+    gamma, beta = draw.normal(33, dtype=torch.float32), draw.normal(33, dtype=torch.float32)
+    unit = ConvBN(weight, gamma=gamma, beta=beta, eps=EPS)
+    scale = None if residual_scale is None else torch.tensor(residual_scale, device=device)
+    found, suspect = moments_finalize(moments(z, backend=backend), z, unit, scale, backend=backend)
+    v, (mean, var) = Vectors(*found), batch_norm(z, unit, backend)
+    a = 1.0 if residual_scale is None else residual_scale
+    invstd = 1 / (var + EPS).sqrt()
+    expected = mean, var, invstd, a * gamma * invstd, a * (beta - gamma * invstd * mean)
+    assert not suspect.any()
+    for got, want in zip(v, expected, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=4e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("distance", [0.0, 1e-2])
+def test_row_orthogonal_to_the_data(backend, device, dtype, distance):
+    """Where the quadratic form cancels, the direct pass gives the variance, to 0 or to a millionth."""
+    draw = Draw(12, device)
+    z, weight = draw.activation(3, 20, 9, 7, dtype, prologue=False, mean=1.0), draw.normal(9, 20, 1, 1, dtype=dtype)
+    z.image[:, 1] = (z.image[:, 0].double() + distance * draw.normal(3, 9, 7)).to(dtype)
+    weight[4] = 0
+    weight[4, 0], weight[4, 1] = 1, -1
+    unit = ConvBN(weight, eps=EPS)
+    mean, var = batch_norm(z, unit, backend)
+    vectors, suspect = moments_finalize(moments(z, backend=backend), z, unit, backend=backend)
+    assert suspect.nonzero().flatten().tolist() == [4]
+    torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)

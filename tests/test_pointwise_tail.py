@@ -1,0 +1,191 @@
+"""`pointwise_tail` against its formula in float64."""
+
+import pytest
+import torch
+from convolutions import DTYPES, every_dtype, misaligned
+from pointwise import Draw, exact_rows, run_with_threads, statistics
+
+from fused_res.layout import to_rows
+from fused_res.primitives.bn_act import pack_signs, unpack_signs
+from fused_res.primitives.operands import Activation
+from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+
+# numpy, under the interpreter, warns of NaN that is on its way on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+SHORTCUTS = ["skip", "second", "projection", "strided projection"]
+# Images, inner and outer channels; the last has several blocks of rows and stretches of columns in every backend.
+SHAPES = [((1, 1, 1), 3, 5), ((2, 1, 3), 20, 64), ((3, 5, 7), 33, 70), ((2, 9, 12), 64, 300)]
+
+
+def arguments(draw, shape, inner, outer, dtype, shortcut, prologue=True):
+    n, h, w = shape
+
+    def branch(z):
+        weight = draw.normal(outer, z.image.shape[1], 1, 1) / z.image.shape[1] ** 0.5
+        return Pointwise(z, weight.to(dtype), draw.normal(5, outer, dtype=statistics(dtype)))
+
+    main = branch(draw.activation(n, inner, h, w, dtype, prologue=prologue))
+    other = draw.normal(n, outer, h, w, dtype=dtype)
+    if shortcut == "skip":
+        return main, Shortcut(skip=other)
+    if shortcut == "second":
+        return main, Shortcut(y2=other, vectors2=draw.normal(5, outer, dtype=statistics(dtype)))
+    stride = (2, 3) if shortcut.startswith("strided") else (1, 1)
+    size = (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1 + (stride[1] > 1)
+    return main, Shortcut(projection=branch(draw.activation(n, 2 * inner, *size, dtype, prologue=False, stride=stride)))
+
+
+def exact(main, shortcut, backend):
+    """The sum in front of the ReLU, and the largest that its terms may be, both [P, C] in float64."""
+
+    def branch(part):
+        rows, weight = exact_rows(part.z, backend), part.weight.flatten(1).double()
+        scale, shift = part.vectors[3].double(), part.vectors[4].double()
+        return rows @ weight.T * scale + shift, rows.abs() @ weight.abs().T * scale.abs() + shift.abs()
+
+    total, size = branch(main)
+    if shortcut.skip is not None:
+        more = to_rows(shortcut.skip).double()
+        return total + more, size + more.abs()
+    if shortcut.projection is not None:
+        more, its = branch(shortcut.projection)
+        return total + more, size + its
+    more = to_rows(shortcut.y2).double() * shortcut.vectors2[3].double() + shortcut.vectors2[4].double()
+    return total + more, size + more.abs()
+
+
+def check(main, shortcut, backend):
+    dtype, (total, size) = main.weight.dtype, exact(main, shortcut, backend)
+    before = main.z.image.clone(), main.weight.clone()
+    out, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
+    n, _, h, w = main.z.image.shape
+    assert out.shape == (n, main.weight.shape[0], h, w)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(main.z.image, before[0])
+    assert torch.equal(main.weight, before[1])
+    # One rounding of what is stored, and those of the arithmetic, which grow with the terms.
+    arithmetic = 2.0**-48 if dtype == torch.float64 else 2.0**-21
+    finfo = torch.finfo(dtype)
+    limit = arithmetic * size + finfo.eps / 2 * total.abs() + finfo.smallest_normal * finfo.eps
+    rows = to_rows(out)
+    assert ((rows.double() - total.relu()).abs() <= limit).all()
+    assert torch.equal(signs, pack_signs(~(rows <= 0)))
+    return out, signs
+
+
+@every_dtype
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(("shape", "inner", "outer"), SHAPES, ids=str)
+def test_matches_float64(backend, device, dtype, shape, inner, outer, shortcut):
+    check(*arguments(Draw(0, device), shape, inner, outer, dtype, shortcut), backend)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_float64_stays_float64(cpu_backend, shortcut):
+    check(*arguments(Draw(1, "cpu"), (3, 5, 7), 33, 70, torch.float64, shortcut), cpu_backend)
+
+
+def test_deep_products(backend, device):
+    """Sums that are longer than any part a kernel takes at once."""
+    check(*arguments(Draw(2, device), (1, 2, 3), 300, 20, torch.float32, "strided projection", prologue=False), backend)
+
+
+def test_without_signs(backend, device):
+    main, shortcut = arguments(Draw(3, device), (2, 3, 3), 20, 12, torch.float32, "skip")
+    out, signs = pointwise_tail(main, shortcut, backend=backend)
+    assert signs is None
+    assert torch.equal(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_acts_on_the_accumulator(backend, device, dtype):
+    """A scale that would overflow the weights' dtype, or vanish in it, is as good as any other."""
+    main, shortcut = arguments(Draw(4, device), (2, 3, 3), 20, 12, dtype, "skip")
+    main.vectors[3, :6], main.vectors[3, 6:] = 3e5, 3e-12
+    main.weight[:6] *= 2.0**-13
+    check(main, shortcut, backend)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_not_finite_passes(backend, device, shortcut, poison):
+    main, shortcut = arguments(Draw(5, device), (2, 5, 7), 20, 30, torch.float32, shortcut)
+    main.z.vectors[3:] = torch.tensor([[1.0], [10.0]], device=device)
+    clean, _ = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
+    main.z.image[1, 3, 2, 4] = poison
+    poisoned = main._replace(z=Activation(main.z.image, main.z.vectors))
+    out, signs = pointwise_tail(poisoned, shortcut, keep_signs=True, backend=backend)
+    bad = out[1, :, 2, 4]
+    assert (~bad.isfinite() | (bad == 0)).all()
+    assert bad.isnan().all() or poison == float("inf")
+    assert not bad.isfinite().all()
+    assert torch.equal(unpack_signs(signs, 30), ~(to_rows(out) <= 0))
+    out[1, :, 2, 4] = clean[1, :, 2, 4]
+    assert torch.equal(out, clean)
+
+
+@every_dtype
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_misaligned_and_repeated(backend, device, dtype, shortcut):
+    main, shortcut = arguments(Draw(6, device), (2, 5, 7), 64, 64, dtype, shortcut)
+
+    def moved(part):
+        z = Activation(misaligned(part.z.image), part.z.vectors, part.z.stride)
+        return Pointwise(z, misaligned(part.weight), part.vectors)
+
+    images = {name: misaligned(getattr(shortcut, name)) for name in ("skip", "y2") if getattr(shortcut, name) is not None}
+    if shortcut.projection is not None:
+        images["projection"] = moved(shortcut.projection)
+    first = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
+    second = pointwise_tail(moved(main), shortcut._replace(**images), keep_signs=True, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_same_bits_whatever_the_threads(cpu_backend, shortcut):
+    if cpu_backend == "reference":
+        pytest.skip("the library's own products")
+    main, shortcut = arguments(Draw(7, "cpu"), (2, 30, 40), 40, 270, torch.float32, shortcut)
+    first, *others = run_with_threads(lambda: pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_past_the_caches(cpu_backend):
+    """Large results are written with other instructions: the same bits as image by image."""
+    main, shortcut = arguments(Draw(8, "cpu"), (2, 60, 50), 16, 256, torch.float32, "skip")
+    whole, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend)
+    for i, part in enumerate(signs.chunk(2)):
+        z = Activation(main.z.image[i : i + 1], main.z.vectors)
+        out, its = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
+        if cpu_backend == "native":
+            assert torch.equal(out, whole[i : i + 1])
+            assert torch.equal(its, part)
+        torch.testing.assert_close(out, whole[i : i + 1])
+
+
+def test_no_images(backend, device):
+    main, shortcut = arguments(Draw(9, device), (2, 3, 3), 20, 12, torch.float32, "skip")
+    z = Activation(main.z.image[:0], main.z.vectors)
+    out, signs = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[:0]), keep_signs=True, backend=backend)
+    assert out.shape == (0, 12, 3, 3)
+    assert signs.shape == (0, 2)
+
+
+def test_bad_arguments(backend, device):
+    main, shortcut = arguments(Draw(10, device), (2, 3, 3), 20, 12, torch.float32, "skip")
+    _, other = arguments(Draw(10, device), (2, 3, 4), 20, 12, torch.float32, "projection")
+
+    def run(main=main, shortcut=shortcut):
+        pointwise_tail(main, shortcut, backend=backend)
+
+    with pytest.raises(ValueError, match="shortcut: expected exactly one of skip, y2 and projection"):
+        run(shortcut=Shortcut())
+    with pytest.raises(ValueError, match=r"vectors: expected shape \(5, 12\), got \(4, 12\)"):
+        run(main._replace(vectors=main.vectors[1:]))
+    with pytest.raises(ValueError, match=r"skip: expected \(2, 12, 3, 3\) of torch\.float32, got .* of torch\.float16"):
+        run(shortcut=Shortcut(skip=shortcut.skip.half()))
+    with pytest.raises(ValueError, match="projection: expected 18 pixels, got 24"):
+        run(shortcut=other)

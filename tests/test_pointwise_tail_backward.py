@@ -1,0 +1,255 @@
+"""`pointwise_tail_backward`: all three steps together against autograd in float64, and each step's own promises."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from convolutions import every_dtype, misaligned
+from pointwise import Draw, exact_rows, run_with_threads, statistics
+
+from fused_res.layout import to_rows
+from fused_res.primitives.bn_act import pack_signs, unpack_signs
+from fused_res.primitives.moments import Moments, moments
+from fused_res.primitives.operands import Activation
+from fused_res.primitives.pointwise_tail import Pointwise
+from fused_res.primitives.pointwise_tail_backward import (
+    TailGradients,
+    pointwise_tail_backward_apply,
+    pointwise_tail_backward_finalize,
+    pointwise_tail_backward_reduce,
+    scaled_weight,
+)
+
+# numpy, under the interpreter, warns of NaN that is on its way on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+EPS = 1e-3
+# Images, inner and outer channels; the last has several tiles and stretches of channels in every backend.
+SHAPES = [((1, 3, 6), 3, 5), ((3, 5, 7), 33, 70), ((2, 9, 12), 64, 300)]
+
+
+def case(draw, backend, shape, inner, outer, dtype, *, training=True, prologue=True, stride=(1, 1), residual_scale=0.5, mean=0.0):
+    """Operands of the three steps, and from autograd in float64 what should come of them."""
+    n, h, w = shape
+    wide, size = statistics(dtype), ((h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
+    z = draw.activation(n, inner, *size, dtype, prologue=prologue, stride=stride, mean=mean)
+    weight = (draw.normal(outer, inner, 1, 1) / inner**0.5).to(dtype)
+    gamma, beta = draw.normal(outer, dtype=wide), draw.normal(outer, dtype=wide)
+    running = draw.normal(outer, dtype=torch.float64), draw.normal(outer, dtype=torch.float64).abs() + 0.5
+    dout, opened = draw.normal(n, outer, h, w, dtype=dtype), draw.opened(n * h * w, outer)
+    scale = torch.tensor(residual_scale, dtype=wide, device=draw.device)
+
+    rows = exact_rows(z, backend).requires_grad_()
+    leaves = [t.double().requires_grad_() for t in (weight, gamma, beta, scale)]
+    bias = torch.zeros(outer, dtype=torch.float64, device=draw.device, requires_grad=True)
+    y = rows @ leaves[0].flatten(1).T + bias
+    mean, var = (y.mean(0), y.var(0, correction=0)) if training else running
+    invstd = 1 / (var + EPS).sqrt()
+    total = leaves[3] * (leaves[1] * (y - mean) * invstd + leaves[2])
+    g = torch.where(opened, to_rows(dout), 0)
+    total.backward(g.double())
+    vectors = torch.stack((mean, var, invstd, leaves[3] * leaves[1] * invstd, leaves[3] * (leaves[2] - leaves[1] * invstd * mean)))
+    parameters = zip(("dw", "dgamma", "dbeta", "da"), leaves, strict=True)
+    truth = SimpleNamespace(dz=rows.grad, dbias=bias.grad, **{name: leaf.grad for name, leaf in parameters})
+    branch = Pointwise(z, weight, vectors.detach().to(wide))
+    return SimpleNamespace(
+        branch=branch, gamma=gamma, beta=beta, scale=scale, dout=dout, signs=pack_signs(opened), g=g, training=training, truth=truth
+    )
+
+
+def run(c, backend, *, inner=False, reread=False):
+    """The three steps; with `reread` the last one reads the incoming gradient again."""
+    before = c.branch.z.image.clone(), c.dout.clone()
+    z = Activation(c.branch.z.image, c.branch.z.vectors, c.branch.z.stride)
+    found = moments(z, backend=backend) if c.training else None
+    scaled = scaled_weight(c.branch)
+    mean = None if found is None else found.mean
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, backend=backend)
+    assert sums.total.dtype == sums.product.dtype == torch.float64
+    gradients = pointwise_tail_backward_finalize(
+        sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, backend=backend
+    )
+    inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, backend=backend)
+    assert torch.equal(c.branch.z.image, before[0])
+    assert torch.equal(c.dout, before[1])
+    return sums, gradients, inflow
+
+
+def close(got, want, error, rounding=0.0):
+    """Errors in units of the largest value, and of each value."""
+    assert ((got.double() - want).abs() <= error * want.abs().max() + rounding * want.abs() + 1e-30).all()
+
+
+def check(c, backend, error, **options):
+    sums, gradients, inflow = run(c, backend, **options)
+    dtype, truth = c.branch.weight.dtype, c.truth
+    half = torch.finfo(dtype).eps / 2
+    n, outer, h, w = c.dout.shape
+    close(sums.total, c.g.double().sum(0), error)
+    assert gradients.dweight.dtype == inflow.image.dtype == dtype
+    assert inflow.image.shape == (n, c.branch.weight.shape[1], h, w)
+    close(gradients.dweight, truth.dw, error, half)
+    close(gradients.dgamma, truth.dgamma, error)
+    close(gradients.dbeta, truth.dbeta, error)
+    close(gradients.dscale.sum(), truth.da, 4 * error * outer**0.5)
+    if c.training:
+        assert not gradients.dbias.any()
+    else:
+        close(gradients.dbias, truth.dbias, error)
+    # A and B are rounded to z's dtype.
+    close(to_rows(inflow.image), truth.dz, error + 4 * half, half)
+    return inflow
+
+
+@every_dtype
+@pytest.mark.parametrize("reread", [False, True], ids=["through", "reread"])
+@pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
+@pytest.mark.parametrize(("shape", "inner", "outer"), SHAPES, ids=str)
+def test_matches_autograd(backend, device, dtype, shape, inner, outer, training, reread):
+    check(case(Draw(0, device), backend, shape, inner, outer, dtype, training=training), backend, 8e-6, reread=reread)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
+def test_float64_stays_float64(cpu_backend, training):
+    check(case(Draw(1, "cpu"), cpu_backend, (3, 5, 7), 33, 70, torch.float64, training=training), cpu_backend, 1e-12)
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 3)], ids=str)
+def test_every_stride(backend, device, stride):
+    check(case(Draw(2, device), backend, (3, 5, 7), 20, 33, torch.float32, prologue=False, stride=stride), backend, 8e-6)
+
+
+@pytest.mark.parametrize("residual_scale", [0.0, -1.0])
+def test_residual_scale(backend, device, residual_scale):
+    check(case(Draw(3, device), backend, (3, 5, 7), 20, 33, torch.float32, residual_scale=residual_scale), backend, 8e-6)
+
+
+@pytest.mark.parametrize("reread", [False, True], ids=["through", "reread"])
+def test_mean_far_above_deviation(backend, device, reread):
+    """Centred in float32, with what float32 leaves of the mean made good for."""
+    check(case(Draw(4, device), backend, (3, 9, 7), 20, 33, torch.float32, prologue=False, mean=1e3), backend, 2e-5, reread=reread)
+
+
+@every_dtype
+def test_sums_of_the_bn_below(backend, device, dtype):
+    """Of the values as they are stored, by the signs of the BN below."""
+    c = case(Draw(5, device), backend, (3, 9, 12), 70, 33, dtype)
+    inflow = check(c, backend, 8e-6, inner=True)
+    y, v = to_rows(c.branch.z.image).double(), c.branch.z.vectors.double()
+    opened = exact_rows(c.branch.z, backend) > 0
+    near = (y * v[3] + v[4]).abs() < 1e-5  # where the rounded activation may be 0 though the sign is open
+    g = torch.where(opened, to_rows(inflow.image).double(), 0)
+    sums = inflow.partials.double().sum(0)
+    assert inflow.partials.dtype == statistics(dtype)
+    unsure = (near * to_rows(inflow.image).double().abs()).sum(0)
+    size = g.abs().sum(0) + 1
+    assert ((sums[0] - g.sum(0)).abs() <= 4e-6 * size + unsure).all()
+    size = (g * (y - v[0])).abs().sum(0) + 1
+    assert ((sums[1] - (g * (y - v[0])).sum(0)).abs() <= 4e-6 * size + unsure * (y - v[0]).abs().amax(0)).all()
+    if inflow.masked:
+        assert not to_rows(inflow.image)[~(opened | near)].any()
+
+
+def test_products_are_exact_on_integers(backend, device):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).to(device, torch.float32)
+
+    image, dout = (draw(3, c, 9, 12).contiguous(memory_format=torch.channels_last) for c in (33, 70))
+    opened, scaled = draw(324, 70) > 0, draw(70, 33)
+    mean = draw(33).double()
+    z, g = Activation(image), torch.where(opened, to_rows(dout), 0).double()
+    for centre in (mean, None):
+        total, product, through = pointwise_tail_backward_reduce(dout, pack_signs(opened), z, centre, scaled, backend=backend)
+        assert torch.equal(total, g.sum(0))
+        assert torch.equal(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
+        assert through is None or torch.equal(through.double(), g @ scaled.double())
+        quadratic, constant = draw(33, 33), draw(33)
+        steps = [t for t in (None, through) if t is not None or through is None]
+        for start in {id(t): t for t in (None, *steps)}.values():
+            nothing = torch.zeros(0)
+            gradients = TailGradients(nothing, nothing, nothing, nothing, nothing, centre, quadratic, constant)
+            if centre is None:
+                gradients = gradients._replace(quadratic=None, constant=None)
+            given = None if start is None else start.clone()
+            signs = pack_signs(opened)
+            dz = pointwise_tail_backward_apply(dout, signs, z, scaled, given, gradients, inner=False, backend=backend).image
+            want = g @ scaled.double()
+            if centre is not None:
+                want = want - (to_rows(image).double() - centre) @ quadratic.double() - constant.double()
+            assert torch.equal(to_rows(dz).double(), want)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_shut_out_does_not_matter(backend, device, poison):
+    c = case(Draw(6, device), backend, (3, 5, 7), 20, 33, torch.float32)
+    clean = run(c, backend)
+    n, outer, h, w = c.dout.shape
+    opened = unpack_signs(c.signs, outer).view(n, h, w, outer).permute(0, 3, 1, 2)
+    c.dout[~opened] = poison
+    z = Activation(c.branch.z.image, c.branch.z.vectors)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch), backend=backend)
+    assert torch.equal(sums.total, clean[0].total)
+    c.dout[1, 4, 2, 3] = float("nan")
+    c.signs[1 * h * w + 2 * w + 3, 0] |= 1 << 4
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch), backend=backend)
+    assert sums.total.isnan().nonzero().flatten().tolist() == [4]
+    assert sums.product.isnan().any(1).nonzero().flatten().tolist() == [4]
+
+
+def test_bits_past_the_last_channel_do_not_matter(backend, device):
+    c = case(Draw(7, device), backend, (3, 5, 7), 20, 33, torch.float32)
+    clean = run(c, backend)
+    c.signs[:, 4] |= 0xFE
+    again = run(c, backend)
+    assert torch.equal(clean[0].product, again[0].product)
+    assert torch.equal(clean[2].image, again[2].image)
+
+
+@every_dtype
+@pytest.mark.parametrize("reread", [False, True], ids=["through", "reread"])
+def test_misaligned_and_repeated(backend, device, dtype, reread):
+    c = case(Draw(8, device), backend, (3, 5, 7), 64, 64, dtype)
+    first = run(c, backend, inner=True, reread=reread)
+    z = Activation(misaligned(c.branch.z.image), c.branch.z.vectors)
+    c.branch, c.dout = c.branch._replace(z=z, weight=misaligned(c.branch.weight)), misaligned(c.dout)
+    second = run(c, backend, inner=True, reread=reread)
+    assert torch.equal(first[0].product, second[0].product)
+    assert torch.equal(first[1].dweight, second[1].dweight)
+    assert torch.equal(first[2].image, second[2].image)
+    assert torch.equal(first[2].partials, second[2].partials)
+
+
+@pytest.mark.parametrize("reread", [False, True], ids=["through", "reread"])
+def test_same_bits_whatever_the_threads(cpu_backend, reread):
+    if cpu_backend == "reference":
+        pytest.skip("the library's own products")
+    draw = Draw(9, "cpu")
+    z, weight = draw.activation(2, 40, 30, 40, torch.float32), draw.normal(300, 40, 1, 1, dtype=torch.float32)
+    dout, signs = draw.normal(2, 300, 30, 40), pack_signs(draw.opened(2400, 300))
+    branch = Pointwise(z, weight, draw.normal(5, 300, dtype=torch.float32))
+    c = SimpleNamespace(branch=branch, gamma=None, beta=None, scale=None, dout=dout, signs=signs, training=True)
+    first, *others = run_with_threads(lambda: run(c, cpu_backend, inner=True, reread=reread))
+    for other in others:
+        assert torch.equal(first[0].total, other[0].total)
+        assert torch.equal(first[0].product, other[0].product)
+        assert torch.equal(first[2].image, other[2].image)
+        assert torch.equal(first[2].partials, other[2].partials)
+
+
+def test_row_orthogonal_to_the_data(backend, device):
+    """Where the quadratic form cancels, so does D: the direct pass gives it."""
+    draw = Draw(10, device)
+    c = case(draw, backend, (3, 9, 7), 20, 9, torch.float32, prologue=False, mean=1.0)
+    image, weight = c.branch.z.image, c.branch.weight
+    image[:, 1], weight[4] = image[:, 0], 0
+    weight[4, 0], weight[4, 1] = 1, -1
+    c.branch.vectors[0, 4] = 0
+    found = moments(c.branch.z, backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, backend=backend)
+    gradients = pointwise_tail_backward_finalize(
+        sums, Moments(*found), c.branch, None, None, None, None, c.dout, c.signs, backend=backend
+    )
+    assert gradients.dgamma[4] == 0
+    assert gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]].all()
