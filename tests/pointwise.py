@@ -17,7 +17,9 @@ class Draw(convolutions.Draw):
     def activation(self, n, channels, h, w, dtype, *, prologue=True, stride=(1, 1), mean=0.0):
         """An operand; one without a prologue has the mean."""
         if prologue:
-            return Activation(self.normal(n, channels, h, w, dtype=dtype), self.normal(5, channels, dtype=statistics(dtype)), stride)
+            return Activation(
+                self.normal(n, channels, h, w, dtype=dtype), self.normal(5, channels, dtype=statistics(dtype)), stride
+            )
         return Activation((self.normal(n, channels, h, w, dtype=torch.float64) + mean).to(dtype), None, stride)
 
 

@@ -149,9 +149,12 @@ def find(primitive: str) -> Callable | None:
     return getattr(torch.ops.fused_res, primitive).default
 
 
-def takes(primitive: str, unit: ConvBN) -> bool:
-    """Convolutions are compiled for CPUs, as matrix products: 1x1, ungrouped, without padding; going back also unstrided."""
-    if not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64):
+def takes(primitive: str, unit: ConvBN, pixels: int) -> bool:
+    """Convolutions are compiled for CPUs, as matrix products: 1x1, ungrouped, without padding; going back also unstrided.
+
+    With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there.
+    """
+    if pixels <= 16 or not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64):
         return False
     pointwise = tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1
     return pointwise and (primitive != "conv_dgrad" or tuple(unit.stride) == (1, 1))

@@ -95,7 +95,7 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
         return None, "grouped"
     backend = backends.load(call.backend)
     takes = getattr(backend, "takes", None)
-    kernel = backend.find(call.primitive) if takes is None or takes(call.primitive, call.unit) else None
+    kernel = backend.find(call.primitive) if takes is None or takes(call.primitive, call.unit, call.operands[0].pixels) else None
     return kernel, "" if kernel is not None else "no kernel"
 
 

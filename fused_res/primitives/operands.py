@@ -83,6 +83,11 @@ class Gradient:
     masked: bool = False
     _values: Tensor | None = field(default=None, repr=False)
 
+    @property
+    def pixels(self) -> int:
+        """N * H' * W'."""
+        return self.image.numel() // self.image.shape[1]
+
     def values(self, backend: str) -> Tensor:
         """The operand as an image."""
         if self.coefficients is None:

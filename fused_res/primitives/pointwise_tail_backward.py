@@ -22,13 +22,10 @@ from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.common import select, statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow
-from fused_res.primitives.moments import Moments, spread
+from fused_res.primitives.moments import FEW, Moments, spread
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise
-
-FEW = 16
-"""Up to so many pixels BN's gradient is a small difference of large terms, and is taken in float64 by the plain formula."""
 
 
 class Sums(NamedTuple):
@@ -42,7 +39,8 @@ class Sums(NamedTuple):
 class TailGradients(NamedTuple):
     """Step 2: gradients of the weight [C, K, 1, 1] and of gamma, beta, each channel's share of the residual scale, the bias [C];
 
-    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b; all three None with running statistics or without A.
+    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b, both in float64 for `FEW` pixels; all three None
+    with running statistics or without A.
     """
 
     dweight: Tensor
@@ -88,7 +86,7 @@ def pointwise_tail_backward_reduce(
     Returns:
         `Sums`. Sums over tiles are float32 or better within a tile and float64 across tiles.
     """
-    own = select("pointwise_tail_backward_reduce", backend, None)
+    own = select("pointwise_tail_backward_reduce", backend, None) if z.pixels > FEW else None
     if own is None:
         return Sums(*plain_reduce(dout, signs, z, mean, backend))
     return Sums(*own(dout, signs, z, mean, scaled))
@@ -135,9 +133,12 @@ def pointwise_tail_backward_finalize(
     dweight = v.scale[:, None] * product
     mean = quadratic = constant = None
     if found is not None and scaled is not None:
-        mean, a = found.mean, scaled.to(dtype)
-        quadratic = (((v.invstd * d / pixels).to(dtype)[:, None] * a).T @ branch.weight.flatten(1).to(dtype)).to(scaled.dtype)
-        constant = (total / pixels @ a.double()).to(dtype)
+        mean, few = found.mean, pixels <= FEW
+        wide = torch.float64 if few else dtype
+        a = scaled.to(wide)
+        quadratic = ((v.invstd * d / pixels).to(wide)[:, None] * a).T @ branch.weight.flatten(1).to(wide)
+        quadratic = quadratic.to(wide if few else scaled.dtype)
+        constant = (total / pixels @ a.double()).to(wide)
     dscale = d if gamma is None else gamma * d
     dscale = dscale if beta is None else dscale + beta * total
     dbias = torch.zeros_like(total) if found is not None else v.scale * total
