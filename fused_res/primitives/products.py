@@ -47,10 +47,11 @@ def pointwise(x: Tensor, unit: ConvBN) -> bool:
 def unfolded(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
     """Whether the gradient of the weight is taken as one product with the unfolded input, and that runs here.
 
-    Not before there are as many output channels as pixels: then the unfolded input is smaller than the weight, which the
+    Where the pixels are at most twice the output channels: then the unfolded input is of the size of the weight, which the
     library passes over several times.
     """
-    return dy.numel() // dy.shape[1] <= dy.shape[1] and unit.groups == 1 and _available(x)
+    n, channels, height, width = dy.shape
+    return n * height * width <= 2 * channels and unit.groups == 1 and _available(x)
 
 
 def _sampled(x: Tensor, unit: ConvBN) -> Tensor:
