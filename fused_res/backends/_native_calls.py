@@ -125,7 +125,7 @@ def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | N
         main, shortcut = Pointwise(sample, unit.weight, output.vectors), Shortcut(output.skip, output.y2, output.vectors2)
         return Convolved(to_image(_tail(main, shortcut, False)[0], *size))
     y, partials, rows = torch.ops.fused_res.pointwise_fprop(*_activation(sample), _matrix(unit.weight), statistics)
-    return Convolved(to_image(y, *size), partials, rows)
+    return Convolved(to_image(y, *size), partials, rows if statistics else 0)
 
 
 def conv_dgrad(dy: Gradient, like: Tensor, unit: ConvBN, inner: Activation | None, add: Addend | None) -> Inflow:
