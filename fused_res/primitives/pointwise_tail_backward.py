@@ -39,8 +39,7 @@ class Sums(NamedTuple):
 class TailGradients(NamedTuple):
     """Step 2: gradients of the weight [C, K, 1, 1] and of gamma, beta, each channel's share of the residual scale, the bias [C];
 
-    `mean` [K] is m, `quadratic` [K, K] is B in z's dtype, `constant` [K] is b, both in float64 for `FEW` pixels; all three None
-    with running statistics or without A.
+    `mean` [K] is m, `quadratic` [K, K] is B in A's dtype, `constant` [K] is b; all three None with running statistics or without A.
     """
 
     dweight: Tensor
@@ -54,9 +53,11 @@ class TailGradients(NamedTuple):
 
 
 def scaled_weight(branch: Pointwise) -> Tensor:
-    """A = diag(scale) W, [C, K], rounded to z's dtype: what g is multiplied by."""
-    weight = branch.weight.flatten(1)
-    return (Vectors(*branch.vectors).scale[:, None] * weight).to(weight.dtype)
+    """A = diag(scale) W, [C, K]: what g is multiplied by, rounded to z's dtype; in float64 for `FEW` pixels."""
+    scale, weight = Vectors(*branch.vectors).scale, branch.weight.flatten(1)
+    if branch.z.pixels <= FEW:
+        return scale[:, None].double() * weight
+    return (scale[:, None] * weight).to(weight.dtype)
 
 
 def _masked(dout: Tensor, signs: Tensor) -> Tensor:
@@ -133,11 +134,10 @@ def pointwise_tail_backward_finalize(
     dweight = v.scale[:, None] * product
     mean = quadratic = constant = None
     if found is not None and scaled is not None:
-        mean, few = found.mean, pixels <= FEW
-        wide = torch.float64 if few else dtype
+        mean, wide = found.mean, torch.promote_types(dtype, scaled.dtype)
         a = scaled.to(wide)
         quadratic = ((v.invstd * d / pixels).to(wide)[:, None] * a).T @ branch.weight.flatten(1).to(wide)
-        quadratic = quadratic.to(wide if few else scaled.dtype)
+        quadratic = quadratic.to(scaled.dtype)
         constant = (total / pixels @ a.double()).to(wide)
     dscale = d if gamma is None else gamma * d
     dscale = dscale if beta is None else dscale + beta * total
@@ -151,12 +151,12 @@ def pointwise_tail_backward_finalize(
 def plain_apply(
     dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, inner: bool, backend: str
 ) -> Inflow:
-    dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(scaled.dtype)
+    dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(dout.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:
         centred = (z.rows(backend).double() - gradients.mean).to(dtype)
         dz -= torch.addmm(gradients.constant.to(dtype), centred, gradients.quadratic.to(dtype))
-    rows = dz.to(scaled.dtype)
+    rows = dz.to(dout.dtype)
     n, _, h, w = dout.shape
     if not inner:
         return Inflow(to_image(rows, n, h, w))
