@@ -97,7 +97,6 @@ def test_slices_are_complete(tmp_path):
 def test_profile_lists_what_takes_the_time():
     case = Case("small", "bottleneck", 16, 4, 6)
     found = profiling.kernels(Setup(case, 2, torch.float32, torch.device("cpu")), "fused_res", steps=2)
-    assert any("block_forward" in kernel.name for kernel in found)
     assert any("convolution_backward" in kernel.name for kernel in found)
     assert [kernel.ms for kernel in found] == sorted((kernel.ms for kernel in found), reverse=True)
     lines = profiling.table(found, shown=3)
