@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow bench gpu lint format aot wheel clean
+.PHONY: help setup test test-slow bench gpu lint format aot kernels wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times; result file and plot (sets itself up)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80, sm_90 and sm_100, no GPU needed"
+	@echo "make kernels  the same, and its tables in docs/kernels.md; ARGS='--only conv_fprop' for one file of kernels"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: tests, check and benchmark in resumable slices"
 
@@ -59,6 +60,9 @@ format: $(READY)
 
 aot: $(READY)
 	$(BIN)/python -m fused_res.aot $(ARGS)
+
+kernels: $(READY)
+	$(BIN)/python -m fused_res.aot --update docs/kernels.md $(ARGS)
 
 wheel: $(READY)
 	rm -rf dist build/wheel

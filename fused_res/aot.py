@@ -1,4 +1,8 @@
-"""Compile the Triton kernels ahead of time, without a GPU, and check the machine code: `python -m fused_res.aot`."""
+"""Compile the Triton kernels ahead of time, without a GPU, and check the machine code: `python -m fused_res.aot`.
+
+With --update the tables of docs/kernels.md are written anew; with --check nothing is compiled, only the names of their lines are
+compared.
+"""
 
 import argparse
 import importlib
@@ -8,13 +12,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import fused_res.kernels
+from fused_res import aot_table
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Shared memory that one block may use, in bytes, by compute capability.
@@ -182,12 +187,17 @@ def problems(row: Row, compiled, variant) -> Iterator[str]:
         yield "row offsets: no 64-bit multiplication"
 
 
+def kernel_name(file: str, variant) -> str:
+    """What a kernel is called in the tables: its file, and its own name where the file has several."""
+    return f"{file}{variant.launch.kernel.__name__.removesuffix('_kernel')}"
+
+
 def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
     """Compile a variant for an architecture and check it."""
     compiled = compile_launch(variant.launch, arch)
     ptx, used = compiled.asm["ptx"], usage(compiled.asm["cubin"])
     row = Row(
-        kernel=f"{file}{variant.launch.kernel.__name__.removesuffix('_kernel')}",
+        kernel=kernel_name(file, variant),
         variant=variant.name,
         dtype=str(dtype).removeprefix("torch."),
         arch=arch,
@@ -203,13 +213,30 @@ def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
     return row
 
 
-def table(sample: bool) -> Iterator[Row]:
-    """All variants for all architectures; a sample has the variants marked so, in two dtypes, and one newer or older target."""
-    for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
+def table(sample: bool, only: Collection[str] = (), dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[tuple[str, Row]]:
+    """File and row of all variants for all architectures, or of those in some files only.
+
+    A sample has the variants marked so, in two dtypes, and one newer or older target.
+    """
+    for dtype in (torch.bfloat16, torch.float32) if sample else dtypes:
         for file, variant in variants(dtype):
-            if variant.sample or not sample:
+            if (variant.sample or not sample) and (not only or file in only):
                 for arch in (90,) if sample and dtype == torch.float32 else SHARED:
-                    yield inspect(file, variant, dtype, arch)
+                    yield file, inspect(file, variant, dtype, arch)
+
+
+def stale(text: str) -> list[str]:
+    """What the tables of a document lack, and what they have that is no more."""
+    there = aot_table.documented(text)
+    here = {
+        (file, kernel_name(file, variant), variant.name, dtype)
+        for dtype in aot_table.DTYPES
+        for file, variant in variants(getattr(torch, dtype))
+    }
+    return [
+        *(f"missing: {', '.join(line)}" for line in sorted(here - there)),
+        *(f"gone: {', '.join(line)}" for line in sorted(there - here)),
+    ]
 
 
 def _line(row: Row) -> str:
@@ -221,24 +248,48 @@ def _line(row: Row) -> str:
     return f"{left}{row.registers:4} {row.local:5} {row.shared:6}  {right}"
 
 
+def _check(path: Path) -> int:
+    found = stale(path.read_text())
+    for line in found:
+        print(line)
+    return 1 if found else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_res.aot", description=__doc__)
     parser.add_argument("--sample", action="store_true", help="a quick selection instead of all variants")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="FILE", help="a file of kernels, such as conv_fprop; repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write the tables of docs/kernels.md anew")
+    parser.add_argument(
+        "--check", type=Path, metavar="DOCUMENT", help="exit with 1 unless docs/kernels.md has the kernels there are"
+    )
     options = parser.parse_args(arguments)
     import triton
 
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET: expected unset, the interpreter cannot compile")
+    if options.check:
+        return _check(options.check)
+    if options.update and options.sample:
+        parser.error("--update: expected all variants, without --sample")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
         print(f"{heads}  {'loads (n x bytes)':24} {'stores':14} async matrix")
-    for row in table(options.sample):
+    sections: dict[str, list[Row]] = {}
+    dtypes = [getattr(torch, name) for name in aot_table.DTYPES] if options.update else DTYPES
+    for file, row in table(options.sample, options.only, dtypes):
+        sections.setdefault(file, []).append(row)
         print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
         for problem in row.problems:
             failed += 1
             print(f"  {problem}", file=sys.stderr, flush=True)
+    if options.update and not failed:
+        bodies = {file: aot_table.section(rows, SHARED) for file, rows in sections.items()}
+        options.update.write_text(aot_table.rewritten(options.update.read_text(), bodies))
     return 1 if failed else 0
 
 

@@ -4,6 +4,8 @@ All three directions are one implicit matrix product over NHWC images: rows are 
 over runs through the taps of the filter and the channels of the other side (fprop, dgrad) or through the pixels (wgrad).
 """
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from fused_res.kernels.common import (
     is_open,
     load_row,
     load_rows,
+    meta,
     narrow,
     through_bn,
 )
@@ -143,7 +146,7 @@ def implicit_gemm(
     H, W, D = size
     count, across, down, right = taps
     weight, first, step_down, step_right, stride_tap, stride_d, stride_j, j, J = filters
-    wide = D.to(tl.int64)
+    wide = tl.cast(D, tl.int64)  # a size of 1 is a constant
     base = place * wide
     # Where no tap belongs to these pixels the loop does not run, but what precedes it may divide.
     taps_in_all, taps_in_a_row = tl.maximum(count, 1), tl.maximum(across, 1)
@@ -313,12 +316,52 @@ def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
     }
 
 
+class MetaCase(NamedTuple):
+    """A convolution without data to compile ahead of time; of the `main` ones, all variants.
+
+    wide: whether vectors of 16 bytes never cross a row's end. at: the shape, for the variant's name.
+    """
+
+    unit: ConvBN
+    x: Tensor
+    dy: Tensor
+    at: str
+    wide: bool
+    main: bool
+
+
 def meta_image(*shape: int, dtype: torch.dtype) -> Tensor:
     """A channels_last image without data."""
     return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
 
 
-def meta_unit(k: int, c: int, r: int, stride: int, dtype: torch.dtype) -> ConvBN:
-    """A convolution without data, r x r with the padding that keeps the size."""
-    weight = meta_image(k, c, r, r, dtype=dtype)
-    return ConvBN(weight, stride=(stride, stride), padding=(r // 2, r // 2))
+def meta_cases(dtype: torch.dtype) -> Iterator[MetaCase]:
+    """Convolutions of ResNets, and ragged ones."""
+    for n, c, k, size, r, stride, main in (
+        (32, 256, 64, 56, 1, 1, True),
+        (32, 64, 64, 56, 3, 1, True),
+        (32, 128, 128, 56, 3, 2, True),
+        (32, 256, 512, 56, 1, 2, False),
+        (2, 512, 512, 7, 3, 1, False),
+        (8, 20, 13, 9, 3, 2, False),
+        (1, 3, 5, 7, 7, 2, False),
+        (1, 1, 1, 1, 3, 1, False),
+    ):
+        weight = meta_image(k, c, r, r, dtype=dtype)
+        unit = ConvBN(weight, stride=(stride, stride), padding=(r // 2, r // 2))
+        dy = meta_image(n, k, *unit.output_size(size, size), dtype=dtype)
+        at = f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}"
+        yield MetaCase(unit, meta_image(n, c, size, size, dtype=dtype), dy, at, c % 16 == 0, main)
+
+
+def meta_gradient(dy: Tensor, mask: str) -> Any:
+    """A `Gradient` without data, whose mask is "signs", "y", "applied" already, or, with nothing to apply at all, "none"."""
+    n, k, h, w = dy.shape
+    fields: dict[str, Any] = {"y": dy, "vectors": None, "coefficients": meta(7, k), "signs": None}
+    if mask == "none":
+        fields |= {"y": None, "coefficients": None}
+    elif mask == "signs":
+        fields["signs"] = meta(n * h * w, triton.cdiv(k, 8), dtype=torch.uint8)
+    elif mask == "y":
+        fields["vectors"] = meta(5, k)
+    return SimpleNamespace(image=dy, **fields, masked=mask == "applied", training=True)

@@ -34,8 +34,9 @@ from fused_res.kernels.conv import (
     gradient,
     implicit_gemm,
     load_signs,
+    meta_cases,
+    meta_gradient,
     meta_image,
-    meta_unit,
     sign_word,
     taps_first,
 )
@@ -204,36 +205,22 @@ def _checked(add: Any, like: Tensor, weight: Tensor) -> Addition:
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    for n, c, k, size, r, stride in (
-        (32, 256, 64, 56, 1, 1),
-        (32, 256, 512, 56, 1, 2),
-        (32, 64, 64, 56, 3, 1),
-        (32, 128, 128, 56, 3, 2),
-        (2, 512, 512, 7, 3, 1),
-        (8, 20, 13, 9, 3, 2),
-    ):
-        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
-        x, out = meta_image(n, c, size, size, dtype=dtype), unit.output_size(size, size)
-        dy, vectors, coefficients = meta_image(n, k, *out, dtype=dtype), meta(5, k), meta(7, k)
-        signs, x_signs = (meta(n * h * w, triton.cdiv(d, 8), dtype=torch.uint8) for h, w, d in ((*out, k), (size, size, c)))
-        half = meta_image(n, c, triton.cdiv(size, 2), triton.cdiv(size, 2), dtype=dtype)
-        inner = SimpleNamespace(image=x, vectors=meta(5, c))
+    for case in meta_cases(dtype):
+        n, c, h, w = case.x.shape
+        inner = SimpleNamespace(image=case.x, vectors=meta(5, c))
+        addend = SimpleNamespace(image=case.x, signs=meta(n * h * w, triton.cdiv(c, 8), dtype=torch.uint8), stride=(1, 1))
+        half = meta_image(n, c, triton.cdiv(h, 2), triton.cdiv(w, 2), dtype=dtype)
 
-        def operand(dy=dy, y=None, vectors=None, coefficients=None, signs=None, masked=False):
-            return SimpleNamespace(
-                image=dy, y=y, vectors=vectors, coefficients=coefficients, signs=signs, training=True, masked=masked
-            )
+        def dgrad(name, mask, *epilogue, sample=False, case=case):
+            arguments = (meta_gradient(case.dy, mask), case.x, case.unit, *epilogue)
+            wide = {"loads": case.wide, "stores": case.wide}
+            return variant(f"{name} {case.at}", conv_dgrad, *arguments, **wide, matrix=True, sample=sample)
 
-        def dgrad(name, dy, *epilogue, x=x, unit=unit, sample=False, wide=wide, at=f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}"):
-            arguments = (dy, x, unit, *epilogue)
-            return variant(f"{name} {at}", conv_dgrad, *arguments, loads=wide, stores=wide, matrix=True, sample=sample)
-
-        outer, masked = operand(y=dy, coefficients=coefficients, signs=signs), operand(y=dy, coefficients=coefficients, masked=True)
-        yield dgrad("outer, inner", outer, inner, None, sample=(r, stride) == (1, 1))
-        yield dgrad("masked, inner", masked, inner, None, sample=(r, stride) == (3, 2))
-        yield dgrad("masked, addend", masked, None, SimpleNamespace(image=x, signs=x_signs, stride=(1, 1)))
-        if n == 32:
-            yield dgrad("plain", operand(), None, None)
-            yield dgrad("plain, inner", operand(), inner, None)
-            yield dgrad("open by y, inner", operand(y=dy, vectors=vectors, coefficients=coefficients), inner, None)
-            yield dgrad("masked, strided addend", masked, None, SimpleNamespace(image=half, signs=None, stride=(2, 2)))
+        yield dgrad("masked, inner", "applied", inner, None, sample=case.main and case.unit.stride == (2, 2))
+        yield dgrad("masked, addend", "applied", None, addend)
+        if case.main:
+            yield dgrad("outer, inner", "signs", inner, None, sample=case.unit.weight.shape[2] == 1)
+            yield dgrad("open by y, inner", "y", inner, None)
+            yield dgrad("plain", "none", None, None)
+            yield dgrad("plain, inner", "none", inner, None)
+            yield dgrad("masked, strided addend", "applied", None, SimpleNamespace(image=half, signs=None, stride=(2, 2)))

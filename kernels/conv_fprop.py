@@ -33,8 +33,7 @@ from fused_res.kernels.conv import (
     decode,
     geometry,
     implicit_gemm,
-    meta_image,
-    meta_unit,
+    meta_cases,
     taps_first,
 )
 from fused_res.spec import ConvBN
@@ -157,28 +156,17 @@ def _output(vectors: Tensor, skip: Tensor | None = None, y2: Tensor | None = Non
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    # n, C, K, image, filter, stride
-    for n, c, k, size, r, stride in (
-        (32, 64, 256, 56, 1, 1),
-        (32, 256, 512, 56, 1, 2),
-        (32, 64, 64, 56, 3, 1),
-        (32, 128, 128, 56, 3, 2),
-        (2, 512, 512, 7, 3, 1),
-        (8, 20, 13, 9, 3, 1),
-        (1, 3, 5, 7, 7, 2),
-    ):
-        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
-        image, vectors = meta_image(n, c, size, size, dtype=dtype), meta(5, c)
-        out = meta_image(n, k, *unit.output_size(size, size), dtype=dtype)
-        at = f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}"
-        plain, activated = (SimpleNamespace(image=image, vectors=v) for v in (None, vectors))
-        after = meta(5, k)
+    for case in meta_cases(dtype):
+        c, k = case.x.shape[1], case.dy.shape[1]
+        plain, activated = (SimpleNamespace(image=case.x, vectors=vectors) for vectors in (None, meta(5, c)))
 
-        def fprop(name, *arguments, sample=False, at=at, wide=wide):
-            return variant(f"{name} {at}", conv_fprop, *arguments, loads=wide, stores=wide, matrix=True, sample=sample)
+        def fprop(name, *arguments, sample=False, case=case):
+            wide = {"loads": case.wide, "stores": case.wide}
+            return variant(f"{name} {case.at}", conv_fprop, *arguments, **wide, matrix=True, sample=sample)
 
-        yield fprop("plain", plain, unit, False, None)
-        yield fprop("statistics", plain, unit, True, None)
-        yield fprop("activated, statistics", activated, unit, True, None, sample=(r, stride) in ((1, 1), (3, 2)))
-        yield fprop("evaluation, skip", plain, unit, False, _output(after, skip=out))
-        yield fprop("evaluation, second", plain, unit, False, _output(after, y2=out, vectors2=after))
+        yield fprop("activated, statistics", activated, case.unit, True, None, sample=case.main and case.unit.stride != (2, 2))
+        yield fprop("evaluation, second", plain, case.unit, False, _output(meta(5, k), y2=case.dy, vectors2=meta(5, k)))
+        if case.main:
+            yield fprop("plain", plain, case.unit, False, None)
+            yield fprop("statistics", plain, case.unit, True, None)
+            yield fprop("evaluation, skip", plain, case.unit, False, _output(meta(5, k), skip=case.dy))

@@ -18,8 +18,8 @@ from fused_res.kernels.conv import (
     constants,
     geometry,
     gradient,
-    meta_image,
-    meta_unit,
+    meta_cases,
+    meta_gradient,
     read,
     sign_word,
 )
@@ -59,7 +59,7 @@ def _partial(
 
     row, p = first_row(t, rows), tl.arange(0, BLOCK_P)
     left = tl.minimum(P - row, rows).to(tl.int32)
-    wide_c, wide_k = C.to(tl.int64), K.to(tl.int64)
+    wide_c, wide_k = tl.cast(C, tl.int64), tl.cast(K, tl.int64)  # sizes of 1 are constants
     image = row // (g.out_height * g.out_width)
     start = (row - image * (g.out_height * g.out_width)).to(tl.int32)
     top, side = tap // S * g.dilation_h - g.padding_h, tap % S * g.dilation_w - g.padding_w
@@ -159,36 +159,18 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    # n, C, K, image, filter, stride
-    for n, c, k, size, r, stride in (
-        (32, 256, 64, 56, 1, 1),
-        (32, 256, 512, 56, 1, 2),
-        (32, 64, 64, 56, 3, 1),
-        (32, 128, 128, 56, 3, 2),
-        (2, 512, 512, 7, 3, 1),
-        (8, 20, 13, 9, 3, 2),
-    ):
-        unit, wide = meta_unit(k, c, r, stride, dtype), c % 16 == 0
-        x, out = meta_image(n, c, size, size, dtype=dtype), unit.output_size(size, size)
-        dy, vectors, coefficients = meta_image(n, k, *out, dtype=dtype), meta(5, k), meta(7, k)
-        signs = meta(n * out[0] * out[1], triton.cdiv(k, 8), dtype=torch.uint8)
-        raw, activated = (SimpleNamespace(image=x, vectors=v) for v in (None, meta(5, c)))
+    for case in meta_cases(dtype):
+        raw, activated = (SimpleNamespace(image=case.x, vectors=vectors) for vectors in (None, meta(5, case.x.shape[1])))
 
-        def operand(dy=dy, y=None, vectors=None, coefficients=None, signs=None, masked=False):
-            fields = {"image": dy, "y": y, "vectors": vectors, "coefficients": coefficients, "signs": signs, "masked": masked}
-            return SimpleNamespace(**fields, training=True)
+        def wgrad(name, mask, x, sample=False, case=case):
+            arguments, wide = (meta_gradient(case.dy, mask), x, case.unit), {"loads": case.wide, "stores": case.wide}
+            return variant(f"{name} {case.at}", conv_wgrad, *arguments, **wide, matrix=True, sample=sample)
 
-        def wgrad(name, *operands, unit=unit, wide=wide, at=f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}", **options):
-            return variant(f"{name} {at}", conv_wgrad, *operands, unit, loads=wide, stores=wide, matrix=True, **options)
-
-        masked = operand(y=dy, coefficients=coefficients, masked=True)
-        yield wgrad("masked", masked, raw)
-        yield wgrad("masked, activated", masked, activated, sample=(r, stride) == (3, 2))
-        yield wgrad(
-            "outer, activated", operand(y=dy, coefficients=coefficients, signs=signs), activated, sample=(r, stride) == (1, 1)
-        )
-        if n == 32:
-            yield wgrad("plain", operand(), raw)
-            yield wgrad("plain, activated", operand(), activated)
-            yield wgrad("open by y, activated", operand(y=dy, vectors=vectors, coefficients=coefficients), activated)
-        yield variant(f"{n}x{c}x{size}x{size} {k}x{r}x{r}/{stride}", conv_wgrad, operand(), raw, unit, launched=1)
+        yield wgrad("masked, activated", "applied", activated, sample=case.main and case.unit.stride == (2, 2))
+        if case.main:
+            yield wgrad("outer, activated", "signs", activated, sample=case.unit.weight.shape[2] == 1)
+            yield wgrad("open by y, activated", "y", activated)
+            yield wgrad("masked", "applied", raw)
+            yield wgrad("plain, activated", "none", activated)
+            yield wgrad("plain", "none", raw)
+        yield variant(case.at, conv_wgrad, meta_gradient(case.dy, "none"), raw, case.unit, launched=1)

@@ -47,8 +47,29 @@ GEOMETRIES = {
     "2x2, uneven": Geometry(1, 7, 5, (5, 4), (2, 2), (2, 1), (1, 0)),
     "one pixel": Geometry(1, 33, 17, (1, 1), (3, 3), (1, 1), (1, 1)),
 }
-every_geometry = pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+_NARROW = ("1x1", "1x1, stride 2", "3x3", "3x3, stride 3, dilation 2")
+_CASES = [(name, dtype) for name in GEOMETRIES for dtype in (DTYPES if name in _NARROW else DTYPES[:1])]
+every_geometry = pytest.mark.parametrize(
+    ("geometry", "dtype"), [pytest.param(GEOMETRIES[name], dtype, id=f"{name}-{dtype}") for name, dtype in _CASES]
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# For every tile: small where kernels are interpreted, of a network where they run on a GPU, since only size shows some faults.
+TILED = (
+    [
+        Geometry(16, 256, 64, (56, 56), (1, 1)),
+        Geometry(16, 64, 256, (56, 56), (1, 1)),
+        Geometry(8, 64, 64, (56, 56), (3, 3), (1, 1), (1, 1)),
+        Geometry(8, 128, 128, (56, 56), (3, 3), (2, 2), (1, 1)),
+        Geometry(4, 512, 512, (7, 7), (3, 3), (1, 1), (1, 1)),
+    ]
+    if torch.cuda.is_available()
+    else [
+        Geometry(1, 70, 70, (9, 7), (1, 1)),
+        Geometry(1, 24, 96, (7, 8), (3, 3), (2, 2), (1, 1)),
+    ]
+)
+every_tiled = pytest.mark.parametrize("geometry", TILED, ids=lambda g: "x".join(map(str, (g.c, g.k, *g.size, *g.filter))))
 
 
 class Draw:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import GEOMETRIES, Draw, every_dtype, every_geometry, huge, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -71,7 +71,6 @@ class Case:
         return inflow
 
 
-@every_dtype
 @every_geometry
 def test_exact_on_integers(backend, device, geometry, dtype):
     for mode in ("plain", "inner"):
@@ -116,8 +115,9 @@ def test_addend(backend, device, name, signs, stride, dtype):
     assert torch.equal(image, before)
 
 
-@every_dtype
-@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("1x1", torch.float32), *(("3x3, stride 2", dtype) for dtype in DTYPES)], ids=str
+)
 def test_accuracy(device, poisoned_memory, name, dtype):
     """Of 8 seeds together, with the BN behind applied in the prologue or, eager, before."""
     pytest.importorskip("triton")
@@ -175,32 +175,33 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     assert torch.equal(case.run(backend, add=Addend(case.like, signs)).image, dx.float())
 
 
-def test_every_configuration(device, poisoned_memory):
+@every_tiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_configuration(device, poisoned_memory, geometry, dtype):
     conv = pytest.importorskip("fused_res.kernels.conv")
     launcher = pytest.importorskip("fused_res.kernels.conv_dgrad").conv_dgrad
-    for name in ("1x1", "3x3, stride 2"):
-        geometry = GEOMETRIES[name]._replace(c=130, k=64)
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case(geometry, dtype, device, "outer")
-            expected = case.dx.to(dtype)
-            tiles = conv.configurations("dgrad", dtype, to_rows(expected).shape[0], case.unit.weight.shape)
-            assert len(tiles) >= 2
-            for config in tiles:
-                dx, _, _ = launcher(case.gradient, case.like, case.unit, None, None, config=config)
-                assert torch.equal(dx, expected), config
+    case = Case(geometry, dtype, device, "outer")
+    expected = case.dx.to(dtype)
+    tiles = conv.configurations("dgrad", dtype, to_rows(expected).shape[0], case.unit.weight.shape)
+    assert len(tiles) >= 2
+    for config in tiles:
+        dx, _, _ = launcher(case.gradient, case.like, case.unit, None, None, config=config)
+        assert torch.equal(dx, expected), config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_layout(backend, device, dtype):
     case = Case(SMALL, dtype, device, "inner")
     expected, weight, gradient = case.dx.to(dtype), case.unit.weight, case.gradient
-    for image in (case.image.contiguous(), misaligned(case.image)):
-        for filters in (weight.contiguous(), misaligned(weight)):
-            for like in (case.like, case.like.contiguous(), case.like[:, :1].expand(-1, SMALL.c, -1, -1)):
-                dy = Gradient(image, misaligned(case.y), gradient.vectors, gradient.coefficients)
-                dx = conv_dgrad(dy, like, case.unit._replace(weight=filters), backend=backend).image
-                assert torch.equal(dx, expected)
-                assert dx.is_contiguous(memory_format=torch.channels_last)
+    for image, filters, like in (
+        (case.image.contiguous(), weight, case.like[:, :1].expand(-1, SMALL.c, -1, -1)),
+        (misaligned(case.image), weight.contiguous(), case.like.contiguous()),
+        (case.image, misaligned(weight), case.like),
+    ):
+        dy = Gradient(image, misaligned(case.y), gradient.vectors, gradient.coefficients)
+        dx = conv_dgrad(dy, like, case.unit._replace(weight=filters), backend=backend).image
+        assert torch.equal(dx, expected)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
     sums = case.image.new_ones(()).expand(SMALL.out)
     dx = conv_dgrad(Gradient(sums), case.like, case.unit, add=Addend(torch.zeros_like(case.like)), backend=backend).image
     assert torch.equal(dx, convolve(sums, case.unit, SMALL.size).to(dtype))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import DTYPES, GEOMETRIES, Draw, every_dtype, every_geometry, huge, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, every_dtype, every_geometry, every_tiled, huge, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -34,7 +34,6 @@ def operands(geometry, dtype, device, seed=0):
     return x, draw.vectors(geometry.c), geometry.unit(weight), draw
 
 
-@every_dtype
 @every_geometry
 def test_exact_on_integers(backend, device, geometry, dtype):
     """And padding comes after the ReLU: the shifts are positive."""
@@ -93,8 +92,9 @@ def test_evaluation_epilogue(backend, device, name, shortcut, dtype):
     assert torch.equal(y, total.relu().to(dtype))
 
 
-@every_dtype
-@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("1x1", torch.float32), *(("3x3, stride 2", dtype) for dtype in DTYPES)], ids=str
+)
 def test_accuracy(device, poisoned_memory, name, dtype):
     """Of 8 seeds together, with a BN in front that is applied in the prologue or, eager, before."""
     pytest.importorskip("triton")
@@ -142,21 +142,20 @@ def test_not_finite_passes_the_relu(backend, device, name, poison):
         assert partials is None or not partials[:, 1].isfinite().all(0).any()
 
 
-def test_every_configuration(device, poisoned_memory):
+@every_tiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_configuration(device, poisoned_memory, geometry, dtype):
     conv = pytest.importorskip("fused_res.kernels.conv")
     launcher = pytest.importorskip("fused_res.kernels.conv_fprop").conv_fprop
-    for name in ("1x1", "3x3, stride 2"):
-        geometry = GEOMETRIES[name]._replace(c=40, k=130)
-        for dtype in (torch.float32, torch.bfloat16):
-            x, vectors, unit, _ = operands(geometry, dtype, device)
-            expected = convolve(activate(x, vectors), unit).to(dtype)
-            tiles = conv.configurations("fprop", dtype, to_rows(expected).shape[0], unit.weight.shape)
-            assert len(tiles) >= 2
-            for config in tiles:
-                y, partials, rows = launcher(Activation(x, vectors), unit, True, None, config=tuple(config))
-                assert torch.equal(y, expected), config
-                assert rows == config.block_p
-                assert len(partials) == -(-to_rows(y).shape[0] // rows)
+    x, vectors, unit, _ = operands(geometry, dtype, device)
+    expected = convolve(activate(x, vectors), unit).to(dtype)
+    tiles = conv.configurations("fprop", dtype, to_rows(expected).shape[0], unit.weight.shape)
+    assert len(tiles) >= 2
+    for config in tiles:
+        y, partials, rows = launcher(Activation(x, vectors), unit, True, None, config=tuple(config))
+        assert torch.equal(y, expected), config
+        assert rows == config.block_p
+        assert len(partials) == -(-to_rows(y).shape[0] // rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -164,11 +163,15 @@ def test_any_layout(backend, device, dtype):
     x, vectors, unit, _ = operands(SMALL, dtype, device)
     expected = convolve(activate(x, vectors), unit).to(dtype)
     weight = unit.weight
-    for image in (x.contiguous(), misaligned(x), x.flip(3).flip(3).as_strided(x.shape, x.stride())):
-        for filters in (weight.contiguous(), misaligned(weight), weight.transpose(2, 3).contiguous().transpose(2, 3)):
-            y = conv_fprop(Activation(image, vectors), unit._replace(weight=filters), backend=backend).image
-            assert torch.equal(y, expected)
-            assert y.is_contiguous(memory_format=torch.channels_last)
+    for image, filters in (
+        (x.contiguous(), weight),
+        (misaligned(x), weight.contiguous()),
+        (x.transpose(2, 3).contiguous().transpose(2, 3), misaligned(weight)),
+        (x, weight.transpose(2, 3).contiguous().transpose(2, 3)),
+    ):
+        y = conv_fprop(Activation(image, vectors), unit._replace(weight=filters), backend=backend).image
+        assert torch.equal(y, expected)
+        assert y.is_contiguous(memory_format=torch.channels_last)
     row = x[:, :, :1].expand(-1, -1, x.shape[2], -1)
     y = conv_fprop(Activation(row), unit, statistics=True, backend=backend).image
     assert torch.equal(y, convolve(row, unit).to(dtype))

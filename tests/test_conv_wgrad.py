@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import GEOMETRIES, Draw, every_dtype, every_geometry, huge, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -74,7 +74,6 @@ class Case:
         return dweight
 
 
-@every_dtype
 @every_geometry
 def test_exact_on_integers(backend, device, geometry, dtype):
     """And padding comes after the ReLU: the shifts are positive."""
@@ -95,8 +94,9 @@ def test_prologues_and_parts(backend, device, few_parts, name, training, mode, d
         assert torch.equal(case.run(backend), correlate(case.dy, case.x.image, case.unit).to(dtype))
 
 
-@every_dtype
-@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("1x1", torch.float32), *(("3x3, stride 2", dtype) for dtype in DTYPES)], ids=str
+)
 def test_accuracy(device, poisoned_memory, name, dtype):
     """Of 8 seeds together, with the BNs on both sides applied in the prologue or, eager, before."""
     pytest.importorskip("triton")
@@ -151,18 +151,17 @@ def test_pixels_past_the_last_do_not_count(device, poisoned_memory):
         assert torch.equal(case.run("triton"), correlate(case.dy, case.z, case.unit).float())
 
 
-def test_every_configuration(device, poisoned_memory):
+@every_tiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_configuration(device, poisoned_memory, geometry, dtype):
     conv = pytest.importorskip("fused_res.kernels.conv")
     launcher = pytest.importorskip("fused_res.kernels.conv_wgrad").conv_wgrad
-    for name in ("1x1", "3x3, stride 2"):
-        geometry = GEOMETRIES[name]._replace(c=24, k=130)
-        for dtype in (torch.float32, torch.bfloat16):
-            case = Case(geometry, dtype, device)
-            expected = correlate(case.dy, case.z, case.unit).to(dtype)
-            tiles = conv.configurations("wgrad", dtype, len(to_rows(case.image)), case.unit.weight.shape)
-            assert len(tiles) >= 2
-            for config in tiles:
-                assert torch.equal(launcher(case.gradient, case.x, case.unit, config=config), expected), config
+    case = Case(geometry, dtype, device)
+    expected = correlate(case.dy, case.z, case.unit).to(dtype)
+    tiles = conv.configurations("wgrad", dtype, len(to_rows(case.image)), case.unit.weight.shape)
+    assert len(tiles) >= 2
+    for config in tiles:
+        assert torch.equal(launcher(case.gradient, case.x, case.unit, config=config), expected), config
 
 
 def test_parts_cover_all_pixels():
@@ -179,16 +178,16 @@ def test_parts_cover_all_pixels():
 def test_any_layout(backend, device, dtype):
     case = Case(SMALL, dtype, device)
     expected, weight, gradient = correlate(case.dy, case.z, case.unit).to(dtype), case.unit.weight, case.gradient
-    for dy_image, x_image in (
-        (case.image.contiguous(), misaligned(case.x.image)),
-        (misaligned(case.image), case.x.image.contiguous()),
+    for dy_image, x_image, filters in (
+        (case.image.contiguous(), misaligned(case.x.image), weight.contiguous()),
+        (misaligned(case.image), case.x.image.contiguous(), weight),
+        (case.image, case.x.image, weight[:1].expand(weight.shape)),
     ):
-        for filters in (weight.contiguous(), weight, weight[:1].expand(weight.shape)):
-            dy = Gradient(dy_image, misaligned(case.y), gradient.vectors, gradient.coefficients)
-            dweight = conv_wgrad(dy, Activation(x_image, case.x.vectors), case.unit._replace(weight=filters), backend=backend)
-            assert torch.equal(dweight, expected)
-            if backend == "triton" and filters.is_contiguous():
-                assert dweight.is_contiguous()
+        dy = Gradient(dy_image, misaligned(case.y), gradient.vectors, gradient.coefficients)
+        dweight = conv_wgrad(dy, Activation(x_image, case.x.vectors), case.unit._replace(weight=filters), backend=backend)
+        assert torch.equal(dweight, expected)
+        if backend == "triton" and filters.is_contiguous():
+            assert dweight.is_contiguous()
     ones = case.image.new_ones(()).expand(SMALL.out)
     dweight = conv_wgrad(Gradient(ones), case.x, case.unit, backend=backend)
     assert torch.equal(dweight, correlate(ones, case.z, case.unit).to(dtype))
