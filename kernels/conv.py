@@ -166,8 +166,8 @@ def implicit_gemm(
     return acc
 
 
-# More pixels than a block ever has.
-_LONGEST = 1024
+# Pixels of an image, padding included: places within an image, and from there on within a part of all, take 32 bits.
+_PIXELS = 2**30 - 1024
 
 
 class Config(NamedTuple):
@@ -239,8 +239,8 @@ def geometry(height: int, width: int, unit: ConvBN) -> Geometry:
         raise ValueError(f"x: expected images no smaller than the filter, got {height} x {width}")
     padded = height + 2 * unit.padding[0], width + 2 * unit.padding[1]
     for h, w in (padded, out):
-        if h * w > 2**31 - _LONGEST:
-            raise ValueError(f"x: expected images of less than 2^31 pixels, got {h} x {w}")
+        if h * w > _PIXELS:
+            raise ValueError(f"x: expected images of less than 2^30 pixels, got {h} x {w}")
     return Geometry(height, width, *out, *unit.stride, *unit.padding, *unit.dilation)
 
 

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from fused_res.kernels.common import (
     Variant,
-    affine,
     aligned,
     first_row,
-    is_open,
     launch,
-    load_row,
     load_rows,
     meta,
-    offset,
+    store_gradient,
     variant,
 )
 from fused_res.kernels.conv import (
@@ -141,18 +138,7 @@ def _kernel(
         if addend.signs is not None:
             more = tl.where(load_signs(addend.signs, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C), more, 0.0)
         acc += more
-    if partials is not None:
-        v = load_rows(y, at, mask)
-        acc = tl.where(is_open(affine(v, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])), acc, 0.0)
-    stored = acc.to(dx.dtype.element_ty)
-    tl.store(dx + at, stored, mask=mask)
-    if partials is not None:
-        # Of the values as they are stored.
-        v = v - load_row(vectors, 0, C, c)[None, :]
-        masked = tl.where(mask, stored.to(tl.float32), 0.0)
-        start = partials + offset(t * 2, C)
-        tl.store(start + c, tl.sum(masked, axis=0), mask=c < C)
-        tl.store(start + C + c, tl.sum(masked * v, axis=0), mask=c < C)
+    store_gradient(dx, acc, at, mask, y, vectors, partials, t, C, c)
 
 
 def conv_dgrad(

@@ -1,13 +1,11 @@
 """The tables of docs/kernels.md: written from rows, read back, and noticed when they have not the kernels that there are."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from fused_res import aot_table
 
-ROOT = Path(__file__).parents[1]
 DOCUMENT = """# Kernels
 
 <!-- kernels:begin first -->
@@ -53,10 +51,3 @@ def test_only_the_given_sections_are_rewritten():
 def test_refuses_a_file_without_a_section():
     with pytest.raises(ValueError, match="expected <!-- kernels:begin third --> and <!-- kernels:end -->"):
         aot_table.rewritten(DOCUMENT, {"third": ""})
-
-
-def test_the_document_has_a_section_for_every_file_of_kernels():
-    files = aot_table.files((ROOT / "docs" / "kernels.md").read_text())
-    assert len(files) == len(set(files))
-    kernels = {path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_variants" in path.read_text()}
-    assert set(files) == kernels

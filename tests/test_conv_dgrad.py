@@ -115,9 +115,7 @@ def test_addend(backend, device, name, signs, stride, dtype):
     assert torch.equal(image, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("1x1", torch.float32), *(("3x3, stride 2", dtype) for dtype in DTYPES)], ids=str
-)
+@pytest.mark.parametrize(("name", "dtype"), [("1x1", torch.float32), *(("3x3, stride 2", dtype) for dtype in DTYPES)], ids=str)
 def test_accuracy(device, poisoned_memory, name, dtype):
     """Of 8 seeds together, with the BN behind applied in the prologue or, eager, before."""
     pytest.importorskip("triton")
