@@ -295,9 +295,14 @@ inline void check_pointwise_tail_backward_apply(const Tensor& dz, const Optional
                                                 const Tensor& signs, const Tensor& z, const OptionalTensor& z_vectors,
                                                 int64_t down, int64_t right, const Tensor& scaled,
                                                 const OptionalTensor& mean, const OptionalTensor& quadratic,
-                                                const OptionalTensor& constant, bool inner) {
+                                                const OptionalTensor& constant, bool inner, bool joins) {
   check_pointwise_tail_backward_reduce(dout, signs, z, z_vectors, down, right, mean, scaled);
-  check("dz", dz, {dout.size(0), z.size(3)}, z.scalar_type(), z);
+  if (joins) {
+    check("dz", dz, {z.size(0), z.size(1), z.size(2), z.size(3)}, z.scalar_type(), z);
+    STD_TORCH_CHECK(!inner, "inner: expected no image that the gradient joins with it");
+  } else {
+    check("dz", dz, {dout.size(0), z.size(3)}, z.scalar_type(), z);
+  }
   if (through) check("through", *through, {dout.size(0), z.size(3)}, statistics_dtype(z.scalar_type()), z);
   STD_TORCH_CHECK(mean.has_value() == quadratic.has_value() && mean.has_value() == constant.has_value(),
                   "quadratic: expected mean, quadratic and constant together");

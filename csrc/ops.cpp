@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "pointwise_tail_backward_apply(Tensor(a!) dz, Tensor? through, Tensor dout, Tensor signs, Tensor z, Tensor? "
       "z_vectors, "
-      "int down, int right, Tensor scaled, Tensor? mean, Tensor? quadratic, Tensor? constant, bool inner) -> Tensor?");
+      "int down, int right, Tensor scaled, Tensor? mean, Tensor? quadratic, Tensor? constant, bool inner, "
+      "bool joins) -> Tensor?");
   m.def(
       "pointwise_fprop(Tensor x, Tensor? x_vectors, int down, int right, Tensor weight, bool statistics) -> "
       "(Tensor, Tensor?, int)");

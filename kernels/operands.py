@@ -54,6 +54,13 @@ def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
 
 
 @triton.jit
+def sampled(sampling, r):
+    """The rows in memory of rows r, int32, of a sampled operand; in 64 bits."""
+    w, pixels, image, line, step = sampling
+    return (r // pixels).to(tl.int64) * image + r % pixels // w * line + r % w * step
+
+
+@triton.jit
 def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr):
     """Rows first + p of the tile of `left` rows that begins at a row, and columns k, as a matrix product multiplies them.
 
@@ -62,10 +69,7 @@ def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr):
     if z.sampling is None:
         start, at = z.data + offset(row + first, K), p * K
     else:
-        w, pixels, image, line, step = z.sampling
-        r = row.to(tl.int32) + first + p
-        r = (r // pixels).to(tl.int64) * image + r % pixels // w * line + r % w * step
-        start, at = z.data, r * K
+        start, at = z.data, sampled(z.sampling, row.to(tl.int32) + first + p) * K
     v = tl.load(start + (at[:, None] + k[None, :]), mask=within(first + p, left, k, K), other=0.0)
     if z.vectors is not None:
         v = activate(v.to(tl.float32), z.vectors, K, k)

@@ -28,7 +28,7 @@ from fused_res.kernels.common import (
     variant,
     within,
 )
-from fused_res.kernels.conv import meta_image, sign_word
+from fused_res.kernels.conv import check_image, meta_image, sign_word
 from fused_res.kernels.operands import (
     incoming,
     load_gradient,
@@ -38,8 +38,9 @@ from fused_res.kernels.operands import (
     meta_activation,
     operand,
     pivot,
+    sampled,
 )
-from fused_res.layout import to_image
+from fused_res.layout import to_image, to_rows
 
 # Channels whose values are within a factor of 2 count from a pivot; the differences then need no rounding.
 _REACH, _SHARE = 0.5, 8
@@ -226,6 +227,7 @@ def _apply(
     ALIGN: tl.constexpr,
     ALIGN_K: tl.constexpr,
     WORD: tl.constexpr,
+    JOINS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -256,17 +258,31 @@ def _apply(
             value = narrow(m - load_operand(z, row, 0, p, left, d, K, PRECISION).to(tl.float32), DTYPE, PRECISION)
             result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
         result -= load_row(constant, 0, K, k)[None, :]
+    if JOINS:
+        if z.sampling is not None:
+            at = (sampled(z.sampling, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
+        result += load_rows(dz, at, mask)
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
 
 def pointwise_tail_backward_apply(
-    dout: Tensor, signs: Tensor, z: Any, scaled: Tensor, through: Tensor | None, gradients: Any, inner: bool
+    dout: Tensor,
+    signs: Tensor,
+    z: Any,
+    scaled: Tensor,
+    through: Tensor | None,
+    gradients: Any,
+    inner: bool,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Contract: fused_res/primitives/pointwise_tail_backward.py."""
     g, pixels, precision = incoming(dout, signs, z.pixels), z.pixels, dot_precision(dout)
     n, channels, h, w = dout.shape
     size, narrow_dtype = scaled.shape[1], g.element_size() == 2
-    dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
+    if into is not None:
+        dz = to_rows(check_image("into", into, z.image.shape, g))
+    else:
+        dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
     block_p, depth = 64, 64 if narrow_dtype else 32
     block_k = max(16, min(128 if narrow_dtype else 64, triton.next_power_of_2(size)))
     tiles = triton.cdiv(pixels, block_p)
@@ -279,6 +295,7 @@ def pointwise_tail_backward_apply(
         ALIGN=alignment(channels),
         ALIGN_K=alignment(size),
         WORD=sign_word(signs, channels, depth),
+        JOINS=into is not None,
         BLOCK_P=block_p,
         BLOCK_C=depth,
         BLOCK_K=block_k,
@@ -286,7 +303,7 @@ def pointwise_tail_backward_apply(
         STAGES=3,
         warps=8,
     )
-    return to_image(dz, n, h, w), partials, inner
+    return to_image(dz, n, h, w) if into is None else into, partials, inner
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -316,3 +333,5 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield step("live", pointwise_tail_backward_apply, dout, signs, z, scaled, None, live, inner, sample=k == 128)
         yield step("live, through", pointwise_tail_backward_apply, dout, signs, z, scaled, through, live, inner)
         yield step("frozen", pointwise_tail_backward_apply, dout, signs, z, scaled, None, frozen, inner)
+        if not inner:
+            yield step("joining", pointwise_tail_backward_apply, dout, signs, z, scaled, None, live, inner, z.image)

@@ -44,7 +44,8 @@ def products():
     mean, quadratic, constant = torch.rand(K).double(), torch.randn(K, K), torch.randn(K)
     images, y, c = torch.randn(2, 1, 3, C), torch.randn(2, 1, 3, C), torch.rand(7, C)
     small, its_signs = torch.randn(2, 1, 2, K), torch.randint(0, 256, (4, 2), dtype=torch.uint8)
-    gradient = [images, y, v, c, signs, True]
+    gradient, step = [images, y, v, c, signs, True], [dz, through, dout, signs]
+    strided = [torch.randn(2, 1, 6, K), None, 1, 2, weight, mean, quadratic, constant]
     return {
         "masked_add": [torch.randn(2, 1, 3, K), small, its_signs, 2, 2],
         "moments": [z, z_vectors, 1, 2],
@@ -52,7 +53,8 @@ def products():
         "pointwise_tail with a skip": [z, z_vectors, 1, 1, weight, v, skip, None, None, None, 1, 1, None, None, True],
         "pointwise_tail with y2": [z, z_vectors, 1, 1, weight, v, None, y2, None, None, 1, 1, None, v2, False],
         "pointwise_tail_backward_reduce": [dout, signs, z, z_vectors, 1, 1, mean, weight],
-        "pointwise_tail_backward_apply": [dz, through, dout, signs, z, z_vectors, 1, 1, weight, mean, quadratic, constant, True],
+        "pointwise_tail_backward_apply": [*step, z, z_vectors, 1, 1, weight, mean, quadratic, constant, True, False],
+        "pointwise_tail_backward_apply that joins": [torch.randn(2, 1, 6, K), *step[1:], *strided, False, True],
         "pointwise_fprop": [x, x_vectors, 2, 2, weight2, True],
         "pointwise_dgrad": [*gradient, weight, z, z_vectors, None, None, 1, 1],
         "pointwise_dgrad with an addend": [*gradient, weight, None, None, small, its_signs, 2, 2],
@@ -107,7 +109,7 @@ FREE = {
     ("pointwise_fprop", 4): ("row",),
 }
 # Arguments that are written to.
-OUTPUTS = {"masked_add": 0, "pointwise_tail_backward_apply": 0}
+OUTPUTS = {"masked_add": 0, "pointwise_tail_backward_apply": 0, "pointwise_tail_backward_apply that joins": 0}
 
 
 @pytest.mark.parametrize("name", list(calls()) if WHY is None else [])
@@ -210,6 +212,10 @@ def test_operands_that_belong_together():
             arguments[position] = None
             with pytest.raises(RuntimeError, match=message):
                 call(name, arguments)
+    arguments = calls()["pointwise_tail_backward_apply that joins"]
+    arguments[-2] = True
+    with pytest.raises(RuntimeError, match="inner: expected"):
+        call("pointwise_tail_backward_apply", arguments)
     arguments = calls()["pointwise_tail"]
     arguments[6] = calls()["pointwise_tail with a skip"][6]
     with pytest.raises(RuntimeError, match="skip: expected at most one of skip, y2 and x"):

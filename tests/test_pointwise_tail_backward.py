@@ -7,7 +7,7 @@ import torch
 from convolutions import every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads, statistics
 
-from fused_res.layout import to_rows
+from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import pack_signs, unpack_signs
 from fused_res.primitives.moments import Moments, moments
 from fused_res.primitives.operands import Activation
@@ -182,6 +182,51 @@ def test_products_are_exact_on_integers(backend, device):
             if centre is not None:
                 want = want - (to_rows(image).double() - centre) @ quadratic.double() - constant.double()
             assert torch.equal(to_rows(dz).double(), want)
+
+
+@every_dtype
+@pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9, 12), (2, 2, 3)], ids=str)
+def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride, training):
+    """On integers, exactly; what the stride passes over keeps its bits."""
+    draw, (n, h, w) = Draw(11, device), shape
+    size = (h - 1) * stride[0] + 1, w * stride[1]
+    z, into = Activation(draw.integers(n, 33, *size, dtype=dtype), stride=stride), draw.integers(n, 33, *size, dtype=dtype)
+    dout, opened, scaled = draw.integers(n, 70, h, w, dtype=dtype), draw.opened(n * h * w, 70), draw.integers(70, 33, dtype=dtype)
+    mean, quadratic, constant = None, None, None
+    rows = torch.where(opened, to_rows(dout), 0).double() @ scaled.double()
+    if training:
+        mean, quadratic, constant = (draw.integers(*shape) for shape in ((33,), (33, 33), (33,)))
+        rows -= (z.rows(backend).double() - mean) @ quadratic.double() + constant
+    wanted = into.double()
+    wanted[:, :, :: stride[0], :: stride[1]] += to_image(rows, n, h, w)
+    if training:
+        mean, quadratic = mean.double(), quadratic.to(dtype)
+    gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
+    before = z.image.clone()
+    found = pointwise_tail_backward_apply(dout, pack_signs(opened), z, scaled, None, gradients, into=into, backend=backend)
+    assert found.image is into
+    assert found.partials is None
+    assert torch.equal(into, wanted.to(dtype))
+    assert torch.equal(z.image, before)
+
+
+def test_an_image_that_cannot_be_joined(backend, device):
+    c = case(Draw(12, device), backend, (3, 5, 7), 20, 33, torch.float32)
+    sums, gradients, _ = run(c, backend)
+    z, scaled, image = c.branch.z, scaled_weight(c.branch), c.branch.z.image
+    for into, inner, error, message in (
+        (image.clone(), True, ValueError, "into: expected None together with inner"),
+        (image[:, :, 1:], False, ValueError, "into: expected shape"),
+        (image.double(), False, TypeError, r"into: expected torch\.float32"),
+        (image.contiguous(), False, ValueError, "into: expected a channels_last image"),
+        (image.flatten(2).unflatten(2, (7, 5)).contiguous(memory_format=torch.channels_last), False, ValueError, "into: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            pointwise_tail_backward_apply(
+                c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, into=into, backend=backend
+            )
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

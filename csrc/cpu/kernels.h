@@ -98,6 +98,7 @@ struct BnActBackwardApply {
 };
 
 // out = [start +] first [+ second] [- constant] [+ addend where it is open]. start is in the dtype of the arithmetic.
+// With `joins` that is added to out, whose rows are then sampled.
 struct Product {
   Tiling tiling;  // of out: a tile is a block
   Factors first, second;
@@ -107,6 +108,8 @@ struct Product {
   const uint8_t* addend_signs;
   Sampling addend_sampling;
   void* out;
+  bool joins;
+  Sampling out_sampling;
   bool stream;
   BnStats statistics;        // of out, if its partials are given
   BnActBackwardReduce sums;  // with out as dout, likewise

@@ -60,18 +60,21 @@ std::tuple<Tensor, Tensor, OptionalTensor> reduce_op(const Tensor& dout, const T
   return {total, product, through};
 }
 
-// dz = through - (z - m) B - b, with dout A for through where that is not given. dz may be the memory of through.
+// dz = through - (z - m) B - b, with dout A for through where that is not given. dz may be the memory of through. With
+// `joins` dz is images like z, to whose sampled pixels that is added.
 OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const Tensor& dout, const Tensor& signs,
                         const Tensor& z, const OptionalTensor& z_vectors, int64_t down, int64_t right,
                         const Tensor& scaled, const OptionalTensor& mean, const OptionalTensor& quadratic,
-                        const OptionalTensor& constant, bool inner) {
+                        const OptionalTensor& constant, bool inner, bool joins) {
   check_pointwise_tail_backward_apply(dz, through, dout, signs, z, z_vectors, down, right, scaled, mean, quadratic,
-                                      constant, inner);
+                                      constant, inner, joins);
   const int64_t pixels = dout.size(0), channels = z.size(3);
   Product arguments{};
   arguments.tiling = product_tiling(pixels, channels);
   arguments.start = data(through);
   arguments.out = output(dz);
+  arguments.joins = joins;
+  arguments.out_sampling = sampling_of(z, down, right);
   OptionalTensor first, second, shift;
   int64_t elements = block_elements(arguments.tiling.rows, kStretch) + block_elements(arguments.tiling.rows, channels);
   if (!through) {

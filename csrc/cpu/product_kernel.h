@@ -43,8 +43,8 @@ void product(const Product& a, int64_t begin, int64_t end, void* memory) {
   Scratch scratch(memory);
   A* values = scratch.take<A>(tiling.rows, kStretch);
   Multiplier<T> first(a.first, tiling.rows, scratch), second(a.second, tiling.rows, scratch);
-  const bool as_it_is =
-      sizeof(T) == sizeof(A) && a.start == nullptr && a.constant == nullptr && a.addend == nullptr && !a.stream;
+  const bool as_it_is = sizeof(T) == sizeof(A) && a.start == nullptr && a.constant == nullptr && a.addend == nullptr &&
+                        !a.joins && !a.stream;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / tiling.stretches * tiling.rows, n = min(tiling.rows, tiling.pixels - row);
     const int64_t from = task % tiling.stretches * kStretch, columns = min(kStretch, channels - from);
@@ -73,6 +73,15 @@ void product(const Product& a, int64_t begin, int64_t end, void* memory) {
       const A* constant = a.constant == nullptr ? nullptr : static_cast<const A*>(a.constant) + from;
       Row<T> results(out, columns, a.stream, channels);
       for (int64_t p = 0; p < n; ++p, to += to_row) {
+        if (a.joins) {
+          T* joined = out + source_row(a.out_sampling, row + p) * channels;
+          for_channels<V::width>(columns, [&](int64_t c, auto lanes) {
+            V v = load<V>(to + c, lanes);
+            if (constant != nullptr) v = v - load<V>(constant + c, lanes);
+            store(joined + c, load<V>(joined + c, lanes) + v, lanes);
+          });
+          continue;
+        }
         T* result = results.begin(row + p);
         const int64_t added = a.addend == nullptr ? -1 : sampled_row(a.addend_sampling, row + p);
         if (added >= 0) {

@@ -89,12 +89,17 @@ def pointwise_tail_backward_apply(
     through: Tensor | None,
     gradients: TailGradients,
     inner: bool,
+    into: Tensor | None,
 ) -> Inflow:
     if not dout.is_cpu:
-        return tail_backward.plain_apply(dout, signs, z, scaled, gradients, inner, "native")
+        return tail_backward.plain_apply(dout, signs, z, scaled, gradients, inner, into, "native")
     rows = to_rows(dout)
-    in_place = through is not None and through.dtype == scaled.dtype
-    dz = through if in_place else rows.new_empty(rows.shape[0], scaled.shape[1])
+    if into is not None:
+        dz = into.permute(0, 2, 3, 1)
+    elif through is not None and through.dtype == scaled.dtype:
+        dz = through
+    else:
+        dz = rows.new_empty(rows.shape[0], scaled.shape[1])
     partials = torch.ops.fused_res.pointwise_tail_backward_apply(
         dz,
         through,
@@ -106,7 +111,10 @@ def pointwise_tail_backward_apply(
         gradients.quadratic,
         gradients.constant,
         inner,
+        into is not None,
     )
+    if into is not None:
+        return Inflow(into)
     n, _, h, w = dout.shape
     return Inflow(to_image(dz, n, h, w), partials)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_res.block.forward import Saved, projected
 from fused_res.block.levels import Level, is_pointwise
+from fused_res.block.pool import join_through_pool, through_pool
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
@@ -132,26 +133,27 @@ def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tu
     return Coefficients(*c), dy if level.prologues else Gradient(dy.values(backend))
 
 
-def _moment_bn(outer: _Outer, z: Activation, branch: _Branch, backend: str) -> tuple[TailGradients | None, Inflow | None]:
-    """Through the outer ReLU and a unit in the moment form: its gradients, and what flows into z, where they are wanted."""
+def _moment_bn(
+    outer: _Outer, z: Activation, branch: _Branch, backend: str, into: Tensor | None = None
+) -> tuple[TailGradients | None, Inflow | None]:
+    """Through the outer ReLU and a unit in the moment form: its gradients, and what flows into z, where they are wanted.
+
+    With `into` the latter joins that image; it is not kept on the way then, and the incoming gradient is read once more.
+    """
     if not branch.needs_any:
         return None, None
     pointwise = Pointwise(z, multiplied(branch.unit.weight, backend), branch.vectors)
     found = moments(z, backend=backend) if branch.unit.training else None
     scaled = multiplied(scaled_weight(pointwise), backend) if branch.below else None
     mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled, backend=backend)
+    sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled if into is None else None, backend=backend)
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
     gradients = pointwise_tail_backward_finalize(sums, found, pointwise, scaled, gamma, beta, a, *outer, backend=backend)
     inflow = None
     if branch.below:
-        inner = z.vectors is not None
-        inflow = pointwise_tail_backward_apply(*outer, z, scaled, sums.through, gradients, inner=inner, backend=backend)
+        ends = {"inner": z.vectors is not None, "into": into}
+        inflow = pointwise_tail_backward_apply(*outer, z, scaled, sums.through, gradients, **ends, backend=backend)
     return gradients, inflow
-
-
-def _through_pool(dpooled: Tensor, image: Tensor, pool: AvgPool) -> Tensor:
-    return torch.ops.aten.avg_pool2d_backward(dpooled, image, *pool, None)
 
 
 def _projection(
@@ -169,24 +171,21 @@ def _projection(
         dx = conv_dgrad(dy, read, unit._replace(stride=(1, 1)), backend=backend).image
         return dweight, Addend(dx, stride=tuple(unit.stride))
     dx = conv_dgrad(dy, wanted, unit, backend=backend).image
-    return dweight, Addend(dx if pool is None else nhwc(_through_pool(dx, image, pool)))
+    return dweight, Addend(dx if pool is None else nhwc(through_pool(dx, image, pool)))
 
 
 def _moment_projection(
-    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, backend: str
-) -> tuple[TailGradients, Addend | None]:
-    """As `_projection`, in the moment form."""
+    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, dx: Tensor | None, backend: str
+) -> TailGradients | None:
+    """Through a projection in the moment form: its gradients; x's through it joins dx in place, where that is wanted."""
     z = projected(image, branch.unit, pool)
-    gradients, inflow = _moment_bn(outer, z, branch, backend)
-    if inflow is None:
-        return gradients, None
-    if pool is None:
-        return gradients, Addend(inflow.image, stride=z.stride)
-    dpooled = inflow.image
-    if z.stride != (1, 1):
-        dpooled = torch.zeros_like(z.image)
-        masked_add(dpooled, Addend(inflow.image, stride=z.stride), backend=backend)
-    return gradients, Addend(nhwc(_through_pool(dpooled, image, pool)))
+    if pool is None or dx is None:
+        return _moment_bn(outer, z, branch, backend, into=dx)[0]
+    dpooled = torch.zeros_like(z.image)
+    gradients, _ = _moment_bn(outer, z, branch, backend, into=dpooled)
+    del z
+    join_through_pool(dx, dpooled, pool)
+    return gradients
 
 
 def backward(
@@ -235,9 +234,6 @@ def backward(
             return Activation(image)
         return Activation(to_image(saved.ys[i - 1], image.shape[0], *sizes[i]), saved.vectors[i - 1])
 
-    if side is not None and level.moment_projection:
-        found, add = _moment_projection(outer, image, side, block.pool, backend)
-        dprojection = side.parameters(found, None if found is None else found.dweight)
     main: list[ConvBN] = [ConvBN(weight=None)] * count
     if level.moment_main:
         dy, z = None, activation(count - 1)
@@ -286,6 +282,9 @@ def backward(
         current = branch(i - 1, below[i - 1])
         c, dy = _inner_bn(inflow, current, level, backend)
         del inflow
+    if side is not None and level.moment_projection:
+        found = _moment_projection(outer, image, side, block.pool, dx, backend)
+        dprojection = side.parameters(found, None if found is None else found.dweight)
     dskip = None
     if needs.skip:
         dskip = torch.zeros_like(outer.dout)

@@ -20,7 +20,7 @@ from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import select, statistics_dtype
+from fused_res.primitives.common import check, select, statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.moments import FEW, Moments, spread
 from fused_res.primitives.operands import Activation
@@ -149,15 +149,26 @@ def pointwise_tail_backward_finalize(
 
 
 def plain_apply(
-    dout: Tensor, signs: Tensor, z: Activation, scaled: Tensor, gradients: TailGradients, inner: bool, backend: str
+    dout: Tensor,
+    signs: Tensor,
+    z: Activation,
+    scaled: Tensor,
+    gradients: TailGradients,
+    inner: bool,
+    into: Tensor | None,
+    backend: str,
 ) -> Inflow:
     dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(dout.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:
         centred = (z.rows(backend).double() - gradients.mean).to(dtype)
         dz -= torch.addmm(gradients.constant.to(dtype), centred, gradients.quadratic.to(dtype))
-    rows = dz.to(dout.dtype)
     n, _, h, w = dout.shape
+    if into is not None:
+        down, right = z.stride
+        into[:, :, ::down, ::right].add_(to_image(dz, n, h, w))
+        return Inflow(into)
+    rows = dz.to(dout.dtype)
     if not inner:
         return Inflow(to_image(rows, n, h, w))
     partials = bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, backend=backend)
@@ -172,7 +183,8 @@ def pointwise_tail_backward_apply(
     through: Tensor | None,
     gradients: TailGradients,
     *,
-    inner: bool,
+    inner: bool = False,
+    into: Tensor | None = None,
     backend: str,
 ) -> Inflow:
     """`dz = g A - (z - m) B - b`, and the ReLU and sums of the BN below, as the epilogue of `conv_dgrad` with `inner`.
@@ -183,11 +195,20 @@ def pointwise_tail_backward_apply(
         through: `g A` where step 1 wrote it; it may be overwritten.
         gradients: of step 2.
         inner: whether z is `relu(scale * y + shift)` and the sums of the BN that made it are wanted.
+        into: an image of the shape, dtype and layout of z's which dz joins in place, at the pixels of z's stride, rounded once;
+            excludes `inner`.
 
     Returns:
-        `Inflow`: dz at the pixels of z's stride, [N, K, h, w], channels_last, in z's dtype; partial sums with `inner`.
+        `Inflow`: dz at the pixels of z's stride, [N, K, h, w], channels_last, in z's dtype; partial sums with `inner`; or `into`.
     """
+    if into is not None:
+        if inner:
+            raise ValueError("into: expected None together with inner")
+        check("into", to_rows(into), to_rows(z.image).shape, z.image.dtype, z.image.device)
+        if into.shape != z.image.shape or not into.is_contiguous(memory_format=torch.channels_last):
+            got = f"strides {into.stride()} for shape {tuple(into.shape)}"
+            raise ValueError(f"into: expected a channels_last image of shape {tuple(z.image.shape)}, got {got}")
     own = select("pointwise_tail_backward_apply", backend, None) if z.pixels > FEW else None
     if own is None:
-        return plain_apply(dout, signs, z, scaled, gradients, inner, backend)
-    return Inflow(*own(dout, signs, z, scaled, through, gradients, inner))
+        return plain_apply(dout, signs, z, scaled, gradients, inner, into, backend)
+    return Inflow(*own(dout, signs, z, scaled, through, gradients, inner, into))

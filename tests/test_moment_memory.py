@@ -1,0 +1,103 @@
+"""What the moment form allocates: nothing of the width of x or out but out, dx, and for ResNet-D the pooled x and its gradient."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_res import backends
+from fused_res.block.backward import Gradients, backward
+from fused_res.block.forward import Saved, forward
+from fused_res.spec import AvgPool, Block, ConvBN
+
+N, SIZE, WIDTH, OUT = 4, 12, 16, 64
+# Channels of x, stride of the 3x3 convolution, stride of the projection, pool.
+KINDS = {
+    "identity": (OUT, 1, None, None),
+    "projection": (48, 1, 1, None),
+    "strided projection": (48, 2, 2, None),
+    "ResNet-D": (48, 2, 1, AvgPool((2, 2), (2, 2), ceil_mode=True, count_include_pad=False)),
+}
+
+
+def unit(outputs, inputs, kernel, stride, dtype):
+    weight = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+    padding = (kernel // 2, kernel // 2)
+    return ConvBN(weight.to(dtype), gamma=torch.rand(outputs), beta=torch.rand(outputs), stride=(stride, stride), padding=padding)
+
+
+def block(kind, dtype):
+    inputs, stride, projection, pool = KINDS[kind]
+    main = [unit(WIDTH, inputs, 1, 1, dtype), unit(WIDTH, WIDTH, 3, stride, dtype), unit(OUT, WIDTH, 1, 1, dtype)]
+    return Block(main, None if projection is None else unit(OUT, inputs, 1, projection, dtype), pool)
+
+
+class Images(TorchDispatchMode):
+    """The images, as matrices or not, that operators make, as (pixels, channels), and how many of WIDTH are there at once."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.wide, self.inner, self.most = sizes, [], [], 0
+
+    def _image(self, shape):
+        for n, h, w in self.sizes:
+            if len(shape) == 2 and shape[0] == n * h * w:
+                return shape
+            if len(shape) == 4 and shape[0] == n and (h, w) in (shape[1:3], shape[2:]):
+                return n * h * w, shape.numel() // (n * h * w)
+        return None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(values):
+            return {t.untyped_storage()._cdata for t in tree_leaves(values) if isinstance(t, torch.Tensor)}
+
+        before = storages((args, kwargs))
+        made = function(*args, **(kwargs or {}))
+        # Triton's interpreter lends its kernels views of what is there.
+        if function.overloadpacket is torch.ops.aten.set_:
+            return made
+        for t in tree_leaves(made):
+            if not isinstance(t, torch.Tensor) or t.untyped_storage()._cdata in before:
+                continue
+            image = self._image(t.shape)
+            if image is not None and image[1] > WIDTH:
+                self.wide.append(tuple(image))
+            elif image is not None and image[1] == WIDTH:
+                self.inner = [*(r for r in self.inner if r() is not None), weakref.ref(t.untyped_storage())]
+                self.most = max(self.most, len(self.inner))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_only_out_and_dx_are_as_wide_as_x_or_out(name, kind, dtype, request):
+    reason = backends.supports(name, torch.device("cpu"), dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    inputs, stride, _, pool = KINDS[kind]
+    torch.manual_seed(0)
+    parts = block(kind, dtype)
+    x = torch.randn(N, inputs, SIZE, SIZE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    small = SIZE // stride
+    before, after = N * SIZE**2, N * small**2
+    sizes = [(N, SIZE, SIZE), (N, small, small)]
+    wants = ConvBN(True, gamma=True, beta=True)
+    needs = Gradients(True, False, False, Block([wants] * 3, None if parts.projection is None else wants))
+    with torch.no_grad():
+        with Images(sizes) as forwards:
+            out, saved = forward(x, None, None, parts, "moment", True, name)
+        dout = torch.randn_like(out)
+        kept = Saved.from_list(saved, parts, "moment")
+        with Images(sizes) as backwards:
+            gradients = backward(dout, x, None, parts, kept, needs, "moment", name)
+    assert gradients.x.shape == x.shape
+    pooled = [] if pool is None else [(after, inputs)]
+    assert forwards.wide == [*pooled, (after, OUT)]
+    # The pooled x is computed again, and what flows into it needs all of it.
+    assert sorted(backwards.wide) == sorted([*pooled, *pooled, (before, inputs)])
+    # A convolution of ours holds the gradient that it reads, which the one before has left, and the one that it writes. The 3x3
+    # convolution of the library, which runs on a CPU, also has to be given what ours compute as they read.
+    assert forwards.most == backwards.most == (3 if name == "native" else 2)
