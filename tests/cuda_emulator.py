@@ -16,7 +16,7 @@ FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknow
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNELS = (
     *("bn_stats", "bn_finalize", "bn_act", "bn_act_backward_reduce", "bn_act_backward_finalize", "bn_act_backward_apply"),
-    *("row_tiles", "widen", "narrow", "toy"),
+    *("masked_add", "row_tiles", "widen", "narrow", "toy"),
 )
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 SHORTCUTS = ("none", "identity", "projection")
@@ -182,3 +182,20 @@ def run_apply(emulator, dout, y, v, c, signs, training, y2, c2, training2, keep_
     buffers = (dout, v, signs, value, c, dy, value2, c2, dy2, masked)
     emulator.run("bn_act_backward_apply", integers, buffers, [b for b in (dy, dy2, masked) if b is not None], **options)
     return dy, dy2, masked
+
+
+def run_add(emulator, dx, image, signs, stride, **options):
+    """The new dx; images are [N, H, W, C]."""
+    out, (n, h, w, channels) = torch.empty_like(dx), dx.shape
+    integers = (number(dx), n, channels, h, w, *stride, MULTIPROCESSORS)
+    emulator.run("masked_add", integers, (image, signs, dx, out), (out,), **options)
+    return out
+
+
+def add_arguments(shape, dtype, stride, masked=True):
+    """dx, the addend and its signs or None."""
+    n, h, w, channels = shape
+    dx = random(*shape, dtype=dtype)
+    image = random(n, -(-h // stride[0]), -(-w // stride[1]), channels, dtype=dtype, seed=1)
+    opened = random(image.numel() // channels, channels, seed=2) > 0
+    return dx, image, pack_signs(opened) if masked else None

@@ -13,6 +13,7 @@
 #include "bn_act_backward.cuh"
 #include "bn_finalize.cuh"
 #include "bn_stats.cuh"
+#include "masked_add.cuh"
 
 namespace {
 
@@ -150,6 +151,24 @@ void serve_apply(Request& r) {
   bn_act_backward_apply(a, number, relu, {nullptr, static_cast<int>(r.integer())});
 }
 
+/// dx is written in place: it comes as the buffer `before` and leaves as the output.
+void serve_add(Request& r) {
+  const Number number = r.number();
+  const std::int64_t N = r.integer();
+  const int C = static_cast<int>(r.integer()), height = static_cast<int>(r.integer());
+  const int width = static_cast<int>(r.integer()), down = static_cast<int>(r.integer());
+  const int right = static_cast<int>(r.integer()), multiprocessors = static_cast<int>(r.integer());
+  const int w = (width + right - 1) / right, area = (height + down - 1) / down * w;
+  const void* addend = r.buffer<void>();
+  const auto* signs = r.buffer<std::uint8_t>();
+  const void* before = r.buffer<void>();
+  void* dx = r.buffer<void>();
+  std::memcpy(dx, before, N * height * width * C * (number == Number::kFloat ? 4 : 2));
+  const Sampling sampling{std::int64_t{height} * width, width, area, w, down, right};
+  masked_add({addend, signs, dx, sampling, make_layout(N * area, C, group_of(number))}, number,
+             {nullptr, multiprocessors});
+}
+
 void serve_tiles(Request& r) {
   std::int64_t* to = r.buffer<std::int64_t>();
   const std::int64_t P = r.integer();
@@ -183,7 +202,8 @@ void serve_toy(Request& r) {
 }
 
 void (*const kServers[])(Request&) = {serve_stats, serve_finalize, serve_act,   serve_reduce, serve_backward_finalize,
-                                      serve_apply, serve_tiles,    serve_widen, serve_narrow, serve_toy};
+                                      serve_apply, serve_add,      serve_tiles, serve_widen,  serve_narrow,
+                                      serve_toy};
 
 bool read(void* to, std::size_t size) { return std::fread(to, 1, size, stdin) == size; }
 

@@ -284,6 +284,32 @@ def test_nan_passes_the_inner_relu(emulator):
     assert masked[3, 5] == dout[3, 5] != 0
 
 
+# masked_add
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "open"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)], ids=str)
+@over_shapes
+def test_masked_add(emulator, dtype, channels, stride, masked):
+    """Rounded once; what the stride passes over keeps its bits, and what is shut out does not matter."""
+    for n, h, w in ((0, 3, 4), (1, 1, 1), (2, 5, 7), (1, 2, 130)):
+        dx, image, signs = cuda.add_arguments((n, h, w, channels), dtype, stride, masked)
+        opened = torch.ones_like(image) if signs is None else act.unpack_signs(signs, channels).view_as(image)
+        image = torch.where(opened != 0, image, float("nan"))
+        expected = dx.double()
+        expected[:, :: stride[0], :: stride[1]] += torch.where(opened != 0, image.double(), 0)
+        assert torch.equal(cuda.run_add(emulator, dx, image, signs, stride), expected.to(dtype))
+
+
+def test_masked_add_passes_nan(emulator):
+    dx, image, signs = cuda.add_arguments((2, 5, 7, 20), torch.bfloat16, (2, 2))
+    dx[0, 1, 1, 3] = float("nan")
+    image.fill_(float("nan"))
+    expected = dx.isnan()
+    expected[:, ::2, ::2] |= act.unpack_signs(signs, 20).view_as(image)
+    assert torch.equal(cuda.run_add(emulator, dx, image, signs, (2, 2)).isnan(), expected)
+
+
 # What holds for all kernels
 
 
@@ -300,6 +326,9 @@ def all_kernels(emulator, dtype, channels, **options):
         c, two = cuda.random(7, channels), relu == "two"
         results = cuda.run_apply(emulator, dout, y, v, c, signs, True, y2, c if two else None, two, True, **options)
         yield f"apply {relu}", torch.cat([r for r in results if r is not None])
+    for stride in ((1, 1), (2, 2)):
+        dx, image, signs = cuda.add_arguments((2, 9, 10, channels), dtype, stride)
+        yield f"masked_add {stride}", cuda.run_add(emulator, dx, image, signs, stride, **options)
 
 
 @pytest.mark.parametrize("channels", [20, 64])
@@ -376,6 +405,9 @@ def test_an_overrun_of_a_real_kernel_shows(emulator, dtype, shift):
         cuda.run_act(emulator, y, cuda.vectors(64), short=1, shift=shift)
     with pytest.raises(cuda.CrashError, match="heap-buffer-overflow"):
         cuda.run_reduce(emulator, *cuda.backward_arguments(130, 64, dtype, "two"), 130, short=1, shift=shift)
+    dx, image, signs = cuda.add_arguments((2, 9, 10, 64), dtype, (2, 2))
+    with pytest.raises(cuda.CrashError, match="heap-buffer-overflow"):
+        cuda.run_add(emulator, dx, image, signs, (2, 2), short=1, shift=shift)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward")
+STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "masked_add")
 ARCHS = ("sm_80", "sm_90")
 INCLUDE = Path(torch.__file__).parent / "include"
 # Instances of each kernel: number formats, wide or not, modes.
@@ -22,6 +22,7 @@ KERNELS = {
     "bn_act_backward_reduce": 3 * 2 * 3,
     "bn_act_backward_finalize": 1,
     "bn_act_backward_apply": 3 * 2 * 3,
+    "masked_add": 3 * 2 * 2,
 }
 
 

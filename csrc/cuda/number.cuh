@@ -75,13 +75,22 @@ __device__ __forceinline__ Pack pack(const float (&value)[kGroup<T>]) {
   return result;
 }
 
+/// Whether the kernel writes to the memory that it loads from, which the read-only path must not be used for.
+enum class Memory { kReadOnly, kWritten };
+
+template <Memory kMemory, class T>
+__device__ __forceinline__ T fetch(const T* from) {
+  if constexpr (kMemory == Memory::kReadOnly) return __ldg(from);
+  return *from;
+}
+
 /// The first `valid` elements at `from`, zeros for the others. kWide takes all or none, in one access of 16 bytes.
-template <class T, bool kWide>
+template <class T, bool kWide, Memory kMemory = Memory::kReadOnly>
 __device__ __forceinline__ Pack load(const T* from, int valid) {
   Pack result{};
   if constexpr (kWide) {
     if (valid > 0) {
-      const uint4 v = __ldg(reinterpret_cast<const uint4*>(from));
+      const uint4 v = fetch<kMemory>(reinterpret_cast<const uint4*>(from));
       result = {{v.x, v.y, v.z, v.w}};
     }
   } else {
@@ -89,9 +98,9 @@ __device__ __forceinline__ Pack load(const T* from, int valid) {
     for (int j = 0; j < kGroup<T>; ++j) {
       if (j < valid) {
         if constexpr (sizeof(T) == 4) {
-          result.word[j] = __float_as_uint(__ldg(from + j));
+          result.word[j] = __float_as_uint(fetch<kMemory>(from + j));
         } else {
-          const std::uint32_t bits = __ldg(&from[j].bits);
+          const std::uint32_t bits = fetch<kMemory>(&from[j].bits);
           result.word[j / 2] |= bits << (16 * (j % 2));
         }
       }

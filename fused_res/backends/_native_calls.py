@@ -1,13 +1,12 @@
 """How primitives whose arguments are operands call the compiled operators, which take tensors and numbers.
 
-These operators are compiled for CPUs only; on a GPU the plain formulas run.
+Of these operators `masked_add` alone is compiled for GPUs too; there the others' plain formulas run.
 """
 
 import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives import masked_add as masked_addition
 from fused_res.primitives import moments as second_moments
 from fused_res.primitives import pointwise_tail as tail
 from fused_res.primitives import pointwise_tail_backward as tail_backward
@@ -120,9 +119,7 @@ def pointwise_tail_backward_apply(
 
 
 def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:
-    if not dx.is_cpu:
-        return masked_addition.plain(dx, image, signs, stride)
-    return torch.ops.fused_res.masked_add(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
+    torch.ops.fused_res.masked_add(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
 
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
