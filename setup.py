@@ -271,6 +271,7 @@ if __name__ == "__main__":
             "fused_res.backends",
             "fused_res.block",
             "fused_res.primitives",
+            "fused_res.tuning",
             "fused_res.kernels",
             "fused_res.benchmarks",
         ],

@@ -26,13 +26,7 @@ from fused_res.planner import use_backend
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import Block, ConvBN
-
-MARGIN = 1.25
-
-
-def floor(dtype: torch.dtype) -> float:
-    """The error that needs no excuse: 8 * 2^-24 in float32, half an ulp of 1 in the 16-bit dtypes."""
-    return 8 * 2.0**-24 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+from fused_res.tolerance import MARGIN, floor
 
 
 @dataclass

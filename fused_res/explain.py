@@ -19,7 +19,7 @@ class Convolution:
     """One convolution of a block: its module, its direction (`conv_fprop`, `conv_dgrad` or `conv_wgrad`), and who runs it.
 
     `own` is true for a kernel of the backend, with the tile `config` (None: its default), and false for the library; `why` says
-    why the library.
+    why: "measured" where tuning found it, "" for the rule.
     """
 
     unit: str
@@ -35,7 +35,7 @@ class Row:
 
     `backend` is "eager" where it runs through its child modules, and `level` then None; `reason` says why, or why the
     shortcut runs by itself. `units` names its convolutions, main branch first; `convolutions` are those that run as such in a
-    forward and, in training, in a backward to everything.
+    forward and, in training, in a backward to everything. `measured`: whether tuning found the level.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Row:
     units: tuple[str, ...]
     convolutions: tuple[Convolution, ...]
     reason: str | None
+    measured: bool = False
 
     def who_convolves(self) -> str:
         """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
@@ -62,10 +63,9 @@ def _who(convolutions: list[Convolution]) -> str:
     own = sum(c.own for c in convolutions)
     if not convolutions:
         return "moment"
-    if own:
-        return "own" if own == len(convolutions) else f"own {own} of {len(convolutions)}"
-    why = ", ".join(dict.fromkeys(c.why for c in convolutions))
-    return f"library ({why})" if why else "library"
+    word = "library" if not own else "own" if own == len(convolutions) else f"own {own} of {len(convolutions)}"
+    why = ", ".join(dict.fromkeys(c.why for c in convolutions if c.own == bool(own) and c.why))
+    return f"{word} ({why})" if why else word
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Explanation:
         lines = [head]
         for row in self.rows:
             what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
-            lines.append((*what, row.backend, row.level or "-", row.who_convolves(), row.shortcut, row.reason or ""))
+            level = f"{row.level} (measured)" if row.measured else row.level or "-"
+            lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, row.reason or ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -102,7 +103,8 @@ def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
     for unit, call in convolutions(x, block.residual_scale, parts, level, backend, block.training):
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
-    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason)
+    measured = planner.is_measured(x, parts)
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured)
 
 
 def explain(model: nn.Module, x: Tensor) -> Explanation:

@@ -8,11 +8,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fused_res import backends, plans
+from fused_res import backends, plans, settings
 from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry, numbers_of
 from fused_res.spec import Block
+from fused_res.tuning import tuner
 
 __all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
 
@@ -94,10 +95,11 @@ def plan(x: Tensor, block: Block) -> Plan:
         where torch.compile or torch.export trace.
     """
     asked = forced() or Forced(AUTO, None)
-    level = asked.level
+    level, numbers = asked.level, numbers_of(x, block)
     if level is None:
-        numbers = numbers_of(x, block)
         level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, x.dtype, numbers)
+    elif numbers is not None and numbers[-1] is not None and settings.tune():
+        _tune_at(level, asked.backend, x.device, x.dtype, numbers)
     return Plan(asked.backend, Level.of(level, block).name)
 
 
@@ -107,11 +109,39 @@ def _constant(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
+def is_measured(x: Tensor, block: Block) -> bool:
+    """Whether tuning found the level that `plan` gave, not a rule or `use_backend`."""
+    asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)
+    return asked.level is None and plans.decided(("measured", *_key(asked.backend, x.device, x.dtype, numbers))) is not None
+
+
+def _key(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple | None) -> tuple:
+    return "level", backend, device, dtype, numbers
+
+
 @_constant
 def _level(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
-    key = ("level", backend, device, dtype, numbers)
+    key = _key(backend, device, dtype, numbers)
     level = plans.decided(key)
-    if level is None:
-        name = resolve(backend, device, dtype) if backend == AUTO else backend
-        level = plans.decide(key, backends.load(name).level(device, dtype, Geometry.from_numbers(numbers)))
+    if level is not None:
+        return level
+    name = resolve(backend, device, dtype) if backend == AUTO else backend
+    geometry = Geometry.from_numbers(numbers)
+    found = tuner.level(name, device, dtype, geometry) if settings.tune() and _runs(name, device, dtype) else None
+    level = plans.decide(key, found or backends.load(name).level(device, dtype, geometry))
+    if level == found:
+        plans.decide(("measured", *key), True)
     return level
+
+
+def _tune_at(level: str, backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> None:
+    """Have the convolutions of a forced level tried, once."""
+    key = ("convolutions", level, backend, device, dtype, numbers)
+    if plans.decided(key) is None and _runs(backend, device, dtype):
+        tuner.convolutions_at(level, backend, device, dtype, Geometry.from_numbers(numbers))
+        plans.decide(key, True)
+
+
+def _runs(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the backend can run; where it was forced and cannot, the operator says why."""
+    return backends.supports(backend, device, dtype) is None

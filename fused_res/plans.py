@@ -1,7 +1,7 @@
 """What has been decided in this process. The first decision stands: a block runs again as it ran before.
 
 A checkpoint's recompute depends on that: what the forward saves follows from its level. Above lies what decides
-(`fused_res.planner`, `fused_res.tuner`), below what asks (`fused_res.primitives`).
+(`fused_res.planner`, `fused_res.tuning.tuner`), below what asks (`fused_res.primitives`).
 """
 
 from collections.abc import Callable, Hashable, Iterator

@@ -13,3 +13,18 @@ def _one_of(name: str, values: tuple[str, ...], default: str) -> str:
 def own_convolutions() -> bool:
     """Whether convolutions may be run by kernels of our own."""
     return _one_of("FUSED_RES_CONVOLUTIONS", ("auto", "library"), "auto") == "auto"
+
+
+def tune() -> bool:
+    """Whether blocks are tuned at their first call."""
+    return _one_of("FUSED_RES_TUNE", ("0", "1"), "0") == "1"
+
+
+def cache_folder() -> str | None:
+    """Where tuned plans are kept: a path, the empty string for nowhere, or None for the usual place."""
+    return os.environ.get("FUSED_RES_CACHE")
+
+
+def cpu_capability() -> str | None:
+    """The instruction set that was asked for; the compiled library reads the variable itself."""
+    return os.environ.get("FUSED_RES_CPU_CAPABILITY")

@@ -136,6 +136,12 @@ def test_what_is_imposed_or_decided_is_what_runs(planted):
     assert run() == [(3, 4)]
 
 
+def test_where_blocks_are_tuned_what_was_not_measured_is_the_librarys(planted):
+    assert choose(call()) == Choice(True)
+    plans.remember_by(lambda key: None)
+    assert choose(call()) == Choice(False, why="not measured")
+
+
 def test_a_plain_convolution_is_our_own_only_if_that_was_measured(planted):
     asked = call()._replace(operands=(*call().operands[:1], False, None))
     plans.remember_by(lambda key: Choice(True, (5,)) if key == asked.key() else None)
@@ -168,8 +174,8 @@ def test_explain_says_who_runs_each_convolution(planted, monkeypatch):
         assert {c.primitive for c in row.convolutions} == {"conv_fprop", "conv_dgrad", "conv_wgrad"}
         with use_backend("planted", "moment"):
             assert explain(block, x).rows[0].who_convolves() == "own/own/moment"
-        plans.remember_by(lambda key: Choice(False, why="measured") if key[0] == "conv_wgrad" else None)
-        assert explain(block, x).rows[0].who_convolves() == "own 2 of 3"
+        plans.remember_by(lambda key: Choice(key[0] != "conv_wgrad", why="measured"))
+        assert explain(block, x).rows[0].who_convolves() == "own 2 of 3 (measured)"
         monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "library")
         assert explain(block, x).rows[0].who_convolves() == "library (FUSED_RES_CONVOLUTIONS=library)"
     with use_backend("planted", "bn_act"):

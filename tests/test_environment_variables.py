@@ -43,6 +43,15 @@ def test_no_source_reads_a_variable_in_a_way_that_these_tests_miss():
     assert named == read_by(sources())
 
 
+def test_the_values_documented_are_those_that_are_taken():
+    lines = dict(re.findall(r"^\| `(FUSED_RES_\w+)` \| ([^|]*) \|", DOCUMENT.split("Read when")[0], re.MULTILINE))
+    taken = re.findall(r'_one_of\("(FUSED_RES_\w+)", \(([^)]*)\), "(\w+)"\)', (ROOT / "fused_res/settings.py").read_text())
+    assert len(taken) >= 2
+    for name, values, default in taken:
+        assert re.findall(r"`(\w+)`", lines[name]) == re.findall(r'"(\w+)"', values), name
+        assert re.findall(r"`(\w+)`", lines[name])[0] == default, name
+
+
 def test_values_that_mean_nothing_are_refused(monkeypatch):
     monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "mine")
     with pytest.raises(ValueError, match="FUSED_RES_CONVOLUTIONS: expected one of auto, library, got 'mine'"):

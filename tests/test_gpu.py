@@ -1,16 +1,18 @@
 """What only an NVIDIA GPU can show: CUDA graphs, streams, synchronisation, repeatability, and the Triton kernels at size."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from fused_res import BasicBlock, Bottleneck, backends, explain, use_backend
+from fused_res import BasicBlock, Bottleneck, backends, explain, plans, use_backend
 from fused_res.primitives.bn_act import bn_act, unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply, bn_act_backward_finalize, bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize
 from fused_res.primitives.bn_stats import bn_stats
+from fused_res.tuning import tuner
 
 
 def _missing():
@@ -86,6 +88,46 @@ def test_the_automatic_choice_here_is_triton():
     rows = explain(network(), images()).rows
     assert {row.backend for row in rows} == {"triton"}
     assert len(rows) == 4
+
+
+# Tuning
+
+
+def test_tuned_blocks_are_right_and_what_stands_was_measured_no_slower(exact, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_CACHE", str(tmp_path / "cache"))
+    model, x = network(), images()
+    twin, found = copy.deepcopy(model), []
+    with plans.afresh():
+        loss_of(twin(x)).backward()
+    monkeypatch.setenv("FUSED_RES_TUNE", "1")
+    with plans.afresh():
+        loss_of(model(x)).backward()
+        assert {row.measured for row in explain(model, x).rows} == {True}
+    assert_near({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()}, 1e-3)
+    for path in (tmp_path / "cache").rglob("*.json"):
+        kept = json.loads(path.read_text())
+        if kept["seconds"]:
+            incumbent = "bn_act" if "bn_act" in kept["seconds"] else "library"
+            found.append(kept["seconds"][kept["winner"]] <= kept["seconds"][incumbent])
+    assert len(found) > 10
+    assert all(found)
+
+
+def test_nothing_is_measured_in_a_capture(exact, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_CACHE", str(tmp_path / "cache"))
+    model, x = network().eval(), images()
+    with torch.no_grad(), plans.afresh():
+        model(x)
+    monkeypatch.setenv("FUSED_RES_TUNE", "1")
+    monkeypatch.setattr(tuner, "measure", None)
+    with torch.no_grad(), plans.afresh():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        graph.replay()
+        assert relative(out, model(x)) < 1e-6
+        assert {row.measured for row in explain(model, x).rows} == {False}
+    assert not list((tmp_path / "cache").rglob("*.json"))
 
 
 # CUDA graphs and compilation

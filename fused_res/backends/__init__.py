@@ -9,8 +9,9 @@ A backend module has four functions:
 - `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have a fifth, `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
-pixels. Without it, all of them do.
+It may have three more. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
+pixels; without it, all of them do. `tiles(primitive, dtype, pixels, weight_shape)`: the tiles of its convolution that are worth
+trying, and `tile(*numbers)`: one of them from its numbers.
 """
 
 import functools

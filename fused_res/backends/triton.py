@@ -62,6 +62,17 @@ def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
     return "bn_act"
 
 
+def tiles(primitive: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...]) -> list[tuple]:
+    """The tiles worth trying for a convolution: pixels of its result (for conv_wgrad, of dy), weight [K, C, R, S]."""
+    conv = importlib.import_module("fused_res.kernels.conv")
+    return conv.configurations(primitive.removeprefix("conv_"), dtype, pixels, weight_shape)
+
+
+def tile(*numbers: int) -> tuple:
+    """One of `tiles`."""
+    return importlib.import_module("fused_res.kernels.conv").Config(*numbers)
+
+
 def find(primitive: str) -> Callable | None:
     stem = _KERNELS.get(primitive)
     return getattr(importlib.import_module(f"fused_res.kernels.{stem}"), primitive) if stem else None

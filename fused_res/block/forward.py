@@ -57,7 +57,7 @@ def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, bac
     return bn_finalize(partials, 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
 
 
-def _conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str) -> tuple[Tensor, Tensor]:
+def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str) -> tuple[Tensor, Tensor]:
     """The convolution's output [N, K, H', W'] and the unit's vectors."""
     if not unit.training:
         return conv_fprop(z, unit, backend=level.convolutions(backend)).image, running(unit, z.image.dtype, residual_scale, backend)
@@ -108,7 +108,7 @@ def forward(
             vectors.append(running(unit, x.dtype, None, backend))
             z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), backend=backend).image)
             continue
-        y, v = _conv_bn(z, unit, None, level, backend)
+        y, v = conv_bn(z, unit, None, level, backend)
         vectors.append(v)
         ys.append(to_rows(y) if save else None)
         z = Activation(y, v)
@@ -135,7 +135,7 @@ def _tail(
     """The last convolution, BN, shortcut and ReLU; out, the vectors and convolution outputs of these units, and the signs."""
     unit, y2, vectors2 = block.main[-1], None, None
     if block.projection is not None:
-        y2, vectors2 = _conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
     elif skip is None:
         skip = image
     others = [] if vectors2 is None else [vectors2]
@@ -143,7 +143,7 @@ def _tail(
         vectors = running(unit, image.dtype, residual_scale, backend)
         output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2)
         return conv_fprop(z, unit, output=output, backend=backend).image, [vectors, *others], [], None
-    y, vectors = _conv_bn(z, unit, residual_scale, level, backend)
+    y, vectors = conv_bn(z, unit, residual_scale, level, backend)
     del z
     n, _, h, w = y.shape
     rows = [None if part is None else to_rows(part) for part in (y, skip, y2)]
@@ -173,7 +173,7 @@ def _moment_tail(
         vectors.append(branch.vectors)
         kept.append(None)
     else:
-        y2, vectors2 = _conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
         shortcut = Shortcut(y2=y2, vectors2=vectors2)
         vectors.append(vectors2)
         kept.append(to_rows(y2))

@@ -1,7 +1,8 @@
 """Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
 
-What was measured to be faster stands in `fused_res.plans`. Where nothing has been measured, the backend's own kernel runs what
-has something fused into it, and the library the rest. FUSED_RES_CONVOLUTIONS=library leaves all to the library.
+The backend's own kernel runs what has something fused into it, and the library the rest. Where blocks are tuned, the own kernel
+runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing else. FUSED_RES_CONVOLUTIONS=library
+leaves all to the library.
 """
 
 import functools
@@ -44,12 +45,13 @@ class Call(NamedTuple):
         unit, weight = self.unit, self.unit.weight
         shapes = tuple(_shape(operand) for operand in self.operands[:2])
         steps = (tuple(unit.stride), tuple(unit.padding), tuple(unit.dilation), unit.groups)
-        where = (weight.device, weight.dtype, *_switches(weight))
+        where = (weight.device, weight.dtype, *switches(weight.device))
         return (self.primitive, self.backend, *where, tuple(weight.shape), *shapes, *steps, self.fused)
 
 
-def _switches(weight: Tensor) -> tuple:
-    library = torch.backends.cudnn if weight.is_cuda else torch.backends.mkldnn
+def switches(device: torch.device) -> tuple:
+    """torch's switches that change what its convolutions do, or how long they take."""
+    library = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
     return library.conv.fp32_precision, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
 
 
@@ -109,8 +111,9 @@ def choose(call: Call) -> Choice:
         return imposed
     if not settings.own_convolutions():
         return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
-    default = Choice(True) if any(call.fused) else Choice(False, why="nothing fused")
-    return plans.ask(call.key(), default) if plans.remembers() else default
+    if plans.remembers():
+        return plans.ask(call.key(), Choice(False, why="not measured"))
+    return Choice(True) if any(call.fused) else Choice(False, why="nothing fused")
 
 
 def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -> Callable | None:

@@ -1,0 +1,1 @@
+"""Tuning by measurement: trials of convolutions and of levels, and what is kept of them."""

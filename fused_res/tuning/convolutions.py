@@ -1,0 +1,103 @@
+"""One convolution on trial: the library's against the backend's own, with its default tile and with every other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fused_res import backends
+from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives.bn_act_backward import masked
+from fused_res.primitives.bn_finalize import bn_finalize
+from fused_res.primitives.choice import Call, Choice, imposing
+from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
+from fused_res.primitives.conv_fprop import Convolved, conv_fprop
+from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.operands import Gradient
+from fused_res.tuning import synthetic
+from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
+
+LIBRARY = "library"
+
+
+def perform(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
+    """What the primitive returns, run as chosen."""
+    call = synthetic.anew(call)
+    with imposing(choice):
+        if call.primitive == "conv_fprop":
+            x, sums, output = call.operands
+            return conv_fprop(x, call.unit, statistics=sums, output=output, backend=call.backend)
+        if call.primitive == "conv_dgrad":
+            dy, like, inner, add = call.operands
+            return conv_dgrad(dy, like, call.unit, inner=inner, add=add, backend=call.backend)
+        dy, x = call.operands
+        return conv_wgrad(dy, x, call.unit, backend=call.backend)
+
+
+def comparable(call: Call, found: Convolved | Inflow | Tensor) -> list[Tensor]:
+    """What a primitive returned, as those see it who read it: the sums of the partial results, and of a gradient that is still to
+    be masked what will be left.
+    """
+    if isinstance(found, Convolved):
+        if found.partials is None:
+            return [found.image]
+        image = found.image
+        pixels = image.numel() // image.shape[1]
+        vectors = bn_finalize(found.partials, found.rows, pixels, None, None, 1e-5, backend=backends.LIBRARY)
+        return [image, vectors[0], vectors[1]]
+    if isinstance(found, Inflow):
+        if found.partials is None:
+            return [found.image]
+        if found.masked:
+            return [found.image, *found.partials.sum(0)]
+        image, inner = nhwc(found.image), call.operands[2]
+        n, _, h, w = image.shape
+        g = masked(to_rows(image), to_rows(inner.image), inner.vectors, None)
+        return [to_image(g.to(image.dtype), n, h, w), *found.partials.sum(0)]
+    return [found]
+
+
+def truth(call: Call) -> list[Tensor]:
+    """The same in float64, by the plain formulas."""
+    wide = synthetic.anew(call, torch.float64)._replace(backend=backends.LIBRARY)
+    return comparable(wide, perform(wide, Choice(False)))
+
+
+def variants(call: Call) -> list[Call]:
+    """The call, and as it will be if the convolution that made its gradient has masked it already."""
+    dy = call.operands[0]
+    if isinstance(dy, Gradient) and dy.coefficients is not None and dy.signs is None and not dy.masked:
+        return [call, call._replace(operands=(replace(dy, masked=True), *call.operands[1:]))]
+    return [call]
+
+
+def tiles(call: Call) -> Sequence[tuple]:
+    """The tiles worth trying for the backend's own kernel."""
+    found = getattr(backends.load(call.backend), "tiles", None)
+    if found is None:
+        return ()
+    first = call.operands[0].image
+    n, _, height, width = first.shape if call.primitive != "conv_dgrad" else call.operands[1].shape
+    if call.primitive == "conv_fprop":
+        height, width = call.unit.output_size(height, width)
+    return found(call.primitive, call.unit.weight.dtype, n * height * width, tuple(call.unit.weight.shape))
+
+
+def choices(call: Call) -> dict[str, Choice]:
+    """The candidates' names, and what they stand for."""
+    found = {LIBRARY: Choice(False, why="measured"), "own": Choice(True, why="measured")}
+    return found | {f"own {tuple(tile)}": Choice(True, tile, "measured") for tile in tiles(call)}
+
+
+def try_convolution(call: Call, device: torch.device, measure: Measure) -> tuple[Choice, Verdict]:
+    """The choice for a convolution, tried on random data of the shapes of its operands, which need have none."""
+    calls = [synthetic.operands(call, device, seed) for seed in range(INPUTS)]
+    able = choices(call)
+
+    def candidate(choice: Choice) -> Candidate:
+        return Candidate(lambda i: perform(calls[i], choice), lambda i: comparable(calls[i], perform(calls[i], choice)))
+
+    candidates = {name: candidate(choice) for name, choice in able.items()}
+    verdict = hold(candidates, LIBRARY, lambda i: truth(calls[i]), device, measure, queued=True)
+    return able[verdict.winner], verdict
