@@ -23,7 +23,7 @@ from fused_res.kernels.common import (
     variant,
     within,
 )
-from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot
+from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
 
 # More rows than these would leave too much to the float32 accumulators, which tensor cores truncate.
 _MOST_ROWS = 1024
@@ -33,11 +33,12 @@ _REACH, _SHARE = 0.875, 7
 
 @triton.jit
 def _halves(z, row, first, p, left, k, K, start, PRECISION: tl.constexpr):
-    """c = z - start, 0 outside: in float32, and as the sum of two values that are multiplied as they are."""
+    """c = z - start, 0 outside: in float32, and, `within_reach`, as the sum of two values that are multiplied as they are."""
     v = load_operand(z, row, first, p, left, k, K, PRECISION)
     centred = tl.where(within(first + p, left, k, K), v.to(tl.float32) - start, 0.0)
-    high = narrow(centred, v.dtype, PRECISION)
-    return centred, high, narrow(centred - high.to(tl.float32), v.dtype, PRECISION)
+    reached = centred * within_reach(start, v.dtype)
+    high = narrow(reached, v.dtype, PRECISION)
+    return centred, high, narrow(reached - high.to(tl.float32), v.dtype, PRECISION)
 
 
 @triton.jit
@@ -73,6 +74,9 @@ def _accumulate(
             product = tl.dot(tl.trans(low_i), high, product, input_precision=PRECISION)
             if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
                 product = tl.dot(tl.trans(low_i), low, product, input_precision=PRECISION)
+    if SPLIT:
+        DTYPE: tl.constexpr = z.data.dtype.element_ty
+        product = product / tl.trans(within_reach(start_i, DTYPE)) / within_reach(start, DTYPE)
     return total, product
 
 

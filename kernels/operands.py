@@ -126,6 +126,18 @@ def pivot(z, row, left, k, K, REACH: tl.constexpr, SHARE: tl.constexpr, PRECISIO
 
 
 @triton.jit
+def within_reach(start, DTYPE: tl.constexpr):
+    """What differences from `start` are multiplied by before they are rounded to DTYPE: 1, or 1/2 where float16 may not hold them.
+
+    From a start of less than 8 the difference of every float16 rounds to one. Halves of those from a larger one lose nothing:
+    their last digits lie far above the smallest float16.
+    """
+    if tl.float16 == DTYPE:
+        return tl.where(tl.abs(start) < 8, 1.0, 0.5)
+    return tl.where(start == start, 1.0, 1.0)
+
+
+@triton.jit
 def _multiplied(matrix, out, N, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     at = offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     v = tl.load(matrix + at, mask=at < N, other=0.0)

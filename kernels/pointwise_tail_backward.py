@@ -39,6 +39,7 @@ from fused_res.kernels.operands import (
     operand,
     pivot,
     sampled,
+    within_reach,
 )
 from fused_res.layout import to_image, to_rows
 
@@ -88,6 +89,7 @@ def _reduce(
     ROUNDED: tl.constexpr = tl.float32 == DTYPE and PRECISION == "tf32"
 
     start = pivot(z, row, left, k, K, REACH, SHARE, PRECISION)
+    reach = within_reach(start, DTYPE)
     total = tl.zeros((8, BLOCK_C), tl.float32)
     multiplied = tl.zeros((8, BLOCK_C), tl.float32)  # the same sum of what the product sees
     product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
@@ -101,13 +103,13 @@ def _reduce(
             multiplied += _fold(g, BLOCK_P, BLOCK_C)
         value = load_operand(z, row, first, p, left, k, K, PRECISION).to(tl.float32)
         value = tl.where((first + p < left)[:, None], value - start, 0.0)
-        product = tl.dot(tl.trans(g), narrow(value, DTYPE, PRECISION), product, input_precision=PRECISION)
+        product = tl.dot(tl.trans(g), narrow(value * reach, DTYPE, PRECISION), product, input_precision=PRECISION)
         if through is not None:
             dz = tl.dot(g, factors, input_precision=PRECISION)
             at = through + offset(row + first, K) + p[:, None] * K + k[None, :]
             tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
 
-    tl.store(products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product, mask=within(c, C, k, K))
+    tl.store(products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product / reach, mask=within(c, C, k, K))
     if i == 0:
         store_vectors(starts + offset(t, K), (tl.sum(start, axis=0),), K, k)
     if j == 0:
@@ -252,12 +254,16 @@ def _apply(
     else:
         result = load_rows(through, at, mask)
     if quadratic is not None:
+        # float16 holds the half of any difference of its values.
+        REACH: tl.constexpr = 0.5 if tl.float16 == DTYPE else 1.0
+        result *= REACH
         for column in tl.range(0, K, BLOCK_C, num_stages=STAGES):
             d = column + tl.arange(0, BLOCK_C)
             m = tl.load(mean + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
-            value = narrow(m - load_operand(z, row, 0, p, left, d, K, PRECISION).to(tl.float32), DTYPE, PRECISION)
+            value = (m - load_operand(z, row, 0, p, left, d, K, PRECISION).to(tl.float32)) * REACH
+            value = narrow(value, DTYPE, PRECISION)
             result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
-        result -= load_row(constant, 0, K, k)[None, :]
+        result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
         if z.sampling is not None:
             at = (sampled(z.sampling, row.to(tl.int32) + p) * K)[:, None] + k[None, :]

@@ -62,6 +62,19 @@ def test_outliers(backend, device):
     check(z, backend)
 
 
+@every_dtype
+@pytest.mark.parametrize("channels", [20, 100])
+def test_values_at_the_end_of_float16(backend, device, dtype, channels):
+    """They differ by more than float16 holds, both near a far pivot and around 0, where they are counted from."""
+    draw = Draw(12, device)
+    values = 60000 + 32 * draw.integers(3, channels, 20, 21, dtype=torch.float32)
+    often = draw.normal(3, channels, 20, 21, dtype=torch.float32) > 0
+    seldom = draw.normal(3, channels, 20, 21, dtype=torch.float32) > 2
+    values[:, ::2] *= torch.where(seldom, -1, 1)[:, ::2]
+    values[:, 1::2] *= torch.where(often, -1, 1)[:, 1::2]
+    check(Activation(values.to(dtype)), backend)
+
+
 def test_drift(backend, device):
     """Rows that come sorted: the blocks' means are further apart than their deviations."""
     z = Draw(5, device).activation(1, 8, 40, 20, torch.float32, prologue=False)

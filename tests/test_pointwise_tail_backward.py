@@ -229,6 +229,30 @@ def test_an_image_that_cannot_be_joined(backend, device):
             )
 
 
+@every_dtype
+def test_values_at_the_end_of_float16(backend, device, dtype):
+    """They differ by more than float16 holds from one another and from their mean."""
+    draw, pixels = Draw(13, device), 3 * 9 * 12
+    image = 60000 + 32 * draw.integers(3, 33, 9, 12, dtype=torch.float32)
+    image = (image * torch.where(draw.normal(3, 33, 9, 12, dtype=torch.float32) > 2, -1, 1)).to(dtype)
+    z, dout = Activation(image), draw.integers(3, 70, 9, 12, dtype=dtype)
+    opened, scaled = draw.opened(pixels, 70), draw.integers(70, 33, dtype=dtype)
+    g, rows = torch.where(opened, to_rows(dout), 0).double(), to_rows(image).double()
+    mean, signs = rows.mean(0), pack_signs(opened)
+    total, product, _ = pointwise_tail_backward_reduce(dout, signs, z, mean, None, backend=backend)
+    assert torch.equal(total, g.sum(0))
+    terms = g.abs().T @ (rows - mean).abs()
+    half = torch.finfo(dtype).eps / 2
+    assert ((product - g.T @ (rows - mean)).abs() <= (half + 2.0**-20) * terms).all()
+
+    quadratic, constant = draw.integers(33, 33, dtype=dtype) * 2.0**-12, draw.integers(33, dtype=torch.float32)
+    gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
+    dz = to_rows(pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, backend=backend).image)
+    want = g @ scaled.double() - (rows - mean) @ quadratic.double() - constant
+    terms = g.abs() @ scaled.double().abs() + (rows - mean).abs() @ quadratic.double().abs()
+    assert ((dz.double() - want).abs() <= half * want.abs() + (half + 2.0**-20) * terms).all()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_shut_out_does_not_matter(backend, device, poison):
     c = case(Draw(6, device), backend, (3, 5, 7), 20, 33, torch.float32)
