@@ -129,6 +129,9 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     pixels = n * g.out_height * g.out_width
     if config is None:
         area = 128 * 64 if left.coefficients is not None else 128 * 128
+        sampled = (r, s) == (1, 1) and (g.out_height, g.out_width) != (height, width)
+        if left.coefficients is not None and right.vectors is not None and sampled:
+            area = 64 * 64  # two operands to compute, and their places
         config = configurations("wgrad", weight.dtype, pixels, weight.shape, area=area)[0]
     config = Config(*config)
     programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s

@@ -1,5 +1,6 @@
 """What the kernels of the moment form read: z, the input of a 1x1 convolution, and g, the masked gradient of its output."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import activate, dot_precision, launch, meta, narrow, offset, within
+from fused_res.kernels.common import Variant, activate, dot_precision, launch, meta, narrow, offset, variant, within
 from fused_res.kernels.conv import check_dense, check_image, load_signs, meta_image
 from fused_res.layout import to_rows
 
@@ -159,3 +160,9 @@ def meta_activation(n: int, c: int, h: int, w: int, dtype: torch.dtype, stride: 
     """An `Activation` without data whose strided sample is [n, c, h, w]."""
     image = meta_image(n, c, h * stride, w * stride, dtype=dtype)
     return SimpleNamespace(image=image, vectors=meta(5, c) if activated else None, stride=(stride, stride), pixels=n * h * w)
+
+
+def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    if dtype == torch.float32:
+        yield variant("multiplied 2048x512", multiplied, meta(2048, 512), loads=True, stores=True)
+        yield variant("multiplied 5x3", multiplied, meta(5, 3))

@@ -6,6 +6,7 @@ from torch import nn
 
 import fused_res
 from fused_res import accuracy
+from fused_res.planner import LEVELS
 from fused_res.primitives import bn_act_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -159,12 +160,31 @@ def test_the_moment_form_of_a_mean_a_thousand_deviations_from_zero(shortcut, dty
         ("Bottleneck", "projection", False, torch.float16, "bn_act"),
         ("BasicBlock", "projection", True, torch.float32, "prologue"),
         ("Bottleneck", "identity", True, torch.bfloat16, "prologue"),
+        ("Bottleneck", "identity", True, torch.float32, "moment"),
+        ("Bottleneck", "identity", True, torch.bfloat16, "moment"),
+        ("Bottleneck", "projection", True, torch.float32, "moment"),
+        ("Bottleneck", "projection", True, torch.float16, "moment"),
+        ("Bottleneck", "pooled", True, torch.float16, "moment"),
+        ("Bottleneck", "pooled", True, torch.bfloat16, "moment"),
+        ("Bottleneck", "projection", False, torch.bfloat16, "moment"),
     ],
 )
 def test_blocks_on_triton_are_as_accurate_as_eager(kind, shortcut, training, dtype, level, device, proven_interpreter):
     pytest.importorskip("triton")
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7, device=device)
     assert_accurate(make, dtype, "triton", seeds=8, sign_tolerance=tolerance(dtype), level=level)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_levels_on_triton_agree(shortcut, device, proven_interpreter):
+    """In float32 all levels are one function up to its rounding, no sign of a ReLU apart."""
+    pytest.importorskip("triton")
+    block, x, dout = case("Bottleneck", shortcut, (2, 9, 7), 20, residual_scale=0.7, device=device)(0)
+    first, *others = (accuracy.step(block, x, dout, torch.float32, "triton", level, True) for level in LEVELS)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other.signs, first.signs, strict=True))
+        for name, want in first.tensors.items():
+            assert (other.tensors[name] - want).norm() <= 1e-5 * want.norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import triton
 import triton.language as tl
 
 from fused_res.kernels.common import first_row, offset
+
+ROOT = Path(__file__).parents[1]
 
 PLANTED = """
 import torch, triton, triton.language as tl
@@ -134,6 +137,21 @@ def test_inspection_finds_planted_faults(tmp_path):
         "spills": "spills: ",
     }.items():
         assert problem in found[kernel], found
+
+
+def test_the_document_has_the_kernels_there_are(tmp_path):
+    document = ROOT / "docs" / "kernels.md"
+    result = compiled("-m", "fused_res.aot", "--check", str(document))
+    assert result.returncode == 0, result.stdout + result.stderr
+    other = tmp_path / "kernels.md"
+    other.write_text(document.read_text().replace("| bn_stats | 1x1 |", "| bn_stats | 2x2 |"))
+    result = compiled("-m", "fused_res.aot", "--check", str(other))
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == [
+        f"{what}: bn_stats, bn_stats, {shape}, {dtype}"
+        for what, shape in (("missing", "1x1"), ("gone", "2x2"))
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
