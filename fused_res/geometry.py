@@ -1,5 +1,6 @@
 """What a plan for a block may depend on: its numbers without its tensors."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,13 @@ class Geometry(NamedTuple):
         """Whether any BN takes the batch's statistics."""
         units = self.main if self.projection is None else (*self.main, self.projection)
         return any(unit.training for unit in units)
+
+    @property
+    def pixels(self) -> int | None:
+        """About as many as the output has: exact where the padding makes up for the kernels."""
+        if self.images is None:
+            return None
+        return math.prod(self.images) // math.prod(step for unit in self.main for step in unit.stride)
 
     @classmethod
     def from_numbers(cls, numbers: tuple) -> "Geometry":

@@ -9,7 +9,7 @@ from torch import nn
 from fused_res import BasicBlock, Bottleneck
 
 
-def _projection(inputs, outputs, stride=1):
+def projection(inputs, outputs, stride=1):
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -20,7 +20,7 @@ def _pooled(inputs, outputs):
 
 BLOCKS = {
     "identity": lambda **kw: BasicBlock(8, 8, **kw),
-    "projection": lambda **kw: BasicBlock(6, 8, 2, _projection(6, 8, 2), **kw),
+    "projection": lambda **kw: BasicBlock(6, 8, 2, projection(6, 8, 2), **kw),
     "bottleneck": lambda **kw: Bottleneck(16, 4, residual_scale=0.5, **kw),
     "pooled": lambda **kw: Bottleneck(6, 4, 2, _pooled(6, 16), **kw),
     "as it is": lambda **kw: BasicBlock(6, 8, 2, nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1)), **kw),

@@ -12,8 +12,10 @@ import test_pointwise_tail
 import test_pointwise_tail_backward
 import torch
 
+from blocks import projection
 from fused_res import accuracy, backends, explain, use_backend
 from fused_res.backends import native
+from fused_res.geometry import Geometry, numbers_of
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.primitives import bn_act, bn_act_backward, bn_finalize
 
@@ -259,6 +261,31 @@ def test_gradcheck_through_the_compiled_kernels():
 def test_automatic_choice_on_a_cpu():
     rows = explain(BasicBlock(4, 4), torch.randn(2, 4, 5, 5)).rows
     assert rows[0].backend == "native"
+
+
+@pytest.mark.parametrize(
+    ("make", "images", "level"),
+    [
+        (lambda: Bottleneck(256, 64), (8, 56, 56), "moment"),
+        (lambda: Bottleneck(256, 64), (1, 56, 56), "prologue"),
+        (lambda: Bottleneck(512, 128), (8, 28, 28), "prologue"),
+        (lambda: Bottleneck(512, 128), (2, 28, 28), "bn_act"),
+        (lambda: Bottleneck(512, 256, stride=2, downsample=projection(512, 1024, 2)), (32, 28, 28), "prologue"),
+        (lambda: Bottleneck(256, 128, stride=2, downsample=projection(256, 512, 2)), (32, 56, 56), "moment"),
+        (lambda: Bottleneck(2048, 512), (64, 7, 7), "bn_act"),
+        (lambda: BasicBlock(64, 64), (8, 56, 56), "bn_act"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple | str) else "",
+)
+def test_the_level_follows_from_the_sizes(make, images, level):
+    with torch.device("meta"):
+        block = make()
+    n, height, width = images
+    numbers = numbers_of(torch.empty((n, block.conv1.in_channels, height, width), device="meta"), block.parts())
+    geometry = Geometry.from_numbers(numbers)._replace(images=images)
+    assert native.level(CPU, torch.float32, geometry) == level
+    assert native.level(CPU, torch.float32, geometry._replace(images=None)) == "bn_act"
+    assert native.level(CPU, torch.bfloat16, geometry) == native.level(torch.device("cuda"), torch.float32, geometry) == "bn_act"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

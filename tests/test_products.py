@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fused_res.primitives import library as library_module
 from fused_res.primitives import products
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
@@ -12,6 +13,13 @@ from fused_res.spec import ConvBN
 
 LAST = torch.channels_last
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+GEOMETRIES = [
+    ((3, 3), (1, 1), (1, 1), (1, 1)),
+    ((3, 3), (2, 2), (1, 1), (1, 1)),
+    ((3, 3), (1, 1), (2, 2), (2, 2)),
+    ((5, 2), (1, 3), (4, 0), (2, 1)),
+    ((1, 1), (2, 1), (1, 2), (1, 1)),
+]
 
 
 def operands(unit, dtype, n=2, size=(9, 6), layout=LAST, seed=0):
@@ -61,17 +69,7 @@ def test_pointwise_convolutions(dtype, stride, layout):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "dilation"),
-    [
-        ((3, 3), (1, 1), (1, 1), (1, 1)),
-        ((3, 3), (2, 2), (1, 1), (1, 1)),
-        ((3, 3), (1, 1), (2, 2), (2, 2)),
-        ((5, 2), (1, 3), (4, 0), (2, 1)),
-        ((1, 1), (2, 1), (1, 2), (1, 1)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unfolded_gradient_of_the_weight(dtype, kernel, stride, padding, dilation, layout):
     supported(dtype)
@@ -79,6 +77,35 @@ def test_unfolded_gradient_of_the_weight(dtype, kernel, stride, padding, dilatio
     (x, dy, unit), exact = operands(unit, dtype, layout=layout)
     assert products.unfolded(dy, x, unit)
     assert_close(products.unfolded_wgrad(dy, x, unit), library(x, dy, unit)[2], library(*exact)[2])
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_folded_gradient_of_the_input(dtype, kernel, stride, padding, dilation):
+    supported(dtype)
+    unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
+    (x, dy, unit), exact = operands(unit, dtype)
+    assert products.folded(dy, unit)
+    assert_close(products.folded_dgrad(dy, torch.empty_like(x), unit), library(x, dy, unit)[1], library(*exact)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_pixels_for_the_library(dtype):
+    """The library gets NCHW images, and whoever calls the primitives does not see it."""
+    if dtype == torch.bfloat16:
+        supported(dtype)
+    unit = ConvBN(torch.empty(72, 64, 3, 3), padding=(1, 1))
+    (x, dy, unit), exact = operands(unit, dtype, n=1, size=(4, 5), layout=torch.contiguous_format)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y = conv_fprop(Activation(x), unit, backend="reference").image
+        dx = conv_dgrad(Gradient(dy), torch.empty_like(x), unit, backend="reference").image
+    assert sum(event.name == "aten::convolution_backward" for event in profile.events()) == 1
+    for ours, theirs, truth in zip((y, dx), library(x, dy, unit), library(*exact), strict=False):
+        assert ours.is_contiguous(memory_format=LAST)
+        assert_close(ours, theirs, truth)
+    assert library_module._few_pixels(x, 32 * dtype.itemsize // 2, unit)
+    assert not library_module._few_pixels(x, 32 * dtype.itemsize // 2 + 1, unit)
+    assert not library_module._few_pixels(x, 1, unit._replace(stride=(2, 2)))
 
 
 def test_what_is_not_pointwise():
@@ -91,9 +118,14 @@ def test_what_is_not_pointwise():
     assert not products.pointwise(x, ConvBN(one[:, :3], groups=2))
     assert not products.pointwise(x.to("meta"), ConvBN(one.to("meta")))
     assert products.unfolded(y, x, ConvBN(three, padding=(1, 1)))
+    assert not products.folded(torch.cat((y, y)), ConvBN(three.contiguous(memory_format=LAST)))
     assert products.unfolded(y[:, :16], x, ConvBN(three[:16], padding=(1, 1)))
     assert not products.unfolded(y[:, :15], x, ConvBN(three[:15], padding=(1, 1)))
     assert not products.unfolded(y, x, ConvBN(three[:, :3], padding=(1, 1), groups=2))
+    assert products.folded(y, ConvBN(three.contiguous(memory_format=LAST)))
+    assert products.folded(y[:1], ConvBN(three.contiguous(memory_format=LAST)))
+    assert not products.folded(y[:1], ConvBN(three))
+    assert not products.folded(y[:1].bfloat16(), ConvBN(three.bfloat16().contiguous(memory_format=LAST)))
 
 
 def test_products_that_may_round_their_operands_do_not_stand_in():

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_rows
-from fused_res.primitives import products
+from fused_res.primitives import library, products
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.choice import convolution
 from fused_res.primitives.masked_add import masked_add
@@ -25,8 +24,9 @@ class Inflow(NamedTuple):
 def plain(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
     if products.pointwise(dy, unit):
         return products.dgrad(dy, like, unit)
-    geometry = (unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
-    return torch.ops.aten.convolution_backward(dy, like, unit.weight, None, *geometry, (True, False, False))[0]
+    if products.folded(dy, unit):
+        return products.folded_dgrad(dy, like, unit)
+    return library.dgrad(dy, like, unit)
 
 
 def conv_dgrad(

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives import products
+from fused_res.primitives import library, products
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.choice import convolution
@@ -25,7 +24,7 @@ class Convolved(NamedTuple):
 def plain(x: Tensor, unit: ConvBN) -> Tensor:
     if products.pointwise(x, unit):
         return products.fprop(x, unit)
-    return torch.convolution(x, unit.weight, None, unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
+    return library.fprop(x, unit)
 
 
 def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output: Output | None = None, backend: str) -> Convolved:

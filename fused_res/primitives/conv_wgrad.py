@@ -1,9 +1,8 @@
 """`conv_wgrad`: the gradient of a convolution's weight. The plain formula is the library's."""
 
-import torch
 from torch import Tensor
 
-from fused_res.primitives import products
+from fused_res.primitives import library, products
 from fused_res.primitives.choice import convolution
 from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
@@ -14,8 +13,7 @@ def plain(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
         return products.wgrad(dy, x, unit)
     if products.unfolded(dy, x, unit):
         return products.unfolded_wgrad(dy, x, unit)
-    geometry = (unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
-    return torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (False, True, False))[1]
+    return library.wgrad(dy, x, unit)
 
 
 def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Convolutions on a CPU as matrix products, by rules of their shapes: where the library's products beat its convolutions.
 
-`pointwise` and `unfolded` say where. Products accumulate in float32 (float64 for float64) and round once, as convolutions do.
+`pointwise`, `unfolded` and `folded` say where. Products accumulate in float32 (float64 for float64) and round once, as
+convolutions do.
 """
 
 import functools
@@ -54,6 +55,18 @@ def unfolded(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
     return n * height * width <= 2 * channels and unit.groups == 1 and _available(x)
 
 
+def folded(dy: Tensor, unit: ConvBN) -> bool:
+    """Whether the gradient of the input is one product that is then added up, window over window, and that runs here.
+
+    Where there are no more pixels than output channels, and the weight lies as the product reads it. Not in 16 bits, where every
+    summand would be rounded.
+    """
+    n, channels, height, width = dy.shape
+    if dy.itemsize < 4 or n * height * width > channels or unit.groups != 1:
+        return False
+    return unit.weight.is_contiguous(memory_format=torch.channels_last) and _available(dy)
+
+
 def _sampled(x: Tensor, unit: ConvBN) -> Tensor:
     """The pixels of x that a pointwise convolution reads, as a matrix."""
     down, right = unit.stride
@@ -81,6 +94,22 @@ def dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
 def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     """`conv_wgrad` of a pointwise convolution."""
     return torch.mm(to_rows(dy).t(), _sampled(x, unit)).view_as(unit.weight)
+
+
+def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
+    """`conv_dgrad` of any ungrouped convolution."""
+    (n, _, *size), (_, channels, *kernel) = dy.shape, unit.weight.shape
+    windows = torch.mm(to_rows(dy), unit.weight.permute(0, 2, 3, 1).flatten(1)).view(n, *size, *kernel, channels)
+    (height, width), (pad_down, pad_right) = like.shape[2:], unit.padding
+    padded = dy.new_zeros((n, height + 2 * pad_down, width + 2 * pad_right, channels))
+    reads = [
+        [slice(d * tap, d * tap + s * (count - 1) + 1, s) for tap in range(taps)]
+        for d, s, count, taps in zip(unit.dilation, unit.stride, size, kernel, strict=True)
+    ]
+    for i, down in enumerate(reads[0]):
+        for j, right in enumerate(reads[1]):
+            padded[:, down, right] += windows[:, :, :, i, j]
+    return padded[:, pad_down : pad_down + height, pad_right : pad_right + width].permute(0, 3, 1, 2)
 
 
 def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
