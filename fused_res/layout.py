@@ -41,7 +41,8 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
     image = image.contiguous(memory_format=memory_format(channels_last))
     if min(image.shape) > 1:
         return image
-    strides = torch.empty(image.shape, device="meta", memory_format=memory_format(channels_last)).stride()
+    _, c, h, w = image.shape
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     return image if image.stride() == strides else image.as_strided(image.shape, strides)
 
 

@@ -4,6 +4,7 @@ The operator takes tensors and plain numbers only. `pack` turns a list of `ConvB
 integers per unit and one epsilon per unit; `unpack` is its inverse.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,11 +39,9 @@ class ConvBN(NamedTuple):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the convolution's output for an input of this height and width."""
-        kernel = self.weight.shape[2:]
-        return tuple(
-            (size + 2 * self.padding[d] - self.dilation[d] * (kernel[d] - 1) - 1) // self.stride[d] + 1
-            for d, size in enumerate((height, width))
-        )
+        _, _, r, s = self.weight.shape
+        (down, right), (top, left), (dr, ds) = self.stride, self.padding, self.dilation
+        return (height + 2 * top - dr * (r - 1) - 1) // down + 1, (width + 2 * left - ds * (s - 1) - 1) // right + 1
 
 
 class AvgPool(NamedTuple):
@@ -82,16 +81,11 @@ class Block(NamedTuple):
 
 # The tensors of a unit that reach the operator, in this order. A live BN's running statistics do not: they are written after
 # the call, so keeping them for backward would let the next forward invalidate it.
-_TENSORS = ("weight", "bias", "gamma", "beta", "running_mean", "running_var")
+_TENSORS = ConvBN._fields[:6]
 _HEAD = 4  # main units, projections, pools, given shortcuts
 _NUMBERS = 8  # stride, padding, dilation (2 each), groups, training; then one presence flag for each of _TENSORS
+_ROW = _NUMBERS + len(_TENSORS)
 _POOL = 8  # kernel, stride, padding (2 each), ceil_mode, count_include_pad
-
-
-def _reaches_operator(unit: ConvBN, name: str) -> bool:
-    if getattr(unit, name) is None:
-        return False
-    return not (unit.training and name.startswith("running"))
 
 
 def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
@@ -103,70 +97,85 @@ def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     tensors: list[Tensor] = []
     numbers = [len(block.main), int(block.projection is not None), int(block.pool is not None), int(block.given)]
     for unit in block.units:
-        present = [_reaches_operator(unit, name) for name in _TENSORS]
-        tensors += [getattr(unit, name) for name, here in zip(_TENSORS, present, strict=True) if here]
+        running = (None, None) if unit.training else (unit.running_mean, unit.running_var)
+        candidates = (unit.weight, unit.bias, unit.gamma, unit.beta, *running)
+        tensors += [t for t in candidates if t is not None]
         numbers += [*unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.training)]
-        numbers += [int(here) for here in present]
+        numbers += [int(t is not None) for t in candidates]
     if block.pool is not None:
         kernel_size, stride, padding, ceil_mode, count_include_pad = block.pool
         numbers += [*kernel_size, *stride, *padding, int(ceil_mode), int(count_include_pad)]
     return tensors, numbers, [unit.eps for unit in block.units]
 
 
-def unpack(tensors: Sequence, numbers: Sequence[int], epsilons: Sequence[float]) -> Block:
-    """Inverse of `pack`. `tensors` may be any sequence of as many objects, gradients or requests for them, say."""
+class _Layout(NamedTuple):
+    """What the integers of `pack` say.
+
+    fields: for each tensor the index of its unit, and its field there. places: for each unit the index among the tensors of each
+    of `_TENSORS`, or None. numbers: for each unit the fields of `ConvBN` from `stride` to `training`.
+    """
+
+    fields: tuple[tuple[int, str], ...]
+    places: tuple[tuple[int | None, ...], ...]
+    numbers: tuple[tuple, ...]
+    main: int
+    pool: AvgPool | None
+    given: bool
+
+
+@functools.cache
+def _layout(numbers: tuple[int, ...]) -> _Layout:
     if len(numbers) < _HEAD:
         raise ValueError(f"spec: expected at least {_HEAD} integers, got {len(numbers)}")
     count, projected, pooled, given = numbers[:_HEAD]
-    row = _NUMBERS + len(_TENSORS)
-    units_count = count + projected
-    expected = _HEAD + units_count * row + pooled * _POOL
+    units = count + projected
+    expected = _HEAD + units * _ROW + pooled * _POOL
     if count < 1 or {projected, pooled, given} - {0, 1} or len(numbers) != expected:
-        raise ValueError(f"spec: expected {expected} integers for {units_count} units, got {len(numbers)}")
-    if len(epsilons) != units_count:
-        raise ValueError(f"eps: expected {units_count} values, got {len(epsilons)}")
-    rows = [numbers[_HEAD + u * row : _HEAD + (u + 1) * row] for u in range(units_count)]
-    present = sum(sum(at[_NUMBERS:]) for at in rows)
-    if present != len(tensors):
-        raise ValueError(f"tensors: the spec names {present}, got {len(tensors)}")
-    remaining = iter(tensors)
-    units = []
-    for u, at in enumerate(rows):
-        fields = {name: next(remaining) for name, here in zip(_TENSORS, at[_NUMBERS:], strict=True) if here}
-        if "weight" not in fields:
+        raise ValueError(f"spec: expected {expected} integers for {units} units, got {len(numbers)}")
+    rows = [numbers[_HEAD + u * _ROW : _HEAD + (u + 1) * _ROW] for u in range(units)]
+    fields = [(u, name) for u, at in enumerate(rows) for name, here in zip(_TENSORS, at[_NUMBERS:], strict=True) if here]
+    for u in range(units):
+        if (u, "weight") not in fields:
             raise ValueError(f"spec: unit {u} has no weight")
-        units.append(
-            ConvBN(
-                **fields,
-                stride=(at[0], at[1]),
-                padding=(at[2], at[3]),
-                dilation=(at[4], at[5]),
-                groups=at[6],
-                training=bool(at[7]),
-                eps=epsilons[u],
-            )
-        )
+    where = {field: i for i, field in enumerate(fields)}
     pool = None
     if pooled:
         p = numbers[-_POOL:]
         pool = AvgPool((p[0], p[1]), (p[2], p[3]), (p[4], p[5]), bool(p[6]), bool(p[7]))
-    return Block(units[:count], units[count] if projected else None, pool, bool(given))
+    return _Layout(
+        tuple(fields),
+        tuple(tuple(where.get((u, name)) for name in _TENSORS) for u in range(units)),
+        tuple((at[0:2], at[2:4], at[4:6], at[6], bool(at[7])) for at in rows),
+        count,
+        pool,
+        bool(given),
+    )
 
 
-def tensor_fields(numbers: Sequence[int]) -> list[tuple[int, str]]:
+def unpack(tensors: Sequence, numbers: Sequence[int], epsilons: Sequence[float]) -> Block:
+    """Inverse of `pack`. `tensors` may be any sequence of as many objects, gradients or requests for them, say."""
+    layout = _layout(tuple(numbers))
+    if len(epsilons) != len(layout.places):
+        raise ValueError(f"eps: expected {len(layout.places)} values, got {len(epsilons)}")
+    if len(tensors) != len(layout.fields):
+        raise ValueError(f"tensors: the spec names {len(layout.fields)}, got {len(tensors)}")
+    units = [
+        ConvBN(*[None if i is None else tensors[i] for i in places], None, *rest, eps=eps)
+        for places, rest, eps in zip(layout.places, layout.numbers, epsilons, strict=True)
+    ]
+    count = layout.main
+    return Block(units[:count], units[count] if len(units) > count else None, layout.pool, layout.given)
+
+
+def tensor_fields(numbers: Sequence[int]) -> Sequence[tuple[int, str]]:
     """For each tensor of `pack`, in order: the index of its unit, and its field there."""
-    row = _NUMBERS + len(_TENSORS)
-    units = numbers[0] + numbers[1]
-    flags = [numbers[_HEAD + u * row + _NUMBERS : _HEAD + (u + 1) * row] for u in range(units)]
-    return [(u, name) for u in range(units) for name, here in zip(_TENSORS, flags[u], strict=True) if here]
+    return _layout(tuple(numbers)).fields
 
 
 def without_running_statistics(tensors: Sequence, numbers: Sequence[int]) -> tuple[list, list[int]]:
     """The tensors and integers of `pack` less the running statistics of every unit."""
     kept = [t for t, (_, name) in zip(tensors, tensor_fields(numbers), strict=True) if not name.startswith("running")]
-    row = _NUMBERS + len(_TENSORS)
     cleared = list(numbers)
-    for u in range(numbers[0] + numbers[1]):
-        end = _HEAD + (u + 1) * row
+    for end in range(_HEAD + _ROW, _HEAD + (numbers[0] + numbers[1]) * _ROW + 1, _ROW):
         cleared[end - 2 : end] = [0, 0]
     return kept, cleared

@@ -54,8 +54,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
         RuntimeError: if the named backend cannot run on this device with this dtype, with the reason.
     """
     if name == AUTO:
-        able = [name for name in NAMES if supports(name, device, dtype) is None]
-        return max(able, key=lambda name: load(name).preference(device))
+        by_preference = sorted(NAMES, key=lambda name: load(name).preference(device), reverse=True)
+        return next(name for name in by_preference if supports(name, device, dtype) is None)
     reason = supports(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this block: {reason}")

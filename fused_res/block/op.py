@@ -4,6 +4,7 @@ Both are functional. What the forward saves depends on its arguments `save` and 
 it; a new level adds neither an argument nor an output. The backward's own derivative comes from `fused_res.reference`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -36,12 +37,17 @@ def _output_channels_last(x: Tensor, block: Block) -> bool:
     return is_channels_last(x) or any(is_channels_last(unit.weight) for unit in block.main)
 
 
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    """Entering `torch.autocast` where it is off would cost more than a small primitive."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
     backend = backends.resolve(backend, x.device, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
     return in_layout(out, _output_channels_last(x, block)), saved
 
@@ -72,7 +78,7 @@ def _requested(needs: list[bool], spec: list[int], eps: list[float]) -> Gradient
 def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
     block = unpack(tensors, spec, eps)
     backend = backends.resolve(backend, x.device, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         kept = Saved.from_list(saved, block, level)
         gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), level, backend)
     found = []

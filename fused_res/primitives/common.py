@@ -30,6 +30,10 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+    _check_contiguous(name, tensor)
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
@@ -40,4 +44,4 @@ def check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a matrix [P, C], got shape {tuple(tensor.shape)}")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
-    check(name, tensor, tensor.shape, tensor.dtype, tensor.device)
+    _check_contiguous(name, tensor)
