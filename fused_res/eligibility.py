@@ -5,7 +5,7 @@ A module is only ever bypassed if calling it would do exactly what the operator 
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -17,6 +17,7 @@ _HOOKS = {
     "_backward_pre_hooks": "a backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -43,9 +44,10 @@ def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> s
             return f"{name} has {what}"
     if "forward" in module.__dict__:
         return f"{name}.forward is overridden"
-    for tensor_name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and is_traceable_wrapper_subclass(tensor):
-            return f"{name}.{tensor_name} is a {type(tensor).__name__}"
+    for tensors in (module._parameters, module._buffers):
+        for tensor_name, tensor in tensors.items():
+            if tensor is not None and type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+                return f"{name}.{tensor_name} is a {type(tensor).__name__}"
     return None
 
 
@@ -69,16 +71,20 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
         padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     else:
         padding = (0, 0) if conv.padding == "valid" else conv.padding
-    live = bn.training or bn.running_mean is None
-    tracks = not bn.training or bn.track_running_stats
+    training, running_mean, running_var, counted = bn.training, bn.running_mean, bn.running_var, None
+    live = training or running_mean is None
+    if training and bn.track_running_stats:
+        counted = bn.num_batches_tracked
+    elif training:
+        running_mean = running_var = None
     return ConvBN(
         weight=conv.weight,
         bias=conv.bias,
         gamma=bn.weight,
         beta=bn.bias,
-        running_mean=bn.running_mean if tracks else None,
-        running_var=bn.running_var if tracks else None,
-        num_batches_tracked=bn.num_batches_tracked if bn.training and bn.track_running_stats else None,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=counted,
         stride=conv.stride,
         padding=padding,
         dilation=conv.dilation,

@@ -98,7 +98,7 @@ def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
     x, parts = x.to(dtype), with_dtype(block.parts(), dtype)
     asked, level = planner.plan(x, parts)
     backend = planner.resolve(asked, x.device, dtype)
-    units = tuple(conv for conv, _ in block._names()) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
+    units = tuple(conv for conv, _ in block._names) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     run = []
     for unit, call in convolutions(x, block.residual_scale, parts, level, backend, block.training):
         choice = choose(call)

@@ -9,7 +9,6 @@ from torch.autograd import forward_ad
 from fused_res import planner, reference
 from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
-from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import AvgPool, Block, ConvBN, pack
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
@@ -110,8 +109,8 @@ def with_dtype(block: Block, dtype: torch.dtype) -> Block:
     """The block with its convolutions' tensors cast; BN's keep their dtype."""
 
     def cast(unit: ConvBN | None) -> ConvBN | None:
-        if unit is None:
-            return None
+        if unit is None or (unit.weight.dtype == dtype and (unit.bias is None or unit.bias.dtype == dtype)):
+            return unit
         return unit._replace(weight=_to(unit.weight, dtype), bias=None if unit.bias is None else _to(unit.bias, dtype))
 
     return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))
@@ -126,9 +125,9 @@ def _update_buffers(updates: Sequence[tuple[ConvBN, Tensor, int]]) -> None:
     for unit, vectors, pixels in updates:
         if unit.running_mean is None:
             continue
-        batch = Vectors(*vectors.unbind())
-        mean = batch.mean if unit.bias is None else batch.mean + unit.bias.detach()
-        var = batch.var * (pixels / (pixels - 1))
+        batch_mean, batch_var = vectors[:2].unbind()
+        mean = batch_mean if unit.bias is None else batch_mean + unit.bias.detach()
+        var = batch_var * (pixels / (pixels - 1))
         weight = unit.momentum
         if weight is None:
             weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import planner, reference
-from fused_res.eligibility import foreign, global_hooks, shortcut_of, unit_of, unit_reason
+from fused_res.eligibility import Shortcut, foreign, global_hooks, shortcut_of, unit_of, unit_reason
 from fused_res.functional import is_transformed, residual_block
 from fused_res.spec import Block
 
@@ -28,6 +28,10 @@ def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, bias=False)
 
 
+def _numbered(depth: int) -> tuple[tuple[str, str], ...]:
+    return tuple((f"conv{i}", f"bn{i}") for i in range(1, depth + 1))
+
+
 class ResidualBlock(nn.Module):
     """What both blocks share: `out = relu(a * main(x) + shortcut(x))` over the child modules `conv1 bn1 conv2 bn2 …`.
 
@@ -37,6 +41,7 @@ class ResidualBlock(nn.Module):
 
     expansion: int
     depth: int
+    _names: tuple[tuple[str, str], ...]
 
     def _set_shortcut(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
         # Comes last: optimizers number parameters in the order of their registration, which is torchvision's.
@@ -47,11 +52,8 @@ class ResidualBlock(nn.Module):
         scale = None if residual_scale is None else nn.Parameter(torch.tensor(float(residual_scale)))
         self.register_parameter("residual_scale", scale)
 
-    def _names(self) -> list[tuple[str, str]]:
-        return [(f"conv{i}", f"bn{i}") for i in range(1, self.depth + 1)]
-
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names()]
+        return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names]
 
     def unfused_reason(self, x: Tensor) -> str | None:
         """Why this block, called with x now, runs through its child modules; None where the operator runs.
@@ -70,7 +72,7 @@ class ResidualBlock(nn.Module):
         reason = global_hooks() or foreign("relu", self.relu, nn.ReLU)
         if reason is not None:
             return reason
-        for (conv_name, bn_name), (conv, bn) in zip(self._names(), self._layers(), strict=True):
+        for (conv_name, bn_name), (conv, bn) in zip(self._names, self._layers(), strict=True):
             reason = unit_reason(conv_name, conv, bn_name, bn)
             if reason is not None:
                 return reason
@@ -84,20 +86,23 @@ class ResidualBlock(nn.Module):
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
-        shortcut = shortcut_of(self.downsample)
+        return self._parts(shortcut_of(self.downsample))
+
+    def _parts(self, shortcut: Shortcut) -> Block:
         projection = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
         main = [unit_of(conv, bn) for conv, bn in self._layers()]
         return Block(main, projection, shortcut.pool, shortcut.kind == "as it is")
 
     def operands(self, x: Tensor) -> dict:
         """The arguments of `fused_res.functional.residual_block`, beside x, that this block stands for now."""
-        parts = self.parts()
+        shortcut = shortcut_of(self.downsample)
+        parts = self._parts(shortcut)
         return {
             "main": parts.main,
             "shortcut": self.downsample(x) if parts.given else parts.projection,
             "pool": parts.pool,
             "residual_scale": self.residual_scale,
-            "names": [f"{conv}/{bn}" for conv, bn in self._names()] + [shortcut_of(self.downsample).names],
+            "names": [f"{conv}/{bn}" for conv, bn in self._names] + [shortcut.names],
         }
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:
@@ -117,7 +122,7 @@ class ResidualBlock(nn.Module):
         Raises:
             RuntimeError: the last BN has no gamma.
         """
-        name, bn = self._names()[-1][1], self._layers()[-1][1]
+        name, bn = self._names[-1][1], self._layers()[-1][1]
         if getattr(bn, "weight", None) is None:
             raise RuntimeError(f"zero_init_last: {name} has no weight to set to 0")
         nn.init.zeros_(bn.weight)
@@ -149,6 +154,7 @@ class BasicBlock(ResidualBlock):
 
     expansion = 1
     depth = 2
+    _names = _numbered(depth)
 
     def __init__(
         self,
@@ -196,6 +202,7 @@ class Bottleneck(ResidualBlock):
 
     expansion = 4
     depth = 3
+    _names = _numbered(depth)
 
     def __init__(
         self,

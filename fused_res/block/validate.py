@@ -7,6 +7,8 @@ from torch import Tensor
 
 from fused_res.spec import AvgPool, Block, ConvBN
 
+_FIELDS = ConvBN._fields[:6]
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a convolution takes this operand: autocast's where it is on; it leaves float64 alone."""
@@ -85,19 +87,14 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int) -> int:
     if unit.eps < 0 or (unit.training and unit.eps == 0):
         raise ValueError(f"{name}.eps: batch normalisation needs a positive eps, got {unit.eps}")
     dtype = compute_dtype(x)
-    for field, tensor in (("weight", weight), ("bias", unit.bias)):
-        if tensor is None:
-            continue
-        _check_device(f"{name}.{field}", tensor, x)
-        if compute_dtype(tensor) != dtype:
-            raise RuntimeError(f"{name}.{field}: expected {dtype}, as x has, got {tensor.dtype}")
     allowed = (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
-    for field in ("bias", "gamma", "beta", "running_mean", "running_var"):
-        tensor = getattr(unit, field)
+    for field, tensor in zip(_FIELDS, unit, strict=False):
         if tensor is None:
             continue
         _check_device(f"{name}.{field}", tensor, x)
-        if tensor.shape != (out,):
+        if field in ("weight", "bias") and tensor.dtype != dtype and compute_dtype(tensor) != dtype:
+            raise RuntimeError(f"{name}.{field}: expected {dtype}, as x has, got {tensor.dtype}")
+        if field != "weight" and tensor.shape != (out,):
             raise RuntimeError(f"{name}.{field} should contain {out} elements, got shape {tuple(tensor.shape)}")
         if field != "bias" and tensor.dtype not in allowed:
             raise RuntimeError(f"{name}.{field}: expected {' or '.join(map(str, allowed))} for x of {dtype}, got {tensor.dtype}")
@@ -139,12 +136,11 @@ def check_batch(x: Tensor, block: Block, names: Sequence[str]) -> list[tuple[int
 
 
 def _unit_size(name: str, unit: ConvBN, size: tuple[int, int]) -> tuple[int, int]:
-    kernel = unit.weight.shape[2:]
-    padded = tuple(s + 2 * p for s, p in zip(size, unit.padding, strict=True))
-    reach = tuple(d * (k - 1) + 1 for d, k in zip(unit.dilation, kernel, strict=True))
+    (height, width), (_, _, r, s), (top, left), (dr, ds) = size, unit.weight.shape, unit.padding, unit.dilation
+    padded, reach = (height + 2 * top, width + 2 * left), (dr * (r - 1) + 1, ds * (s - 1) + 1)
     if padded[0] < reach[0] or padded[1] < reach[1]:
         raise RuntimeError(
             f"{name}: calculated padded input size per channel: {padded}. Kernel size: {reach}. "
             "Kernel size can't be greater than actual input size"
         )
-    return unit.output_size(*size)
+    return unit.output_size(height, width)
