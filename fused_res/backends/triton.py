@@ -1,5 +1,6 @@
 """Triton kernels, from `fused_res.kernels`: NVIDIA GPUs of compute capability 8.0 and later, or Triton's CPU interpreter."""
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -30,6 +31,11 @@ _KERNELS = {
 }
 
 
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreting() -> bool:
     import triton
 
@@ -37,12 +43,17 @@ def _interpreting() -> bool:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "the package triton is not installed"
     if dtype not in _DTYPES:
         return f"takes float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if _interpreting():
         return None if device.type == "cpu" else "the interpreter (TRITON_INTERPRET=1) takes CPU tensors"
+    return _gpu_reason(device)
+
+
+@functools.cache
+def _gpu_reason(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, got a tensor on {device.type}"
     if not torch.cuda.is_available():

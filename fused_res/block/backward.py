@@ -116,7 +116,7 @@ def _outer_bns(
         live = first.unit.training
         rows = bn_act_backward_apply(dout, first.y, first.vectors, found[0], training=live, signs=signs, **pair, backend=backend)
         dys = [Gradient(to_image(dy, n, h, w)) for dy in rows[: len(branches)]]
-    return [Coefficients(*c) for c in found], dys
+    return [Coefficients(*c.unbind()) for c in found], dys
 
 
 def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tuple[Coefficients, Gradient | None]:
@@ -127,10 +127,10 @@ def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tu
         partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, backend=backend)
     c = _coefficients(partials, 1, dz.shape[0], branch, backend)
     if not branch.needs_dy:
-        return Coefficients(*c), None
+        return Coefficients(*c.unbind()), None
     y, live = to_image(branch.y, n, h, w), branch.unit.training
     dy = Gradient(inflow.image, y, branch.vectors, c, training=live, masked=inflow.masked)
-    return Coefficients(*c), dy if level.prologues else Gradient(dy.values(backend))
+    return Coefficients(*c.unbind()), dy if level.prologues else Gradient(dy.values(backend))
 
 
 def _moment_bn(
@@ -215,8 +215,10 @@ def backward(
     for unit in block.main:
         sizes.append(unit.output_size(*sizes[-1]))
 
+    units, wanted = block.units, needs.block.units
+
     def branch(i: int, below: bool, *scale) -> _Branch:
-        return _Branch(block.units[i], saved.ys[i], saved.vectors[i], needs.block.units[i], below, *scale)
+        return _Branch(units[i], saved.ys[i], saved.vectors[i], wanted[i], below, *scale)
 
     # below[i]: whether anything in front of unit i wants a gradient.
     below = [bool(needs.x)]

@@ -86,12 +86,13 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int) -> int:
         )
     if unit.eps < 0 or (unit.training and unit.eps == 0):
         raise ValueError(f"{name}.eps: batch normalisation needs a positive eps, got {unit.eps}")
-    dtype = compute_dtype(x)
+    dtype, device = compute_dtype(x), x.device
     allowed = (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
     for field, tensor in zip(_FIELDS, unit, strict=False):
         if tensor is None:
             continue
-        _check_device(f"{name}.{field}", tensor, x)
+        if tensor.device != device:
+            _check_device(f"{name}.{field}", tensor, x)
         if field in ("weight", "bias") and tensor.dtype != dtype and compute_dtype(tensor) != dtype:
             raise RuntimeError(f"{name}.{field}: expected {dtype}, as x has, got {tensor.dtype}")
         if field != "weight" and tensor.shape != (out,):

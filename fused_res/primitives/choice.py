@@ -122,8 +122,10 @@ def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -
     Args:
         operands: the arguments of the kernel's launcher but the unit.
     """
-    call = Call(primitive, backend, unit, operands)
     calls = plans.recorder()
+    if calls is None and backend == backends.LIBRARY:
+        return None
+    call = Call(primitive, backend, unit, operands)
     if calls is not None:
         calls.append(call)
         return None
