@@ -1,9 +1,9 @@
 """`python -m fused_res.benchmarks.readme [--check] README.md`: figures in README come from committed result files only.
 
 What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from that file, a path relative to
-the README, and the plot beside the file is drawn anew where it is of other results. What stands between
-`<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` comes from `fused_res.benchmarks.model`. With --check
-nothing is written, and the exit code is 1 if anything would be.
+the text, and the plot beside the file is drawn anew where it is of other results; with `summary` in place of `results`, a line for
+each case and no plot. What stands between `<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` comes from
+`fused_res.benchmarks.model`. With --check nothing is written, and the exit code is 1 if anything would be.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from fused_res.benchmarks import model, plot, report, results
+from fused_res.benchmarks import model, plot, report, results, summary
 
 _SECTION = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|predicted):begin (?P<what>[^\n]+?) -->\n)(?P<body>.*?)(?P<end><!-- (?P=kind):end -->)",
+    r"(?P<begin><!-- (?P<kind>results|summary|predicted):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)",
     re.DOTALL,
 )
 
@@ -29,7 +29,11 @@ def _predicted(what: str, folder: Path) -> str:
     return model.markdown(suite, model.predict(suite, mode, int(batch), dtype))
 
 
-_RENDER = {"results": _measured, "predicted": _predicted}
+def _summary(name: str, folder: Path) -> str:
+    return summary.section(results.load(folder / name))
+
+
+_RENDER = {"results": _measured, "summary": _summary, "predicted": _predicted}
 
 
 def rewritten(text: str, folder: Path) -> str:

@@ -21,26 +21,35 @@ def _fastest(ran: dict[str, dict], names: Sequence[str]) -> str | None:
 
 
 def _case(case: str, batch: int, ran: dict[str, dict]) -> str:
-    """fused_res in one case: over its bare convolutions, over eager and over the best other peer, and its best level."""
+    """fused_res in one case: its level, over its bare convolutions, over eager and the best other peer, and the best level."""
     ours = ran[OURS]
 
     def over(name: str | None) -> str:
-        return "" if name not in ran else f"{sums.ratio(ours, ran[name])['median']:.2f}"
+        return "" if name not in ran else report.interval(sums.ratio(ours, ran[name]))
 
     other = _fastest(ran, [name for name in ran if not is_ours(name) and name != BARE])
     level = _fastest(ran, [name for name in ran if is_ours(name) and name != OURS])
     best = "" if other is None else f"{over(other)} ({other})"
     chosen = "" if level is None else f"{over(level)} ({level.removeprefix(f'{OURS} ')})"
-    cells = (case, str(batch), f"{ours['ms']['median']:.3f}", over(BARE), over(sums.eager_of(ran)), best, chosen)
+    level_of_ours = (ours["backend"] or "").split(", ")[-1]
+    cells = (case, str(batch), level_of_ours, f"{ours['ms']['median']:.3f}", over(BARE), over(sums.eager_of(ran)), best, chosen)
     return f"| {' | '.join(cells)} |"
 
 
 def case_lines(document: dict) -> list[str]:
     """A markdown table of fused_res in every case it ran in."""
-    head = ("case", "batch", "ms", "x bare", "x eager", "x best other", "x best level")
-    lines = [f"| {' | '.join(head)} |", "| --- | ---: | ---: | ---: | ---: | --- | --- |"]
+    head = ("case", "batch", "level", "ms", "x bare", "x eager", "x best other", "x best level")
+    lines = [f"| {' | '.join(head)} |", "| --- | ---: | --- | ---: | ---: | ---: | --- | --- |"]
     found = ((key, report.ran(everyone)) for key, everyone in report.measured(document))
     return lines + [_case(*key[:2], ran) for key, ran in found if OURS in ran]
+
+
+def section(document: dict) -> str:
+    """What a document shows of a suite: conditions, a line for each case, the sums, and the command."""
+    lines = [f"{report.conditions(document)}.", "", *case_lines(document)]
+    for note in (*report.reasons(document), *report.sum_lines(document), f"`{document['command']}`"):
+        lines += ["", note]
+    return "\n".join(lines)
 
 
 def page(output: Path, slices: Sequence[tuple[str, str, str]]) -> str:

@@ -294,7 +294,8 @@ def test_plot(document, tmp_path):
 def test_readme_sections_follow_their_files(document, tmp_path, capsys):
     write(document, tmp_path / "results" / "small.jsonl")
     path = tmp_path / "README.md"
-    path.write_text("before\n<!-- results:begin results/small.jsonl -->\nstale\n<!-- results:end -->\nafter\n")
+    sections = [f"<!-- {kind}:begin results/small.jsonl -->\nstale\n<!-- {kind}:end -->\n" for kind in ("results", "summary")]
+    path.write_text(f"before\n{''.join(sections)}after\n")
     assert readme.main([str(path), "--check"]) == 1
     assert "stale" in path.read_text()
     assert readme.main([str(path)]) == 0
@@ -303,6 +304,7 @@ def test_readme_sections_follow_their_files(document, tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "| eager NCHW |" in text
+    assert "x best other" in text
     assert "stale" not in text
     picture = tmp_path / "results" / "small.png"
     drawn = picture.read_bytes()

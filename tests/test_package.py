@@ -81,10 +81,11 @@ def test_readme_examples_run(torchvision_resnet):
         exec(code, namespace)
 
 
-def test_readme_figures_match_their_result_files():
+@pytest.mark.parametrize("text", ["README.md", "docs/moment-form.md"])
+def test_figures_match_their_result_files(text):
     from fused_res.benchmarks.readme import main
 
-    assert main(["--check", str(ROOT / "README.md")]) == 0
+    assert main(["--check", str(ROOT / text)]) == 0
 
 
 def test_version_is_the_same_everywhere():
