@@ -32,7 +32,7 @@ def _case(case: str, batch: int, ran: dict[str, dict]) -> str:
     best = "" if other is None else f"{over(other)} ({other})"
     chosen = "" if level is None else f"{over(level)} ({level.removeprefix(f'{OURS} ')})"
     level_of_ours = (ours["backend"] or "").split(", ")[-1]
-    cells = (case, str(batch), level_of_ours, f"{ours['ms']['median']:.3f}", over(BARE), over(sums.eager_of(ran)), best, chosen)
+    cells = (case, str(batch), level_of_ours, f"{ours['ms']['median']:.3g}", over(BARE), over(sums.eager_of(ran)), best, chosen)
     return f"| {' | '.join(cells)} |"
 
 
@@ -44,10 +44,22 @@ def case_lines(document: dict) -> list[str]:
     return lines + [_case(*key[:2], ran) for key, ran in found if OURS in ran]
 
 
+def sum_table(document: dict) -> list[str]:
+    """A markdown table of `sums.sums`: a line for what ran, a column for how the cases are counted."""
+    values: dict[str, dict[str, str]] = {}
+    for row in sums.sums(document, document["suite"]):
+        shown = "" if row["value"] is None else report.interval(row["value"] | {"median": row["value"]["ratio"]})
+        values.setdefault(f"{row['peer']} | {row['batch']}", {})[row["counting"]] = shown
+    columns = list(dict.fromkeys(counting for found in values.values() for counting in found))
+    head = ("time beyond the bare convolutions, over eager's", "batch", *columns)
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return lines + [f"| {name} | {' | '.join(found.get(column, '') for column in columns)} |" for name, found in values.items()]
+
+
 def section(document: dict) -> str:
     """What a document shows of a suite: conditions, a line for each case, the sums, and the command."""
-    lines = [f"{report.conditions(document)}.", "", *case_lines(document)]
-    for note in (*report.reasons(document), *report.sum_lines(document), f"`{document['command']}`"):
+    lines = [f"{report.conditions(document)}.", "", *case_lines(document), "", *sum_table(document)]
+    for note in (*report.reasons(document), f"`{document['command']}`"):
         lines += ["", note]
     return "\n".join(lines)
 
