@@ -54,10 +54,10 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def variants(dtype: torch.dtype) -> Iterator[tuple[str, object]]:
-    """Name of the file and variant, for all files of `fused_res.kernels` that have `aot_variants`."""
+def variants(dtype: torch.dtype, what: str = "aot_variants") -> Iterator[tuple[str, object]]:
+    """Name of the file and variant, for all files of `fused_res.kernels` that have `aot_variants`, or `aot_tiles`."""
     for module in pkgutil.iter_modules(fused_res.kernels.__path__):
-        found = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), "aot_variants", None)
+        found = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), what, None)
         for variant in found(dtype) if found else ():
             yield module.name, variant
 
@@ -215,13 +215,13 @@ def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
     return row
 
 
-def table(sample: bool, only: Collection[str] = ()) -> Iterator[tuple[str, Row]]:
-    """File and row of all variants for all architectures, or of those in some files only.
+def table(sample: bool, only: Collection[str] = (), tiles: bool = False) -> Iterator[tuple[str, Row]]:
+    """File and row of all variants for all architectures, or of those in some files only; or of the convolutions' tiles.
 
     A sample has the variants marked so, in two dtypes, and one newer or older target.
     """
     for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
-        for file, variant in variants(dtype):
+        for file, variant in variants(dtype, "aot_tiles" if tiles else "aot_variants"):
             if (variant.sample or not sample) and (not only or file in only):
                 for arch in (90,) if sample and dtype == torch.float32 else SHARED:
                     yield file, inspect(file, variant, dtype, arch)
@@ -263,6 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="FILE", help="a file of kernels, such as conv_fprop; repeatable"
     )
+    parser.add_argument("--tiles", action="store_true", help="instead, the convolutions with every tile that tuning tries")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write the tables of docs/kernels.md anew")
     parser.add_argument(
@@ -275,14 +276,16 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET: expected unset, the interpreter cannot compile")
     if options.check:
         return _check(options.check)
-    if options.update and options.sample:
-        parser.error("--update: expected all variants, without --sample")
+    if (options.update or options.tiles) and options.sample:
+        parser.error("--sample: expected neither --update nor --tiles with it")
+    if options.update and options.tiles:
+        parser.error("--tiles: expected no --update with it")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
         print(f"{heads}  {'loads (n x bytes)':24} {'stores':14} async matrix")
     sections: dict[str, list[Row]] = {}
-    for file, row in table(options.sample, options.only):
+    for file, row in table(options.sample, options.only, options.tiles):
         sections.setdefault(file, []).append(row)
         print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
         for problem in row.problems:

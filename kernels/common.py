@@ -275,12 +275,13 @@ def variant(
     matrix: bool = False,
     sample: bool = False,
     launched: int = 0,
+    **options: Any,
 ) -> Variant:
-    """The launch that the launcher makes of these arguments, whose tensors have no data, or the one numbered `launched`."""
+    """The launch, or the one numbered `launched`, that the launcher makes of these arguments, whose tensors have no data."""
     launches: list[Launch] = []
     _recorders.append(launches)
     try:
-        launcher(*arguments)
+        launcher(*arguments, **options)
     finally:
         _recorders.pop()
     return Variant(name, launches[launched], loads, stores, matrix, sample)

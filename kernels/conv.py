@@ -354,6 +354,15 @@ def meta_cases(dtype: torch.dtype) -> Iterator[MetaCase]:
         yield MetaCase(unit, meta_image(n, c, size, size, dtype=dtype), dy, at, c % 16 == 0, main)
 
 
+def meta_tiles(direction: str, dtype: torch.dtype) -> Iterator[tuple[MetaCase, Config, str]]:
+    """Every tile worth measuring for the `main` cases, and a variant's name."""
+    for case in meta_cases(dtype):
+        if case.main:
+            image = case.x if direction == "dgrad" else case.dy
+            for config in configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape):
+                yield case, config, f"{' '.join(map(str, config))} {case.at}"
+
+
 def meta_gradient(dy: Tensor, mask: str) -> Any:
     """A `Gradient` without data, whose mask is "signs", "y", "applied" already, or, with nothing to apply at all, "none"."""
     n, k, h, w = dy.shape

@@ -34,6 +34,7 @@ from fused_res.kernels.conv import (
     meta_cases,
     meta_gradient,
     meta_image,
+    meta_tiles,
     sign_word,
     taps_first,
 )
@@ -210,3 +211,10 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield dgrad("plain", "none", None, None)
             yield dgrad("plain, inner", "none", inner, None)
             yield dgrad("masked, strided addend", "applied", None, SimpleNamespace(image=half, signs=None, stride=(2, 2)))
+
+
+def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
+    """The variant that needs the most registers, with every tile that tuning tries."""
+    for case, config, name in meta_tiles("dgrad", dtype):
+        dy, inner = meta_gradient(case.dy, "signs"), SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
+        yield variant(name, conv_dgrad, dy, case.x, case.unit, inner, None, config=config, loads=True, stores=True, matrix=True)

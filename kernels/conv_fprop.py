@@ -34,6 +34,7 @@ from fused_res.kernels.conv import (
     geometry,
     implicit_gemm,
     meta_cases,
+    meta_tiles,
     taps_first,
 )
 from fused_res.spec import ConvBN
@@ -170,3 +171,10 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield fprop("plain", plain, case.unit, False, None)
             yield fprop("statistics", plain, case.unit, True, None)
             yield fprop("evaluation, skip", plain, case.unit, False, _output(meta(5, k), skip=case.dy))
+
+
+def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
+    """The variant that needs the most registers, with every tile that tuning tries."""
+    for case, config, name in meta_tiles("fprop", dtype):
+        activated = SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
+        yield variant(name, conv_fprop, activated, case.unit, True, None, config=config, loads=True, stores=True, matrix=True)

@@ -20,6 +20,7 @@ from fused_res.kernels.conv import (
     gradient,
     meta_cases,
     meta_gradient,
+    meta_tiles,
     read,
     sign_word,
 )
@@ -177,3 +178,10 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield wgrad("plain, activated", "none", activated)
             yield wgrad("plain", "none", raw)
         yield variant(case.at, conv_wgrad, meta_gradient(case.dy, "none"), raw, case.unit, launched=1)
+
+
+def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
+    """The variant that needs the most registers, with every tile that tuning tries."""
+    for case, config, name in meta_tiles("wgrad", dtype):
+        dy, activated = meta_gradient(case.dy, "signs"), SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
+        yield variant(name, conv_wgrad, dy, activated, case.unit, config=config, loads=True, stores=True, matrix=True)
