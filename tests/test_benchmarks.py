@@ -403,9 +403,12 @@ def test_a_network_that_loses_a_gradient_is_never_timed(monkeypatch):
 
 
 def test_limits_of_a_network():
-    assert agreement.network_limit(0.01, 0.001) == 0.01
-    assert agreement.network_limit(0.01, 0.1) == pytest.approx(agreement.DRIFT * 0.1)
-    assert agreement.network_limit(0.01, 2.0) < 1
+    limits = {"out": 0.01, "d a": 0.01, "d b": 0.01}
+    assert agreement.network_limits(limits, {"out": 0.001, "d a": 0.001, "d b": 0.002}) == limits
+    found = agreement.network_limits(limits, {"out": 0.02, "d a": 0.001, "d b": 0.1})
+    assert found["out"] == pytest.approx(agreement.DRIFT * 0.02)
+    assert found["d a"] == found["d b"] == pytest.approx(agreement.DRIFT * 0.1)
+    assert max(agreement.network_limits(limits, {"out": 2.0, "d a": 2.0, "d b": 0.1}).values()) < 1
 
 
 class GpuLikeClock(clocks.CpuClock):
