@@ -31,8 +31,9 @@ def _case(case: str, batch: int, ran: dict[str, dict]) -> str:
     level = _fastest(ran, [name for name in ran if is_ours(name) and name != OURS])
     best = "" if other is None else f"{over(other)} ({other})"
     chosen = "" if level is None else f"{over(level)} ({level.removeprefix(f'{OURS} ')})"
-    level_of_ours = (ours["backend"] or "").split(", ")[-1]
-    cells = (case, str(batch), level_of_ours, f"{ours['ms']['median']:.3g}", over(BARE), over(sums.eager_of(ran)), best, chosen)
+    ran_at, median = ", ".join(way.split(", ")[-1] for way in (ours["backend"] or "").split("; ")), ours["ms"]["median"]
+    shown = f"{median:.{0 if median >= 100 else 1}f}"
+    cells = (case, str(batch), ran_at, shown, over(BARE), over(sums.eager_of(ran)), best, chosen)
     return f"| {' | '.join(cells)} |"
 
 
@@ -50,6 +51,8 @@ def sum_table(document: dict) -> list[str]:
     for row in sums.sums(document, document["suite"]):
         shown = "" if row["value"] is None else report.interval(row["value"] | {"median": row["value"]["ratio"]})
         values.setdefault(f"{row['peer']} | {row['batch']}", {})[row["counting"]] = shown
+    if not values:
+        return []
     columns = list(dict.fromkeys(counting for found in values.values() for counting in found))
     head = ("time beyond the bare convolutions, over eager's", "batch", *columns)
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
@@ -58,7 +61,9 @@ def sum_table(document: dict) -> list[str]:
 
 def section(document: dict) -> str:
     """What a document shows of a suite: conditions, a line for each case, the sums, and the command."""
-    lines = [f"{report.conditions(document)}.", "", *case_lines(document), "", *sum_table(document)]
+    lines = [f"{report.conditions(document)}.", "", *case_lines(document)]
+    if table := sum_table(document):
+        lines += ["", *table]
     for note in (*report.reasons(document), f"`{document['command']}`"):
         lines += ["", note]
     return "\n".join(lines)

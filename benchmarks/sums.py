@@ -68,10 +68,13 @@ def _ratio_of_sums(cases: list[tuple[int, list[float], list[float], list[float]]
 def sums(document: dict, suite: str) -> list[dict]:
     """A row for each batch size, way of counting, and peer of ours that ran in all cases.
 
-    `value` has `ratio`, `q20` and `q80`, or is None where eager's own excess is not positive.
+    Of blocks alone: a network's bare convolutions run in another order, on memory of another state. `value` has `ratio`, `q20` and
+    `q80`, or is None where eager's own excess is not positive.
     """
     groups: dict[tuple, list[tuple[str, dict]]] = {}
     for (case, *key), peers in measured(document):
+        if any(row.get("is_network") for row in peers.values()):
+            continue
         groups.setdefault(tuple(key), []).append((case, peers))
     weights = {ONCE: dict.fromkeys({row["case"] for row in document["rows"]}, 1)}
     if suite in NETWORKS:
