@@ -47,13 +47,11 @@ GEOMETRIES = {
     "2x2, uneven": Geometry(1, 7, 5, (5, 4), (2, 2), (2, 1), (1, 0)),
     "one pixel": Geometry(1, 33, 17, (1, 1), (3, 3), (1, 1), (1, 1)),
 }
-_NARROW = ("1x1", "1x1, stride 2", "3x3", "3x3, stride 3, dilation 2")
-_CASES = [(name, dtype) for name in GEOMETRIES for dtype in (DTYPES if name in _NARROW else DTYPES[:1])]
-every_geometry = pytest.mark.parametrize(
-    ("geometry", "dtype"), [pytest.param(GEOMETRIES[name], dtype, id=f"{name}-{dtype}") for name, dtype in _CASES]
-)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
+every_geometry = pytest.mark.parametrize(
+    ("geometry", "dtype"),
+    [pytest.param(geometry, dtype, id=f"{name}-{dtype}") for name, geometry in GEOMETRIES.items() for dtype in DTYPES],
+)
 # For every tile: small where kernels are interpreted, of a network where they run on a GPU, since only size shows some faults.
 TILED = (
     [
