@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace fused_res {
 
@@ -128,6 +129,30 @@ inline void check_bn_finalize(const Tensor& partials, int64_t rows, int64_t pixe
   check_parameter("gamma", gamma, {channels}, partials);
   check_parameter("beta", beta, {channels}, partials);
   check_parameter("residual_scale", residual_scale, {}, partials);
+}
+
+// For every unit its running mean and variance, which are written to, its [5, C] vectors, pixels and momentum; and
+// counters.
+inline void check_move_statistics(const std::vector<Tensor>& means, const std::vector<Tensor>& variances,
+                                  const std::vector<Tensor>& counts, const std::vector<Tensor>& vectors,
+                                  const std::vector<int64_t>& pixels, const std::vector<double>& momenta) {
+  const size_t units = vectors.size();
+  STD_TORCH_CHECK(
+      means.size() == units && variances.size() == units && pixels.size() == units && momenta.size() == units,
+      "vectors: expected as many as means, variances, pixels and momenta, got ", units);
+  for (const Tensor& count : counts) {
+    check_memory("counts", count);
+    check_shape("counts", count, {});
+    check_dtype("counts", count, ScalarType::Long);
+  }
+  for (size_t u = 0; u < units; ++u) {
+    check_statistics("vectors", vectors[u], 2);
+    const int64_t channels = vectors[u].size(1);
+    check_shape("vectors", vectors[u], {kVectors, channels});
+    check_parameter("means", means[u], {channels}, vectors[u]);
+    check_parameter("variances", variances[u], {channels}, vectors[u]);
+    STD_TORCH_CHECK(pixels[u] >= 2, "pixels: expected at least 2, got ", pixels[u]);
+  }
 }
 
 // y with its vectors, and a second BN where there is one.

@@ -8,6 +8,10 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "bn_finalize(Tensor partials, int rows, int pixels, Tensor? gamma, Tensor? beta, float eps, "
       "Tensor? residual_scale) -> Tensor");
   m.def(
+      "move_statistics(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counts, Tensor[] vectors, int[] "
+      "pixels, "
+      "float[] momenta) -> ()");
+  m.def(
       "bn_act(Tensor y, Tensor vectors, Tensor? skip, Tensor? y2, Tensor? vectors2, bool keep_signs) -> "
       "(Tensor, Tensor?)");
   m.def(

@@ -3,7 +3,7 @@
 A module is only ever bypassed if calling it would do exactly what the operator does: its exact type, nobody listening.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_res.spec import AvgPool, ConvBN
 
+T = TypeVar("T")
+
 _HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
     "_backward_pre_hooks": "a backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, type(None))
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -26,27 +28,26 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 def global_hooks() -> str | None:
     """The reason where a hook is registered on all modules, as module profilers and FLOP counters do."""
-    hooks = (
-        nn_module._global_forward_pre_hooks,
-        nn_module._global_forward_hooks,
-        nn_module._global_backward_pre_hooks,
-        nn_module._global_backward_hooks,
+    hooked = (
+        nn_module._global_forward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_backward_pre_hooks
+        or nn_module._global_backward_hooks
     )
-    return "a global module hook is registered" if any(len(h) > 0 for h in hooks) else None
+    return "a global module hook is registered" if hooked else None
 
 
 def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
     """Why this child is not a plain module of the expected type, or None where it is."""
     if type(module) is not expected:
         return f"{name} is a {type(module).__name__}, not nn.{expected.__name__}"
-    for attribute, what in _HOOKS.items():
-        if len(getattr(module, attribute)) > 0:
-            return f"{name} has {what}"
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        return f"{name} has {next(what for attribute, what in _HOOKS.items() if getattr(module, attribute))}"
     if "forward" in module.__dict__:
         return f"{name}.forward is overridden"
     for tensors in (module._parameters, module._buffers):
         for tensor_name, tensor in tensors.items():
-            if tensor is not None and type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
                 return f"{name}.{tensor_name} is a {type(tensor).__name__}"
     return None
 
@@ -60,9 +61,17 @@ def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) ->
         return f"{conv_name} has padding_mode={conv.padding_mode!r}"
     if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
         return f"{conv_name} pads unevenly (padding='same')"
-    if (bn.running_mean is None) != (bn.running_var is None):
+    if (lookup(bn._buffers, bn, "running_mean") is None) != (lookup(bn._buffers, bn, "running_var") is None):
         return f"{bn_name} has only one of running_mean and running_var"
     return None
+
+
+def lookup(registered: dict[str, T], module: nn.Module, name: str) -> T:
+    """`getattr(module, name)`, at once where it is registered."""
+    try:
+        return registered[name]
+    except KeyError:
+        return getattr(module, name)
 
 
 def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
@@ -71,17 +80,19 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
         padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     else:
         padding = (0, 0) if conv.padding == "valid" else conv.padding
-    training, running_mean, running_var, counted = bn.training, bn.running_mean, bn.running_var, None
+    weights, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
+    running_mean, running_var = lookup(buffers, bn, "running_mean"), lookup(buffers, bn, "running_var")
+    training, counted = bn.training, None
     live = training or running_mean is None
     if training and bn.track_running_stats:
-        counted = bn.num_batches_tracked
+        counted = lookup(buffers, bn, "num_batches_tracked")
     elif training:
         running_mean = running_var = None
     return ConvBN(
-        weight=conv.weight,
-        bias=conv.bias,
-        gamma=bn.weight,
-        beta=bn.bias,
+        weight=lookup(weights, conv, "weight"),
+        bias=lookup(weights, conv, "bias"),
+        gamma=lookup(parameters, bn, "weight"),
+        beta=lookup(parameters, bn, "bias"),
         running_mean=running_mean,
         running_var=running_var,
         num_batches_tracked=counted,
@@ -109,12 +120,13 @@ class Shortcut(NamedTuple):
     reason: str | None = None
 
 
+_IDENTITY = Shortcut("identity")
+
+
 def shortcut_of(downsample: nn.Module | None) -> Shortcut:
     """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision and timm build it."""
-    if downsample is None:
-        return Shortcut("identity")
-    if foreign("downsample", downsample, nn.Identity) is None:
-        return Shortcut("identity")
+    if downsample is None or foreign("downsample", downsample, nn.Identity) is None:
+        return _IDENTITY
     reason = foreign("downsample", downsample, nn.Sequential)
     if reason is not None:
         return Shortcut("as it is", reason=reason)

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_res import planner, reference
+from fused_res.backends import LIBRARY
+from fused_res.block.call import prepare
 from fused_res.block.op import block_forward
-from fused_res.block.validate import check_arguments, check_batch, compute_dtype
-from fused_res.spec import AvgPool, Block, ConvBN, pack
+from fused_res.block.validate import check_arguments
+from fused_res.primitives.move_statistics import Move, move_statistics
+from fused_res.spec import AvgPool, Block, ConvBN, tensors_of
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
 
@@ -75,28 +78,24 @@ def residual_block_with_saved(
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """As `residual_block`, never unfused; also returns what was saved for backward (`fused_res.block.forward.Saved`)."""
-    block, skip = _parts(main, shortcut, pool)
-    names = check_arguments(x, block, skip, residual_scale, names)
-    sizes = check_batch(x, block, names)
-    dtype = compute_dtype(x)
-    x, block = _to(x, dtype), with_dtype(block, dtype)
-    outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
-    skip = None if skip is None else _to(skip, dtype)
-    if skip is None and block.projection is None and x.shape != outer:
-        skip, block = x, block._replace(given=True)
-    if skip is not None:
-        skip = skip.expand(outer)
-    tensors, spec, eps = pack(block)
+    return run(x, *_parts(main, shortcut, pool), residual_scale, names)
+
+
+def run(
+    x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, names: Sequence[str] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """`residual_block_with_saved` of a block with the value of its shortcut, where that is given."""
+    call = prepare(x, block, skip, residual_scale, names)
+    if call.casts:
+        x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
+    if call.given:
+        block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
+    tensors = [tensor for unit in block.units for tensor in tensors_of(unit) if tensor is not None]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
-    plan = planner.plan(x, block)
-    out, saved = block_forward(x, skip, residual_scale, tensors, spec, eps, save, plan.level, plan.backend)
-    updates = [(unit, v, x.shape[0] * h * w) for unit, v, (h, w) in zip(block.units, saved, sizes, strict=False) if unit.training]
-    if len({id(unit.running_mean) for unit, _, _ in updates}) == len(updates):
-        _update_buffers(updates)
-    else:
-        # Units that share a BN move its statistics one after the other.
-        for update in updates:
-            _update_buffers([update])
+    out, saved = block_forward(x, skip, residual_scale, block, tensors, call, save)
+    moves = [Move(unit, v, pixels) for unit, v, pixels in zip(block.units, saved, call.pixels, strict=False) if unit.training]
+    if moves:
+        move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
     return out, saved
 
 
@@ -114,31 +113,3 @@ def with_dtype(block: Block, dtype: torch.dtype) -> Block:
         return unit._replace(weight=_to(unit.weight, dtype), bias=None if unit.bias is None else _to(unit.bias, dtype))
 
     return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))
-
-
-def _update_buffers(updates: Sequence[tuple[ConvBN, Tensor, int]]) -> None:
-    """Move the running statistics of units towards their batch's (vectors, pixels), without a host synchronisation."""
-    counts = [unit.num_batches_tracked for unit, _, _ in updates if unit.num_batches_tracked is not None]
-    if counts:
-        torch._foreach_add_(counts, 1)
-    moves: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for unit, vectors, pixels in updates:
-        if unit.running_mean is None:
-            continue
-        batch_mean, batch_var = vectors[:2].unbind()
-        mean = batch_mean if unit.bias is None else batch_mean + unit.bias.detach()
-        var = batch_var * (pixels / (pixels - 1))
-        weight = unit.momentum
-        if weight is None:
-            weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()
-        for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
-            if running.dtype != value.dtype:
-                running.copy_(running.to(value.dtype).lerp(value, weight))
-            elif isinstance(weight, Tensor):
-                running.lerp_(value, weight)
-            else:
-                buffers, values = moves.setdefault(weight, ([], []))
-                buffers.append(running)
-                values.append(value)
-    for weight, (buffers, values) in moves.items():
-        torch._foreach_lerp_(buffers, values, weight)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import planner, reference
-from fused_res.eligibility import Shortcut, foreign, global_hooks, shortcut_of, unit_of, unit_reason
-from fused_res.functional import is_transformed, residual_block
+from fused_res.eligibility import Shortcut, foreign, global_hooks, lookup, shortcut_of, unit_of, unit_reason
+from fused_res.functional import is_transformed, run
 from fused_res.spec import Block
 
 _warned: set[str] = set()
@@ -42,6 +42,7 @@ class ResidualBlock(nn.Module):
     expansion: int
     depth: int
     _names: tuple[tuple[str, str], ...]
+    _labels: tuple[str, ...]
 
     def _set_shortcut(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
         # Comes last: optimizers number parameters in the order of their registration, which is torchvision's.
@@ -53,7 +54,8 @@ class ResidualBlock(nn.Module):
         self.register_parameter("residual_scale", scale)
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names]
+        modules = self._modules
+        return [(lookup(modules, self, conv), lookup(modules, self, bn)) for conv, bn in self._names]
 
     def unfused_reason(self, x: Tensor) -> str | None:
         """Why this block, called with x now, runs through its child modules; None where the operator runs.
@@ -66,10 +68,7 @@ class ResidualBlock(nn.Module):
             return "the batch is empty"
         if is_transformed():
             return "a torch.func transform or forward-mode AD is active"
-        return self._structural_reason()
-
-    def _structural_reason(self) -> str | None:
-        reason = global_hooks() or foreign("relu", self.relu, nn.ReLU)
+        reason = global_hooks() or foreign("relu", lookup(self._modules, self, "relu"), nn.ReLU)
         if reason is not None:
             return reason
         for (conv_name, bn_name), (conv, bn) in zip(self._names, self._layers(), strict=True):
@@ -82,7 +81,10 @@ class ResidualBlock(nn.Module):
         reason = self.unfused_reason(x)
         if reason is not None:
             return self._run_modules(x, reason)
-        return residual_block(x, **self.operands(x))
+        shortcut = shortcut_of(self.downsample)
+        block = self._parts(shortcut)
+        skip = self.downsample(x) if block.given else None
+        return run(x, block, skip, self.residual_scale, (*self._labels, shortcut.names))[0]
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
@@ -102,7 +104,7 @@ class ResidualBlock(nn.Module):
             "shortcut": self.downsample(x) if parts.given else parts.projection,
             "pool": parts.pool,
             "residual_scale": self.residual_scale,
-            "names": [f"{conv}/{bn}" for conv, bn in self._names] + [shortcut.names],
+            "names": [*self._labels, shortcut.names],
         }
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:
@@ -155,6 +157,7 @@ class BasicBlock(ResidualBlock):
     expansion = 1
     depth = 2
     _names = _numbered(depth)
+    _labels = tuple(f"{conv}/{bn}" for conv, bn in _names)
 
     def __init__(
         self,
@@ -203,6 +206,7 @@ class Bottleneck(ResidualBlock):
     expansion = 4
     depth = 3
     _names = _numbered(depth)
+    _labels = tuple(f"{conv}/{bn}" for conv, bn in _names)
 
     def __init__(
         self,

@@ -82,24 +82,25 @@ def is_eager_forced() -> bool:
     return request is not None and request.backend == EAGER
 
 
-def plan(x: Tensor, block: Block) -> Plan:
+def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None) -> Plan:
     """How a call of the block with x runs.
 
     Args:
-        x: [N, C, H, W] in the dtype that the block computes in.
+        x: [N, C, H, W].
         block: its parts; weights may be symbolic, then the level is the first.
+        dtype: what the block computes in, x's if None.
 
     Returns:
         The backend as it was asked for, so that an exported program may run on another device than it was traced on, and a level
         that means something for the block. It is the same at every call with the same sizes, and needs no guard on N, H or W
         where torch.compile or torch.export trace.
     """
-    asked = forced() or Forced(AUTO, None)
+    asked, dtype = forced() or Forced(AUTO, None), dtype or x.dtype
     level, numbers = asked.level, numbers_of(x, block)
     if level is None:
-        level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, x.dtype, numbers)
+        level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, dtype, numbers)
     elif numbers is not None and numbers[-1] is not None and settings.tune():
-        _tune_at(level, asked.backend, x.device, x.dtype, numbers)
+        _tune_at(level, asked.backend, x.device, dtype, numbers)
     return Plan(asked.backend, Level.of(level, block).name)
 
 

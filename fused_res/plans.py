@@ -12,6 +12,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _decided: dict[Hashable, object] = {}
+_derived: dict[Hashable, object] = {}
+_MOST_DERIVED = 1024
 _remember: Callable[[Hashable], object | None] | None = None
 _recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
 
@@ -24,6 +26,19 @@ def decided(key: Hashable) -> object | None:
 def decide(key: Hashable, value: T) -> T:
     """Settle a key, unless it is settled; returns what stands. Safe in several threads: they all get the same."""
     return _decided.setdefault(key, value)
+
+
+def derived(key: Hashable) -> object | None:
+    """What was derived from decisions under this key, or None."""
+    return _derived.get(key)
+
+
+def derive(key: Hashable, value: T) -> T:
+    """Keep what follows from decisions and can be derived again; not for ever, since images may come in any number of sizes."""
+    if len(_derived) >= _MOST_DERIVED:
+        _derived.clear()
+    _derived[key] = value
+    return value
 
 
 def remember_by(recall: Callable[[Hashable], object | None] | None) -> None:
@@ -65,10 +80,10 @@ def recorder() -> list | None:
 @contextmanager
 def afresh() -> Iterator[None]:
     """Nothing is decided inside, and what is decided inside is forgotten: for tests and for comparing plans."""
-    global _decided, _remember
-    before, recall = _decided, _remember
-    _decided, _remember = {}, None
+    global _decided, _derived, _remember
+    before = _decided, _derived, _remember
+    _decided, _derived, _remember = {}, {}, None
     try:
         yield
     finally:
-        _decided, _remember = before, recall
+        _decided, _derived, _remember = before

@@ -88,6 +88,12 @@ _ROW = _NUMBERS + len(_TENSORS)
 _POOL = 8  # kernel, stride, padding (2 each), ceil_mode, count_include_pad
 
 
+def tensors_of(unit: ConvBN) -> tuple[Tensor | None, ...]:
+    """The fields of `_TENSORS` that reach the operator."""
+    running = (None, None) if unit.training else (unit.running_mean, unit.running_var)
+    return (unit.weight, unit.bias, unit.gamma, unit.beta, *running)
+
+
 def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     """Tensors, integers and epsilons from which `unpack` restores the block.
 
@@ -97,8 +103,7 @@ def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     tensors: list[Tensor] = []
     numbers = [len(block.main), int(block.projection is not None), int(block.pool is not None), int(block.given)]
     for unit in block.units:
-        running = (None, None) if unit.training else (unit.running_mean, unit.running_var)
-        candidates = (unit.weight, unit.bias, unit.gamma, unit.beta, *running)
+        candidates = tensors_of(unit)
         tensors += [t for t in candidates if t is not None]
         numbers += [*unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.training)]
         numbers += [int(t is not None) for t in candidates]
@@ -112,7 +117,8 @@ class _Layout(NamedTuple):
     """What the integers of `pack` say.
 
     fields: for each tensor the index of its unit, and its field there. places: for each unit the index among the tensors of each
-    of `_TENSORS`, or None. numbers: for each unit the fields of `ConvBN` from `stride` to `training`.
+    of `_TENSORS`, or None. numbers: for each unit the fields of `ConvBN` from `stride` to `training`. kept: which of the tensors
+    are not running statistics, and kept_integers: the integers of `pack` for these alone.
     """
 
     fields: tuple[tuple[int, str], ...]
@@ -121,6 +127,8 @@ class _Layout(NamedTuple):
     main: int
     pool: AvgPool | None
     given: bool
+    kept: tuple[int, ...]
+    kept_integers: tuple[int, ...]
 
 
 @functools.cache
@@ -142,6 +150,9 @@ def _layout(numbers: tuple[int, ...]) -> _Layout:
     if pooled:
         p = numbers[-_POOL:]
         pool = AvgPool((p[0], p[1]), (p[2], p[3]), (p[4], p[5]), bool(p[6]), bool(p[7]))
+    cleared = list(numbers)
+    for end in range(_HEAD + _ROW, _HEAD + units * _ROW + 1, _ROW):
+        cleared[end - 2 : end] = [0, 0]
     return _Layout(
         tuple(fields),
         tuple(tuple(where.get((u, name)) for name in _TENSORS) for u in range(units)),
@@ -149,6 +160,8 @@ def _layout(numbers: tuple[int, ...]) -> _Layout:
         count,
         pool,
         bool(given),
+        tuple(i for i, (_, name) in enumerate(fields) if not name.startswith("running")),
+        tuple(cleared),
     )
 
 
@@ -172,10 +185,7 @@ def tensor_fields(numbers: Sequence[int]) -> Sequence[tuple[int, str]]:
     return _layout(tuple(numbers)).fields
 
 
-def without_running_statistics(tensors: Sequence, numbers: Sequence[int]) -> tuple[list, list[int]]:
-    """The tensors and integers of `pack` less the running statistics of every unit."""
-    kept = [t for t, (_, name) in zip(tensors, tensor_fields(numbers), strict=True) if not name.startswith("running")]
-    cleared = list(numbers)
-    for end in range(_HEAD + _ROW, _HEAD + (numbers[0] + numbers[1]) * _ROW + 1, _ROW):
-        cleared[end - 2 : end] = [0, 0]
-    return kept, cleared
+def without_running_statistics(numbers: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Which of the tensors of `pack` are not running statistics, and the integers of `pack` for these alone."""
+    layout = _layout(tuple(numbers))
+    return layout.kept, layout.kept_integers

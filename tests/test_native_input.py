@@ -32,7 +32,12 @@ def calls():
         "bn_act_backward_finalize": [torch.rand(3, 3, C), 2, P, v, gamma, beta, scale, True],
         "bn_act_backward_apply": [dout, y, v, c, signs, True, y2, c2, True, True],
         "bn_act with a skip": [y, v, skip, None, None, True],
+        "move_statistics": [*statistics(C, v), *statistics(K, torch.rand(5, K)), P, 2, 0.1, 0.5],
     } | products()
+
+
+def statistics(channels, vectors):
+    return torch.rand(channels), torch.rand(channels), torch.tensor(3), vectors
 
 
 def products():
@@ -63,6 +68,8 @@ def products():
 
 
 def call(name, arguments):
+    if name == "move_statistics":  # lists of the two units'
+        arguments = [*map(list, zip(arguments[:4], arguments[4:8], strict=True)), arguments[8:10], arguments[10:]]
     return getattr(torch.ops.fused_res, name.split()[0]).default(*arguments)
 
 
@@ -109,7 +116,12 @@ FREE = {
     ("pointwise_fprop", 4): ("row",),
 }
 # Arguments that are written to.
-OUTPUTS = {"masked_add": 0, "pointwise_tail_backward_apply": 0, "pointwise_tail_backward_apply that joins": 0}
+OUTPUTS = {
+    "masked_add": {0},
+    "pointwise_tail_backward_apply": {0},
+    "pointwise_tail_backward_apply that joins": {0},
+    "move_statistics": {0, 1, 2, 4, 5, 6},
+}
 
 
 @pytest.mark.parametrize("name", list(calls()) if WHY is None else [])
@@ -144,6 +156,10 @@ def test_other_dtypes_do_not_mix(name):
             arguments = calls()[name]
             arguments[position] = argument.to(dtype)
             if name == "moments" and position == 0 and dtype in (torch.float16, torch.bfloat16):
+                call(name, arguments)
+                continue
+            alone = argument.dim() == 1 or (argument.dim() == 2 and dtype == torch.float64)
+            if name == "move_statistics" and alone and dtype != torch.float8_e4m3fn:
                 call(name, arguments)
                 continue
             parameter = "finalize" in name and argument.dim() < 2
@@ -244,6 +260,26 @@ def test_sums_that_do_not_exist(row, pixels):
         call("bn_act_backward_finalize", arguments)
 
 
+@pytest.mark.parametrize("position", [8, 9])
+@pytest.mark.parametrize("pixels", [1, 0, -(2**62)])
+def test_statistics_move_all_or_none(position, pixels):
+    arguments = calls()["move_statistics"]
+    arguments[position] = pixels
+    before = [a.clone() for a in arguments[:8]]
+    with pytest.raises(RuntimeError, match="pixels: expected at least 2"):
+        call("move_statistics", arguments)
+    assert all(torch.equal(a, b) for a, b in zip(arguments[:8], before, strict=True))
+
+
+def test_lists_of_statistics_that_do_not_match():
+    means, variances, counts, vectors = ([statistics(C, torch.rand(5, C))[i]] for i in range(4))
+    lists = means, variances, counts, vectors, [P], [0.1]
+    for shorter in (0, 1, 3, 4, 5):
+        arguments = [value[:0] if i == shorter else value for i, value in enumerate(lists)]
+        with pytest.raises(RuntimeError, match="vectors: expected as many as"):
+            torch.ops.fused_res.move_statistics(*arguments)
+
+
 def test_no_elements_are_no_crash():
     v, c = torch.rand(5, 4), torch.rand(7, 4)
     y, signs = torch.empty(0, 4), torch.empty(0, 1, dtype=torch.uint8)
@@ -263,7 +299,7 @@ def test_inputs_are_left_alone():
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         call(name, arguments)
         for position, (a, b) in enumerate(zip(arguments, before, strict=True)):
-            assert not isinstance(a, torch.Tensor) or torch.equal(a, b) or OUTPUTS.get(name) == position, (name, position)
+            assert not isinstance(a, torch.Tensor) or torch.equal(a, b) or position in OUTPUTS.get(name, ()), (name, position)
 
 
 def test_gradients_do_not_get_lost():

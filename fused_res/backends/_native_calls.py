@@ -3,15 +3,19 @@
 Of these operators `masked_add` alone is compiled for GPUs too; there the others' plain formulas run.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives import moments as second_moments
+from fused_res.primitives import move_statistics as running_statistics
 from fused_res.primitives import pointwise_tail as tail
 from fused_res.primitives import pointwise_tail_backward as tail_backward
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.conv_fprop import Convolved
+from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
 from fused_res.primitives.pointwise_tail_backward import TailGradients
@@ -120,6 +124,27 @@ def pointwise_tail_backward_apply(
 
 def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:
     torch.ops.fused_res.masked_add(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
+
+
+def _takes_buffer(buffer: Tensor) -> bool:
+    plain = type(buffer) is Tensor and buffer.is_cpu and buffer.is_contiguous()
+    return plain and not (buffer.requires_grad or buffer.is_inference())
+
+
+def move_statistics(moves: Sequence[Move]) -> None:
+    tracked = [move for move in moves if move.unit.running_mean is not None]
+    means, variances = [move.unit.running_mean for move in tracked], [move.unit.running_var for move in tracked]
+    counts = [move.unit.num_batches_tracked for move in moves if move.unit.num_batches_tracked is not None]
+    written = [*means, *variances, *counts]
+    if not written:
+        return
+    takes = all(map(_takes_buffer, written)) and all(count.dtype == torch.int64 and count.dim() == 0 for count in counts)
+    if not takes or not all(type(move.unit.momentum) is float and move.unit.bias is None for move in tracked):
+        running_statistics.plain(moves)
+        return
+    vectors, pixels = [move.vectors for move in tracked], [move.pixels for move in tracked]
+    torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, [m.unit.momentum for m in tracked])
+    torch.autograd.graph.increment_version(written)
 
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:

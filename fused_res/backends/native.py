@@ -28,6 +28,7 @@ PRIMITIVES = (
 _POINTWISE = ("conv_fprop", "conv_dgrad", "conv_wgrad")
 _CALLS = (
     "masked_add",
+    "move_statistics",
     "moments",
     "pointwise_tail",
     "pointwise_tail_backward_reduce",

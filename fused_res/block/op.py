@@ -4,8 +4,8 @@ Both are functional. What the forward saves depends on its arguments `save` and 
 it; a new level adds neither an argument nor an output. The backward's own derivative comes from `fused_res.reference`.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,6 +46,10 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
+    return _run(x, skip, residual_scale, block, save, level, backend)
+
+
+def _run(x, skip, residual_scale, block, save, level, backend):
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
@@ -71,7 +75,8 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     return out, saved
 
 
-def _requested(needs: list[bool], spec: list[int], eps: list[float]) -> Gradients:
+@functools.cache
+def _requested(needs: tuple[bool, ...], spec: tuple[int, ...], eps: tuple[float, ...]) -> Gradients:
     return Gradients(needs[0], needs[1], needs[2], unpack(needs[3:], spec, eps))
 
 
@@ -80,7 +85,8 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
         kept = Saved.from_list(saved, block, level)
-        gradients = backward(dout, x, residual_scale, block, kept, _requested(needs, spec, eps), level, backend)
+        requested = _requested(tuple(needs), tuple(spec), tuple(eps))
+        gradients = backward(dout, x, residual_scale, block, kept, requested, level, backend)
     found = []
     if needs[0]:
         found.append(in_layout(gradients.x, is_channels_last(x)))
@@ -112,10 +118,9 @@ def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
     ctx.set_materialize_grads(False)
     ctx.spec, ctx.eps, ctx.level, ctx.backend = spec, eps, level, backend
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
-    kept, ctx.kept_spec = without_running_statistics(tensors, spec)
-    ctx.kept_count = len(kept)
+    ctx.kept, ctx.kept_spec = without_running_statistics(spec)
     ctx.has_scale = residual_scale is not None
-    ctx.save_for_backward(x, *([residual_scale] if ctx.has_scale else []), *kept, *saved)
+    ctx.save_for_backward(x, *([residual_scale] if ctx.has_scale else []), *(tensors[i] for i in ctx.kept), *saved)
 
 
 def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, call):
@@ -124,15 +129,14 @@ def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, c
         return None, None, None, [None] * len(wanted_tensors)
     x, *rest = ctx.saved_tensors
     residual_scale = rest.pop(0) if ctx.has_scale else None
-    kept, saved = rest[: ctx.kept_count], rest[ctx.kept_count :]
-    kept_needs, _ = without_running_statistics(wanted_tensors, ctx.spec)
-    needs = [wanted_x, wanted_skip, wanted_scale, *kept_needs]
+    kept, saved = rest[: len(ctx.kept)], rest[len(ctx.kept) :]
+    needs = [wanted_x, wanted_skip, wanted_scale, *(wanted_tensors[i] for i in ctx.kept)]
     found = iter(call(dout, x, residual_scale, kept, saved, ctx.kept_spec, ctx.eps, needs, ctx.level, ctx.backend))
     dx, dskip, dscale = (next(found) if need else None for need in needs[:3])
-    of_tensors = [
-        next(found) if need and not name.startswith("running") else None
-        for need, (_, name) in zip(wanted_tensors, tensor_fields(ctx.spec), strict=True)
-    ]
+    of_tensors = [None] * len(wanted_tensors)
+    for i in ctx.kept:
+        if wanted_tensors[i]:
+            of_tensors[i] = next(found)
     return dx, dskip, dscale, of_tensors
 
 
@@ -222,7 +226,7 @@ register_autograd("fused_res::block_backward", _backward_gradient, setup_context
 _operator = torch.ops.fused_res.block_forward.default
 
 
-def _is_observed(*tensors: Tensor | None) -> bool:
+def is_watched(*tensors: Tensor | None) -> bool:
     """Whether somebody traces or transforms the operators that are called, or a tensor is not a plain one."""
     return (
         torch.compiler.is_compiling()
@@ -243,29 +247,27 @@ class _Direct(torch.autograd.Function):
     """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
 
     @staticmethod
-    def forward(ctx, arguments, found, x, skip, residual_scale, *tensors):
-        spec, eps, level, backend = arguments
-        out, saved = _below_autograd(_forward, x, skip, residual_scale, tensors, spec, eps, True, level, backend)
-        _keep(ctx, x, residual_scale, tensors, saved, *arguments)
+    def forward(ctx, block, call, found, x, skip, residual_scale, *tensors):
+        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend)
+        _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        call = partial(_below_autograd, _backward)
-        if torch.is_grad_enabled() or _is_observed(dout):
+        call = functools.partial(_below_autograd, _backward)
+        if torch.is_grad_enabled() or is_watched(dout):
             call = torch.ops.fused_res.block_backward.default
-        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[2:5], ctx.needs_input_grad[5:], call)
-        return None, None, *found, *of_tensors
+        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:], call)
+        return None, None, None, *found, *of_tensors
 
 
-def block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
-    """The operator `fused_res::block_forward`, directly where nobody watches."""
-    arguments = (spec, eps, level, backend)
-    if _is_observed(x, skip, residual_scale, *tensors):
-        return _operator(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+def block_forward(x, skip, residual_scale, block, tensors, call, save):
+    """The operator `fused_res::block_forward` on the block's tensors and the numbers of its call; directly where nobody watches."""
+    if call.watched:
+        return _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
     if not save:
-        return _below_autograd(_forward, x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend)
     saved: list[Tensor] = []
-    out = _Direct.apply(arguments, saved, x, skip, residual_scale, *tensors)
+    out = _Direct.apply(block, call, saved, x, skip, residual_scale, *tensors)
     return out, saved

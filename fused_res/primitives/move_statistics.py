@@ -1,0 +1,68 @@
+"""`move_statistics`: the running statistics of BNs move towards their batch's, in place, and their counters go on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res.backends import LIBRARY
+from fused_res.primitives.common import select
+from fused_res.spec import ConvBN
+
+
+class Move(NamedTuple):
+    """A unit under batch statistics: its [5, C] vectors from `bn_finalize`, and over how many pixels they were taken."""
+
+    unit: ConvBN
+    vectors: Tensor
+    pixels: int
+
+
+def plain(moves: Sequence[Move]) -> None:
+    if len({id(move.unit.running_mean) for move in moves}) < len(moves):
+        # Units that share a BN move its statistics one after the other.
+        for move in moves:
+            _move([move])
+    else:
+        _move(moves)
+
+
+def _move(moves: Sequence[Move]) -> None:
+    counts = [unit.num_batches_tracked for unit, _, _ in moves if unit.num_batches_tracked is not None]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    found: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for unit, vectors, pixels in moves:
+        if unit.running_mean is None:
+            continue
+        batch_mean, batch_var = vectors[:2].unbind()
+        mean = batch_mean if unit.bias is None else batch_mean + unit.bias.detach()
+        var = batch_var * (pixels / (pixels - 1))
+        weight = unit.momentum
+        if weight is None:
+            weight = 0.0 if unit.num_batches_tracked is None else unit.num_batches_tracked.to(mean.dtype).reciprocal()
+        for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
+            if running.dtype != value.dtype:
+                running.copy_(running.to(value.dtype).lerp(value, weight))
+            elif isinstance(weight, Tensor):
+                running.lerp_(value, weight)
+            else:
+                buffers, values = found.setdefault(weight, ([], []))
+                buffers.append(running)
+                values.append(value)
+    for weight, (buffers, values) in found.items():
+        torch._foreach_lerp_(buffers, values, weight)
+
+
+def move_statistics(moves: Sequence[Move], *, backend: str) -> None:
+    """`running = (1 - momentum) * running + momentum * batch`, with the unbiased variance, as `nn.BatchNorm2d` does.
+
+    The mean is that of the convolution's output with its bias. Without a host synchronisation.
+
+    Args:
+        moves: units in the order of their calls; at least 2 pixels each.
+    """
+    # Asks nobody where the formula is wanted: torch.compile cannot follow that.
+    run = plain if backend == LIBRARY else select("move_statistics", backend, plain)
+    run(moves)
