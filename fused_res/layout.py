@@ -80,7 +80,10 @@ def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
     differ only in dimensions of size 1. Vectors are copied: they are rows of one tensor, and an operator's outputs may not
     share memory.
     """
-    gradient = gradient.to(parameter.dtype, copy=gradient.dim() == 1)
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    elif gradient.dim() == 1:
+        gradient = gradient.clone()
     strides = _parameter_strides(parameter)
     if gradient.stride() == strides:
         return gradient

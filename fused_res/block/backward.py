@@ -69,13 +69,18 @@ class _Branch(NamedTuple):
         live = self.unit.training
         return bool(self.wants.gamma or self.wants.beta or self.needs_scale or (self.needs_dy if live else self.wants.bias))
 
-    def parameters(self, found: Coefficients | TailGradients, dweight: Tensor | None) -> ConvBN:
+    def parameters(self, found: Tensor | TailGradients | None, dweight: Tensor | None) -> ConvBN:
+        """Of a tensor of `Coefficients`, or of what stands for it in the moment form."""
         return ConvBN(
             weight=dweight if self.wants.weight else None,
-            bias=found.dbias if self.wants.bias else None,
-            gamma=found.dgamma if self.wants.gamma else None,
-            beta=found.dbeta if self.wants.beta else None,
+            bias=coefficient(found, "dbias") if self.wants.bias else None,
+            gamma=coefficient(found, "dgamma") if self.wants.gamma else None,
+            beta=coefficient(found, "dbeta") if self.wants.beta else None,
         )
+
+
+def coefficient(found: Tensor | TailGradients, name: str) -> Tensor:
+    return found[Coefficients._fields.index(name)] if isinstance(found, Tensor) else getattr(found, name)
 
 
 class _Outer(NamedTuple):
@@ -93,10 +98,8 @@ def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branc
     return bn_act_backward_finalize(partials, row, pixels, branch.vectors, gamma, beta, a, **options)
 
 
-def _outer_bns(
-    outer: _Outer, branches: list[_Branch], level: Level, backend: str
-) -> tuple[list[Coefficients], list[Gradient | None]]:
-    """Through the outer ReLU and the BNs added in front of it, one or two: coefficients and dy of each branch."""
+def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, backend: str) -> tuple[list[Tensor], list[Gradient | None]]:
+    """Through the outer ReLU and the BNs added in front of it, one or two: [7, K] coefficients and dy of each branch."""
     dout, signs = to_rows(outer.dout), outer.signs
     first, second = branches[0], branches[1] if len(branches) > 1 else None
     partials = None
@@ -116,21 +119,23 @@ def _outer_bns(
         live = first.unit.training
         rows = bn_act_backward_apply(dout, first.y, first.vectors, found[0], training=live, signs=signs, **pair, backend=backend)
         dys = [Gradient(to_image(dy, n, h, w)) for dy in rows[: len(branches)]]
-    return [Coefficients(*c.unbind()) for c in found], dys
+    return found, dys
 
 
-def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tuple[Coefficients, Gradient | None]:
-    """Through an inner ReLU and the BN in front of it."""
+def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tuple[Tensor, Gradient | None]:
+    """Through an inner ReLU and the BN in front of it: [7, K] coefficients and dy."""
     partials = inflow.partials
     dz, (n, _, h, w) = to_rows(inflow.image), inflow.image.shape
     if partials is None and branch.needs_sums:
         partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, backend=backend)
     c = _coefficients(partials, 1, dz.shape[0], branch, backend)
     if not branch.needs_dy:
-        return Coefficients(*c.unbind()), None
-    y, live = to_image(branch.y, n, h, w), branch.unit.training
-    dy = Gradient(inflow.image, y, branch.vectors, c, training=live, masked=inflow.masked)
-    return Coefficients(*c.unbind()), dy if level.prologues else Gradient(dy.values(backend))
+        return c, None
+    live = branch.unit.training
+    if level.prologues:
+        return c, Gradient(inflow.image, to_image(branch.y, n, h, w), branch.vectors, c, training=live, masked=inflow.masked)
+    dy, _, _ = bn_act_backward_apply(dz, branch.y, branch.vectors, c, training=live, backend=backend)
+    return c, Gradient(to_image(dy, n, h, w))
 
 
 def _moment_bn(
@@ -253,7 +258,7 @@ def backward(
             dweight, add = _projection(image, side, block.pool, dsides[0], convolutions)
             dprojection = side.parameters(found[0], dweight)
         del dsides
-    dscale = c.dscale.sum() if needs.residual_scale else None
+    dscale = coefficient(c, "dscale").sum() if needs.residual_scale else None
 
     dx = None
     for i in reversed(range(count)):

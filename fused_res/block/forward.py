@@ -57,16 +57,19 @@ def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, bac
     return bn_finalize(partials, 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
 
 
-def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str) -> tuple[Tensor, Tensor]:
-    """The convolution's output [N, K, H', W'] and the unit's vectors."""
+def conv_bn(
+    z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's output as an image [N, K, H', W'] and as a matrix [P, K], and the unit's vectors."""
+    statistics = unit.training and level.epilogues
+    image, partials, size = conv_fprop(z, unit, statistics=statistics, backend=level.convolutions(backend))
+    y = to_rows(image)
     if not unit.training:
-        return conv_fprop(z, unit, backend=level.convolutions(backend)).image, running(unit, z.image.dtype, residual_scale, backend)
-    y, partials, rows = conv_fprop(z, unit, statistics=level.epilogues, backend=level.convolutions(backend))
+        return image, y, running(unit, y.dtype, residual_scale, backend)
     if partials is None:
-        partials, rows = bn_stats(to_rows(y), backend=backend)
-    pixels = y.numel() // y.shape[1]
-    vectors = bn_finalize(partials, rows, pixels, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
-    return y, vectors
+        partials, size = bn_stats(y, backend=backend)
+    vectors = bn_finalize(partials, size, y.shape[0], unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    return image, y, vectors
 
 
 def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Pointwise:
@@ -108,12 +111,13 @@ def forward(
             vectors.append(running(unit, x.dtype, None, backend))
             z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), backend=backend).image)
             continue
-        y, v = conv_bn(z, unit, None, level, backend)
+        y, rows, v = conv_bn(z, unit, None, level, backend)
         vectors.append(v)
-        ys.append(to_rows(y) if save else None)
+        ys.append(rows if save else None)
         z = Activation(y, v)
         if not level.prologues:
             z = Activation(z.values(backend))
+        del y, rows
     finish = _moment_tail if level.moment_main else _tail
     out, found, kept, signs = finish(z, image, skip, residual_scale, block, level, save, backend)
     vectors += found
@@ -133,9 +137,9 @@ def _tail(
     backend: str,
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None], Tensor | None]:
     """The last convolution, BN, shortcut and ReLU; out, the vectors and convolution outputs of these units, and the signs."""
-    unit, y2, vectors2 = block.main[-1], None, None
+    unit, y2, rows2, vectors2 = block.main[-1], None, None, None
     if block.projection is not None:
-        y2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
     elif skip is None:
         skip = image
     others = [] if vectors2 is None else [vectors2]
@@ -143,12 +147,12 @@ def _tail(
         vectors = running(unit, image.dtype, residual_scale, backend)
         output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2)
         return conv_fprop(z, unit, output=output, backend=backend).image, [vectors, *others], [], None
-    y, vectors = conv_bn(z, unit, residual_scale, level, backend)
+    y, rows, vectors = conv_bn(z, unit, residual_scale, level, backend)
     del z
     n, _, h, w = y.shape
-    rows = [None if part is None else to_rows(part) for part in (y, skip, y2)]
-    out, signs = bn_act(rows[0], vectors, skip=rows[1], y2=rows[2], vectors2=vectors2, keep_signs=save, backend=backend)
-    return to_image(out, n, h, w), [vectors, *others], [rows[0]] if y2 is None else [rows[0], rows[2]], signs
+    shortcut = None if skip is None else to_rows(skip)
+    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, keep_signs=save, backend=backend)
+    return to_image(out, n, h, w), [vectors, *others], [rows] if y2 is None else [rows, rows2], signs
 
 
 def _moment_tail(
@@ -173,9 +177,9 @@ def _moment_tail(
         vectors.append(branch.vectors)
         kept.append(None)
     else:
-        y2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
         shortcut = Shortcut(y2=y2, vectors2=vectors2)
         vectors.append(vectors2)
-        kept.append(to_rows(y2))
+        kept.append(rows2)
     out, signs = pointwise_tail(main, shortcut, keep_signs=save, backend=backend)
     return out, vectors, kept, signs

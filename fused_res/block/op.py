@@ -116,25 +116,25 @@ def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, le
 def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
     # Without this, autograd makes a tensor of zeros for each output, also for those whose gradient nobody reads.
     ctx.set_materialize_grads(False)
-    ctx.spec, ctx.eps, ctx.level, ctx.backend = spec, eps, level, backend
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
-    ctx.kept, ctx.kept_spec = without_running_statistics(spec)
-    ctx.has_scale = residual_scale is not None
-    ctx.save_for_backward(x, *([residual_scale] if ctx.has_scale else []), *(tensors[i] for i in ctx.kept), *saved)
+    kept, kept_spec = without_running_statistics(spec)
+    ctx.rest = kept, residual_scale is not None, kept_spec, eps, level, backend
+    ctx.save_for_backward(x, *([] if residual_scale is None else [residual_scale]), *[tensors[i] for i in kept], *saved)
 
 
 def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, call):
     """Gradients of x, skip and residual scale, and the list of those of the tensors; `call` is block_backward."""
     if dout is None:
         return None, None, None, [None] * len(wanted_tensors)
+    kept, has_scale, spec, eps, level, backend = ctx.rest
     x, *rest = ctx.saved_tensors
-    residual_scale = rest.pop(0) if ctx.has_scale else None
-    kept, saved = rest[: len(ctx.kept)], rest[len(ctx.kept) :]
-    needs = [wanted_x, wanted_skip, wanted_scale, *(wanted_tensors[i] for i in ctx.kept)]
-    found = iter(call(dout, x, residual_scale, kept, saved, ctx.kept_spec, ctx.eps, needs, ctx.level, ctx.backend))
+    residual_scale = rest.pop(0) if has_scale else None
+    tensors, saved = rest[: len(kept)], rest[len(kept) :]
+    needs = [wanted_x, wanted_skip, wanted_scale, *[wanted_tensors[i] for i in kept]]
+    found = iter(call(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend))
     dx, dskip, dscale = (next(found) if need else None for need in needs[:3])
     of_tensors = [None] * len(wanted_tensors)
-    for i in ctx.kept:
+    for i in kept:
         if wanted_tensors[i]:
             of_tensors[i] = next(found)
     return dx, dskip, dscale, of_tensors

@@ -68,7 +68,7 @@ class Problem:
         found = [conv_bn(Activation(z.values(backend)), self.block.main[-1], None, level, backend)]
         if self.block.projection is not None:
             found.append(conv_bn(Activation(pooled(self.x, self.block.pool)), self.block.projection, None, level, backend))
-        return Saved([*vectors, *(v for _, v in found)], [*ys, *(to_rows(y) for y, _ in found)], inner.signs)
+        return Saved([*vectors, *(v for _, _, v in found)], [*ys, *(rows for _, rows, _ in found)], inner.signs)
 
     def step(self, level: str, backend: str) -> None:
         _, saved = self.forward(level, backend)
