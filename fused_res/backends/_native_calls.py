@@ -123,7 +123,7 @@ def pointwise_tail_backward_apply(
 
 
 def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:
-    torch.ops.fused_res.masked_add(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
+    torch.ops.fused_res.masked_add.default(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
 
 
 def _takes_buffer(buffer: Tensor) -> bool:

@@ -48,9 +48,12 @@ def prepare(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor
 
 def _is_plain(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
     """Whether every part is of the expected type, every tensor a plain one, and nobody watches."""
-    if not all(type(unit) is ConvBN for unit in block.units) or (block.pool is not None and type(block.pool) is not AvgPool):
-        return False
-    return not is_watched(x, skip, residual_scale, *(tensor for unit in block.units for tensor in unit[:7]))
+    tensors = [x, skip, residual_scale]
+    for unit in block.units:
+        if type(unit) is not ConvBN:
+            return False
+        tensors += unit[:7]
+    return (block.pool is None or type(block.pool) is AvgPool) and not is_watched(*tensors)
 
 
 def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> tuple:

@@ -224,6 +224,7 @@ register_autograd("fused_res::block_forward", _forward_gradient, setup_context=_
 register_autograd("fused_res::block_backward", _backward_gradient, setup_context=_save_for_double_backward, lib=_library)
 
 _operator = torch.ops.fused_res.block_forward.default
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
@@ -234,7 +235,7 @@ def is_watched(*tensors: Tensor | None) -> bool:
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
