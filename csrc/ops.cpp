@@ -48,4 +48,14 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "pointwise_wgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
       "Tensor x, Tensor? x_vectors, int down, int right) -> Tensor");
+  m.def(
+      "winograd_fprop(Tensor x, Tensor? x_vectors, Tensor weight, int down, int right, bool statistics, "
+      "Tensor? vectors, Tensor? skip, Tensor? y2, Tensor? vectors2) -> (Tensor, Tensor?, int)");
+  m.def(
+      "winograd_dgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
+      "Tensor weight, int down, int right, Tensor? inner, Tensor? inner_vectors, Tensor? addend, "
+      "Tensor? addend_signs, int addend_down, int addend_right) -> (Tensor, Tensor?)");
+  m.def(
+      "winograd_wgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
+      "Tensor x, Tensor? x_vectors, int down, int right) -> Tensor");
 }

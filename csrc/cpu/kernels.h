@@ -97,6 +97,15 @@ struct BnActBackwardApply {
   bool stream;
 };
 
+// out, sampled, gains the addend where the signs are open.
+struct MaskedAdd {
+  int64_t channels;
+  const void* addend;
+  const uint8_t* signs;
+  Sampling sampling;
+  void* out;
+};
+
 // out = [start +] first [+ second] [- constant] [+ addend where it is open]. start is in the dtype of the arithmetic.
 // With `joins` that is added to out, whose rows are then sampled.
 struct Product {
@@ -145,12 +154,54 @@ struct MomentsReduction {
   double *centres, *rests;
 };
 
-struct MaskedAdd {
-  int64_t channels;
-  const void* addend;
-  const uint8_t* signs;
-  Sampling sampling;
+// Points of F(2x2, 3x3): elements of a tile of 4x4.
+constexpr int kPoints = 16;
+
+// Elements from one point of packed filters to the next: a cache line more than there are, so that the points do not
+// fall on each other in the cache.
+constexpr int64_t filter_elements(int64_t depth, int64_t columns) {
+  return (columns + kPanel - 1) / kPanel * kPanel * depth + 16;
+}
+
+// How images of height x width pixels, with so many zero lines above and zero pixels left of them, become tiles of 4x4
+// pixels, each two pixels on from the one before, and those become 2x2 pixels of images of out_height x out_width.
+struct TileGrid {
+  int64_t images, height, width, above, left, out_height, out_width;
+  int64_t lines, across;  // lines of tiles in an image, tiles in a line
+  int64_t block;          // lines of tiles that are taken together, of one image or of more
+};
+
+// The filters of a 3x3 convolution, [out, 3, 3, in], in the 16 points of F(2x2, 3x3), each packed for products:
+// [in, out], or of the gradient's convolution, whose taps run backwards, [out, in].
+struct WinogradFilter {
+  int64_t out, in;
+  const void* weight;
+  bool backwards;
+  void* to;
+};
+
+// A 3x3 convolution by F(2x2, 3x3), and what is to be done with the blocks of its output.
+struct Winograd {
+  Tiling tiling;  // of out; tiles of so many rows are blocks, where that is true of all of them
+  TileGrid grid;
+  Operand operand;
+  const void* filter;
   void* out;
+  MaskedAdd joins;           // if its addend is given
+  BnStats statistics;        // of out, if its partials are given
+  BnActBackwardReduce sums;  // with out as dout, likewise
+  BnAct finish;              // of out, in place, if its vectors are given
+};
+
+// The gradient of the filters, [out, 3, 3, in]: in those points for tiles of so many blocks, then of all tiles together.
+// left is the output's gradient, right the input, both cut into stretches of `stretch` channels, whole panels.
+struct WinogradWgrad {
+  TileGrid grid;
+  int64_t tiles, blocks;  // tiles, and blocks in each
+  int64_t stretch, lefts, rights;
+  Operand left, right;
+  void* products;  // [tiles, lefts, rights, points, stretch, stretch]
+  void* dweight;
 };
 
 enum Dtype { kFloat, kHalf, kBFloat16, kDouble, kDtypes };
@@ -168,6 +219,10 @@ struct Kernels {
   void (*pointwise_tail[kDtypes])(const PointwiseTail&, int64_t begin, int64_t end, void*);
   void (*reduction[kDtypes])(const Reduction&, int64_t begin, int64_t end, void*);
   void (*moments[kDtypes])(const MomentsReduction&, int64_t begin, int64_t end, void*);
+  void (*winograd_filter[kDtypes])(const WinogradFilter&, int64_t begin, int64_t end);
+  void (*winograd[kDtypes])(const Winograd&, int64_t begin, int64_t end, void*);
+  void (*winograd_wgrad[kDtypes])(const WinogradWgrad&, int64_t begin, int64_t end, void*);
+  void (*winograd_dweight[kDtypes])(const WinogradWgrad&, int64_t begin, int64_t end);
 };
 
 // The kernels for this CPU, or for the instruction set that FUSED_RES_CPU_CAPABILITY names.

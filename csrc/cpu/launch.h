@@ -40,13 +40,16 @@ constexpr int64_t kGrain = 32 * 1024;
 // Results of this size are no longer in the cache when they are next read, so they are written past it.
 constexpr int64_t kStreamBytes = 4 * 1024 * 1024;
 
-inline Tiling tiling(const Tensor& y) {
-  const int64_t pixels = y.size(0), channels = y.size(1);
+inline Tiling tiling(int64_t pixels, int64_t channels, int64_t element_size) {
   const int64_t stretches = divide_up(channels, kStretch), width = std::clamp<int64_t>(channels, 1, kStretch);
-  const int64_t block = std::max<int64_t>(8, kBlockBytes / (width * static_cast<int64_t>(y.element_size())));
+  const int64_t block = std::max<int64_t>(8, kBlockBytes / (width * element_size));
   const int64_t most = std::max<int64_t>(1, kTasks / std::max<int64_t>(1, stretches));
   const int64_t rows = block * std::max<int64_t>(1, divide_up(divide_up(pixels, block), most));
   return {pixels, channels, block, rows, std::max<int64_t>(1, divide_up(pixels, rows)), stretches};
+}
+
+inline Tiling tiling(const Tensor& y) {
+  return tiling(y.size(0), y.size(1), static_cast<int64_t>(y.element_size()));
 }
 
 // Runs the kernel over the tasks of a reduction.

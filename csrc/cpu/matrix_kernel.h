@@ -128,18 +128,28 @@ inline void multiply_rows(int64_t rows, int64_t depth, const A* a, int64_t a_row
   ahead.next();
 }
 
-// c[n, columns] = [c +] a[n, depth] * packed[depth, columns]. Columns come in whole panels.
+// c[n, columns] = [c +] a[n, depth] * packed[depth, columns]. Columns come in whole panels. With `next`, the packed
+// matrix after this one, they come from far away: each part of a panel is fetched while the one before it is multiplied.
 template <class V, class A>
 void multiply(int64_t n, int64_t depth, int64_t columns, const A* a, int64_t a_row, const A* packed, A* c,
-              int64_t c_row, bool add, Ahead& ahead) {
-  constexpr int64_t panel = Tile<V>::panel;
+              int64_t c_row, bool add, Ahead& ahead, const A* next = nullptr) {
+  constexpr int64_t panel = Tile<V>::panel, line = 64 / sizeof(A);
   for (int64_t t = 0; t < depth; t += kDepth) {
     const int64_t more = min(kDepth, depth - t);
     for (int64_t j = 0; j < columns; j += panel) {
       const A* b = packed + j * depth + t * panel;
+      const A* after = j + panel < columns ? b + panel * depth : t + more < depth ? packed + (t + more) * panel : next;
+      int64_t lines = next == nullptr ? 0 : more * panel / line;
       for (int64_t i = 0; i < n; i += kTileRows) {
+        Ahead part;
+        if (lines > 0) {
+          part.want(after, min(lines, more) * 64);
+          part.spread(more);
+          after += more * line;
+          lines -= more;
+        }
         multiply_rows<V>(min(kTileRows, n - i), more, a + i * a_row + t, a_row, 1, b, panel, c + i * c_row + j, c_row,
-                         add || t > 0, ahead);
+                         add || t > 0, part.step() > 0 ? part : ahead);
       }
     }
   }

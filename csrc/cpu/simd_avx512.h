@@ -83,4 +83,33 @@ inline Avx512Vec operator-(Avx512Vec a, Avx512Vec b) { return {_mm512_sub_ps(a.v
 inline Avx512Vec operator*(Avx512Vec a, Avx512Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Avx512Vec fma(Avx512Vec a, Avx512Vec b, Avx512Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// Lane j of vector i becomes lane i of vector j. Each step exchanges what lies across from twice as far away.
+inline void transpose(Avx512Vec (&v)[16]) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x88), odd = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xDD);
+    const __m512 even2 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xDD);
+    v[j].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+    v[j + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    v[j + 8].v = _mm512_shuffle_f32x4(even, even2, 0xDD);
+    v[j + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xDD);
+  }
+}
+
 }  // namespace fused_res::cpu::FUSED_RES_VARIANT

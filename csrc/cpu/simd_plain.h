@@ -128,4 +128,17 @@ inline PlainVec<A, Bits> fma(PlainVec<A, Bits> a, PlainVec<A, Bits> b, PlainVec<
   return {a.v * b.v + c.v};
 }
 
+// Lane j of vector i becomes lane i of vector j.
+template <class V>
+inline void transpose(V (&v)[V::width]) {
+  auto lanes = [&](int i) -> auto& { return v[i].v; };
+  for (int i = 0; i < V::width; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const auto kept = lanes(i)[j];
+      lanes(i)[j] = lanes(j)[i];
+      lanes(j)[i] = kept;
+    }
+  }
+}
+
 }  // namespace fused_res::cpu::FUSED_RES_VARIANT

@@ -10,6 +10,7 @@
 #include "pointwise_tail_kernel.h"
 #include "product_kernel.h"
 #include "reduction_kernel.h"
+#include "winograd_kernel.h"
 
 #define FUSED_RES_TEXT(name) #name
 #define FUSED_RES_NAME(name) FUSED_RES_TEXT(name)
@@ -31,6 +32,10 @@ const Kernels table = {
     {pointwise_tail<float>, pointwise_tail<half>, pointwise_tail<bfloat16>, pointwise_tail<double>},
     {reduction<float>, reduction<half>, reduction<bfloat16>, reduction<double>},
     {moments<float>, moments<half>, moments<bfloat16>, moments<double>},
+    {winograd_filter<float>, winograd_filter<half>, winograd_filter<bfloat16>, winograd_filter<double>},
+    {winograd<float>, winograd<half>, winograd<bfloat16>, winograd<double>},
+    {winograd_wgrad<float>, winograd_wgrad<half>, winograd_wgrad<bfloat16>, winograd_wgrad<double>},
+    {winograd_dweight<float>, winograd_dweight<half>, winograd_dweight<bfloat16>, winograd_dweight<double>},
 };
 
 }  // namespace fused_res::cpu::FUSED_RES_VARIANT

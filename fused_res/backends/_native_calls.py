@@ -41,6 +41,16 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1).contiguous()
 
 
+def _filter(weight: Tensor) -> Tensor:
+    """[K, C, 3, 3] as a contiguous [K, 3, 3, C]; a view where the weight is channels_last."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+def _pointwise(unit: ConvBN) -> bool:
+    """Whether the convolution is one product; the others that are compiled are unstrided 3x3 ones."""
+    return tuple(unit.weight.shape[2:]) == (1, 1)
+
+
 def _rows(image: Tensor | None) -> Tensor | None:
     return None if image is None else to_rows(image)
 
@@ -148,6 +158,13 @@ def move_statistics(moves: Sequence[Move]) -> None:
 
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
+    if not _pointwise(unit):
+        finish = (None,) * 4 if output is None else (output.vectors, _rows(output.skip), _rows(output.y2), output.vectors2)
+        image, vectors, *_ = _activation(x)
+        y, partials, rows = torch.ops.fused_res.winograd_fprop(
+            image, vectors, _filter(unit.weight), *unit.padding, statistics, *finish
+        )
+        return Convolved(y.permute(0, 3, 1, 2), partials, rows if statistics else 0)
     sample = Activation(x.image, x.vectors, unit.stride)
     n, _, h, w = x.image.shape
     size = n, *unit.output_size(h, w)
@@ -161,10 +178,17 @@ def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | N
 def conv_dgrad(dy: Gradient, like: Tensor, unit: ConvBN, inner: Activation | None, add: Addend | None) -> Inflow:
     below = (None, None) if inner is None else (_pixels_first(inner.image), inner.vectors)
     joins = (None, None, 1, 1) if add is None else (_pixels_first(add.image), add.signs, *add.stride)
-    dx, partials = torch.ops.fused_res.pointwise_dgrad(*_gradient(dy), _matrix(unit.weight), *below, *joins)
+    if _pointwise(unit):
+        dx, partials = torch.ops.fused_res.pointwise_dgrad(*_gradient(dy), _matrix(unit.weight), *below, *joins)
+    else:
+        filters = _filter(unit.weight), *unit.padding
+        dx, partials = torch.ops.fused_res.winograd_dgrad(*_gradient(dy), *filters, *below, *joins)
     return Inflow(dx.permute(0, 3, 1, 2), partials)
 
 
 def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
+    if not _pointwise(unit):
+        image, vectors, *_ = _activation(x)
+        return torch.ops.fused_res.winograd_wgrad(*_gradient(dy), image, vectors, *unit.padding).permute(0, 3, 1, 2)
     sample = Activation(x.image, x.vectors, unit.stride)
     return torch.ops.fused_res.pointwise_wgrad(*_gradient(dy), *_activation(sample)).view_as(unit.weight)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fused_res.geometry import Geometry
+from fused_res.geometry import Convolution, Geometry
 from fused_res.spec import ConvBN
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
@@ -25,7 +25,7 @@ PRIMITIVES = (
     "bn_act_backward_finalize",
     "bn_act_backward_apply",
 )
-_POINTWISE = ("conv_fprop", "conv_dgrad", "conv_wgrad")
+_CONVOLUTIONS = ("conv_fprop", "conv_dgrad", "conv_wgrad")
 _CALLS = (
     "masked_add",
     "move_statistics",
@@ -33,7 +33,7 @@ _CALLS = (
     "pointwise_tail",
     "pointwise_tail_backward_reduce",
     "pointwise_tail_backward_apply",
-    *_POINTWISE,
+    *_CONVOLUTIONS,
 )
 _FUNCTIONAL = (
     *PRIMITIVES,
@@ -43,6 +43,9 @@ _FUNCTIONAL = (
     "pointwise_fprop",
     "pointwise_dgrad",
     "pointwise_wgrad",
+    "winograd_fprop",
+    "winograd_dgrad",
+    "winograd_wgrad",
 )
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -138,18 +141,36 @@ def preference(device: torch.device) -> int:
 def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
     """What was measured to be fastest on a CPU, for ResNet's blocks at batch 1 to 128. Nothing has been measured on a GPU yet.
 
-    Our own products pay once they save more traffic to memory than they lose to the library's in arithmetic: where there are many
-    pixels for the channels. The moment form also multiplies matrices of channels by channels, so it needs more of them still, and
-    an output that no cache holds.
+    Our own 1x1 convolutions pay once they save more traffic to memory than they lose to the library's in arithmetic: where there
+    are many pixels for the channels. The moment form also multiplies matrices of channels by channels, so it needs more of them
+    still, and an output that no cache holds. Our own 3x3 convolutions, F(2x2, 3x3), save arithmetic as well.
     """
     if device.type != "cpu" or dtype != torch.float32 or geometry.pixels is None:
         return "bn_act"
     channels, width, *kernel = geometry.main[-1].weight
-    if kernel != [1, 1] or width > 256 or geometry.pixels < 3000:
-        return "bn_act"
-    widest = width if geometry.projection is None else max(width, geometry.projection.weight[1])
-    out_of_cache = dtype.itemsize * geometry.pixels * channels >= 24 * 2**20
-    return "moment" if out_of_cache and widest**2 <= 6 * geometry.pixels else "prologue"
+    if kernel == [1, 1] and width <= 256 and geometry.pixels >= 3000:
+        widest = width if geometry.projection is None else max(width, geometry.projection.weight[1])
+        out_of_cache = dtype.itemsize * geometry.pixels * channels >= 24 * 2**20
+        return "moment" if out_of_cache and widest**2 <= 6 * geometry.pixels else "prologue"
+    wide = [unit.weight for unit in geometry.main if _is_filtered(unit) and min(unit.weight[:2]) >= 48]
+    return "prologue" if any(_pays(weight, geometry.pixels) for weight in wide) else "bn_act"
+
+
+def _is_filtered(unit: ConvBN | Convolution) -> bool:
+    """Whether the convolution's geometry is that of F(2x2, 3x3)."""
+    *_, height, width = unit.weight if isinstance(unit, Convolution) else unit.weight.shape
+    plain = tuple(unit.stride) == (1, 1) and tuple(unit.dilation) == (1, 1) and unit.groups == 1
+    return (height, width) == (3, 3) and plain and max(unit.padding) <= 2
+
+
+def _pays(weight: tuple[int, ...], pixels: int) -> bool:
+    """Whether what is fused into a convolution, and what F(2x2, 3x3) saves, outweighs the library's products in float32.
+
+    Measured for ResNet's convolutions at batch 1 to 32. Of 1x1 ones the library makes better products where the weight does not
+    stay in a cache; filters have to be transformed at every call, which takes pixels to pay for.
+    """
+    out, channels, *kernel = weight
+    return out * channels <= (2**16 if kernel == [1, 1] else 1024 * pixels)
 
 
 @functools.cache
@@ -163,11 +184,17 @@ def find(primitive: str) -> Callable | None:
 
 
 def takes(primitive: str, unit: ConvBN, pixels: int) -> bool:
-    """Convolutions are compiled for CPUs, as matrix products: 1x1, ungrouped, without padding; going back also unstrided.
+    """Convolutions are compiled for CPUs: 1x1 without padding as one product, going back unstrided only; and unstrided 3x3.
 
     With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there.
     """
-    if pixels <= 16 or not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64):
+    if pixels <= 16 or not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64) or unit.groups != 1:
         return False
-    pointwise = tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1
-    return pointwise and (primitive != "conv_dgrad" or tuple(unit.stride) == (1, 1))
+    if tuple(unit.weight.shape[2:]) == (1, 1):
+        return tuple(unit.padding) == (0, 0) and (primitive != "conv_dgrad" or tuple(unit.stride) == (1, 1))
+    return _is_filtered(unit)
+
+
+def pays(unit: ConvBN, pixels: int) -> bool:
+    """Whether a convolution that it takes, with something fused into it, is no slower than the library's and what that leaves."""
+    return unit.weight.dtype != torch.float32 or _pays(tuple(unit.weight.shape), pixels)

@@ -1,6 +1,6 @@
 """Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
 
-The backend's own kernel runs what has something fused into it, and the library the rest. Where blocks are tuned, the own kernel
+The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest. Where blocks are tuned, the own kernel
 runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing else. FUSED_RES_CONVOLUTIONS=library
 leaves all to the library.
 """
@@ -113,7 +113,12 @@ def choose(call: Call) -> Choice:
         return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
     if plans.remembers():
         return plans.ask(call.key(), Choice(False, why="not measured"))
-    return Choice(True) if any(call.fused) else Choice(False, why="nothing fused")
+    if not any(call.fused):
+        return Choice(False, why="nothing fused")
+    pays = getattr(backends.load(call.backend), "pays", None)
+    if pays is not None and not pays(call.unit, call.operands[0].pixels):
+        return Choice(False, why="faster at this size")
+    return Choice(True)
 
 
 def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -> Callable | None:
