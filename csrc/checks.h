@@ -403,8 +403,7 @@ inline void check_filter(const Tensor& weight, const Tensor& operand, int64_t si
 
 inline void check_winograd_fprop(const Tensor& x, const OptionalTensor& x_vectors, const Tensor& weight, int64_t down,
                                  int64_t right, bool statistics, const OptionalTensor& vectors,
-                                 const OptionalTensor& skip, const OptionalTensor& y2,
-                                 const OptionalTensor& vectors2) {
+                                 const OptionalTensor& skip, const OptionalTensor& y2, const OptionalTensor& vectors2) {
   check_activation("x", x, "x_vectors", x_vectors, 1, 1);
   check_filter(weight, x, 3, down, right);
   const int64_t height = x.size(1) + 2 * down - 2, width = x.size(2) + 2 * right - 2, channels = weight.size(0);
@@ -446,10 +445,10 @@ inline void check_winograd_wgrad(const Tensor& dy, const OptionalTensor& y, cons
   check_device("x", x, dy);
   STD_TORCH_CHECK(down >= 0 && down <= 2 && right >= 0 && right <= 2, "down: expected a padding of 0, 1 or 2, got ",
                   down, " and ", right);
-  STD_TORCH_CHECK(x.size(0) == dy.size(0) && x.size(1) + 2 * down - 2 == dy.size(1) &&
-                      x.size(2) + 2 * right - 2 == dy.size(2),
-                  "x: expected the images that a 3x3 convolution makes those of dy of, got ", x.size(0), " of ",
-                  x.size(1), " x ", x.size(2));
+  STD_TORCH_CHECK(
+      x.size(0) == dy.size(0) && x.size(1) + 2 * down - 2 == dy.size(1) && x.size(2) + 2 * right - 2 == dy.size(2),
+      "x: expected the images that a 3x3 convolution makes those of dy of, got ", x.size(0), " of ", x.size(1), " x ",
+      x.size(2));
 }
 
 }  // namespace fused_res

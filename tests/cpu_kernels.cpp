@@ -1,5 +1,6 @@
 // Runs every CPU kernel of one instruction set on buffers of exactly the right size, for a build with sanitizers: a
 // read or write past an end, or an operation without a meaning, ends the process.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -179,6 +180,94 @@ void multiply(Dtype dtype, int64_t pixels, int64_t inner, int64_t outer, int64_t
   table.masked_add[dtype]({inner, whole.data(), nullptr, activation.sampling, z.data()}, 0, pixels);
 }
 
+// 3x3 convolutions of two images, `around` zeros about them, with blocks of so many lines of tiles.
+void winograd(Dtype dtype, int64_t height, int64_t width, int64_t around, int64_t in, int64_t out, int64_t block) {
+  const auto& table = FUSED_RES_VARIANT::table;
+  const int64_t item = dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2, wide = dtype == kDouble ? 8 : 4;
+  const int64_t out_height = height + 2 * around - 2, out_width = width + 2 * around - 2;
+  const TileGrid grid{
+      2, height, width, around, around, out_height, out_width, (out_height + 1) / 2, (out_width + 1) / 2, block};
+  const int64_t tiles = kPoints * (block * grid.across + 1), lines = 6 * (2 * grid.across + 2);
+  const auto memory = [&](int64_t rows, int64_t channels) { return rows * (whole_panels(channels) + 64 / wide); };
+  const int64_t pixels = 2 * out_height * out_width, read = 2 * height * width,
+                blocks = (2 * grid.lines + block - 1) / block;
+  const int64_t stretches = (out + kStretch - 1) / kStretch;
+  Buffer x(read * in, item), x_vectors(5 * in, wide), weight(out * 9 * in, item), dweight(out * 9 * in, item);
+  Buffer y(pixels * out, item), y2(pixels * out, item), vectors(5 * out, wide), c(7 * out, wide);
+  Buffer signs(pixels * ((out + 7) / 8), 1), partials(blocks * 2 * out, wide);
+  Buffer filter(kPoints * filter_elements(in, out), wide), backwards(kPoints * filter_elements(out, in), wide);
+  uint8_t* bits = static_cast<uint8_t*>(signs.data());
+
+  const auto tasks = [](int64_t depth, int64_t columns) {
+    return (depth + kPanel - 1) / kPanel * ((columns + kPanel - 1) / kPanel);
+  };
+  table.winograd_filter[dtype]({out, in, weight.data(), false, filter.data()}, 0, tasks(in, out));
+  table.winograd_filter[dtype]({out, in, weight.data(), true, backwards.data()}, 0, tasks(out, in));
+  Operand activation{};
+  activation.reading = kActivation;
+  activation.channels = in;
+  activation.rows = x.data();
+  activation.vectors = x_vectors.data();
+  activation.sampling = {1, 1, 1, 1, 1, 1};
+  for (int epilogue = 0; epilogue < 6; ++epilogue) {
+    Buffer result(pixels * out, item),
+        scratch(memory(tiles, in) + memory(tiles, std::min(out, kStretch)) + memory(lines, in), wide);
+    Winograd a{};
+    const int64_t rows = 2 * block * out_width;
+    a.tiling = {pixels, out, rows, rows, blocks, stretches};
+    a.grid = grid;
+    a.operand = activation;
+    a.filter = filter.data();
+    a.out = result.data();
+    if (epilogue == 1)
+      a.joins = {out,
+                 y.data(),
+                 bits,
+                 {out_width, out_height * out_width, 1, 1, out_width, out_height * out_width},
+                 result.data()};
+    if (epilogue == 2 && out_height % 2 == 0) a.statistics = {a.tiling, result.data(), partials.data()};
+    if (epilogue == 3 && out_height % 2 == 0) {
+      a.sums = {a.tiling, result.data(), y.data(), vectors.data(), nullptr, nullptr, nullptr, partials.data()};
+    }
+    if (epilogue > 3) {
+      a.finish = {out,
+                  result.data(),
+                  vectors.data(),
+                  epilogue == 4 ? y.data() : nullptr,
+                  epilogue == 5 ? y2.data() : nullptr,
+                  epilogue == 5 ? vectors.data() : nullptr,
+                  result.data(),
+                  nullptr,
+                  false};
+    }
+    table.winograd[dtype](a, 0, blocks * stretches, scratch.data());
+  }
+  WinogradWgrad gradient{};
+  gradient.grid = grid;
+  gradient.blocks = 2;
+  gradient.tiles = (blocks + 1) / 2;
+  gradient.stretch = kPanel;
+  gradient.lefts = (out + kPanel - 1) / kPanel;
+  gradient.rights = (in + kPanel - 1) / kPanel;
+  gradient.right = activation;
+  gradient.left.reading = kGradient;
+  gradient.left.channels = out;
+  gradient.left.rows = y.data();
+  gradient.left.y = y2.data();
+  gradient.left.vectors = vectors.data();
+  gradient.left.coefficients = c.data();
+  gradient.left.signs = bits;
+  gradient.left.training = true;
+  gradient.left.sampling = {1, 1, 1, 1, 1, 1};
+  gradient.dweight = dweight.data();
+  const int64_t all = gradient.tiles * gradient.lefts * gradient.rights;
+  Buffer products(all * kPoints * kPanel * kPanel, wide),
+      scratch(2 * memory(tiles, kPanel) + memory(lines, kPanel), wide);
+  gradient.products = products.data();
+  table.winograd_wgrad[dtype](gradient, 0, all, scratch.data());
+  table.winograd_dweight[dtype](gradient, 0, out);
+}
+
 }  // namespace
 
 int main() {
@@ -192,6 +281,13 @@ int main() {
     for (int64_t inner : {1, 7, 8, 64, 65, 300}) {
       for (int64_t outer : {1, 9, 64, 100, 257}) {
         for (int64_t pixels : {1, 5, 6, 7, 25}) multiply(static_cast<Dtype>(dtype), pixels, inner, outer, 12);
+      }
+    }
+    for (int64_t in : {7, 64, 300}) {
+      for (int64_t out : {9, 257}) {
+        winograd(static_cast<Dtype>(dtype), 7, 4, 1, in, out, 2);
+        winograd(static_cast<Dtype>(dtype), 4, 9, 0, in, out, 3);
+        winograd(static_cast<Dtype>(dtype), 1, 2, 2, in, out, 1);
       }
     }
   }

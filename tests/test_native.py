@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import os
 
+import convolutions
 import pointwise
 import pytest
 import test_masked_add
@@ -269,11 +270,16 @@ def test_automatic_choice_on_a_cpu():
         (lambda: Bottleneck(256, 64), (8, 56, 56), "moment"),
         (lambda: Bottleneck(256, 64), (1, 56, 56), "prologue"),
         (lambda: Bottleneck(512, 128), (8, 28, 28), "prologue"),
-        (lambda: Bottleneck(512, 128), (2, 28, 28), "bn_act"),
+        (lambda: Bottleneck(512, 128), (2, 28, 28), "prologue"),
+        (lambda: Bottleneck(512, 128), (1, 3, 5), "bn_act"),
         (lambda: Bottleneck(512, 256, stride=2, downsample=projection(512, 1024, 2)), (32, 28, 28), "prologue"),
         (lambda: Bottleneck(256, 128, stride=2, downsample=projection(256, 512, 2)), (32, 56, 56), "moment"),
-        (lambda: Bottleneck(2048, 512), (64, 7, 7), "bn_act"),
-        (lambda: BasicBlock(64, 64), (8, 56, 56), "bn_act"),
+        (lambda: Bottleneck(2048, 512), (64, 7, 7), "prologue"),
+        (lambda: Bottleneck(2048, 512), (4, 7, 7), "bn_act"),
+        (lambda: Bottleneck(1024, 256, stride=2, downsample=projection(1024, 256, 2)), (8, 14, 14), "bn_act"),
+        (lambda: BasicBlock(64, 64), (8, 56, 56), "prologue"),
+        (lambda: BasicBlock(256, 512, stride=2, downsample=projection(256, 512, 2)), (8, 14, 14), "prologue"),
+        (lambda: BasicBlock(16, 16), (128, 32, 32), "bn_act"),
     ],
     ids=lambda value: str(value) if isinstance(value, tuple | str) else "",
 )
@@ -286,6 +292,72 @@ def test_the_level_follows_from_the_sizes(make, images, level):
     assert native.level(CPU, torch.float32, geometry) == level
     assert native.level(CPU, torch.float32, geometry._replace(images=None)) == "bn_act"
     assert native.level(CPU, torch.bfloat16, geometry) == native.level(torch.device("cuda"), torch.float32, geometry) == "bn_act"
+
+
+# Images, channels in and out, and padding: whole blocks and odd ends, of tiles, images, panels, stretches and parts.
+FILTERED = {
+    "one tile": ((3, 1, 1), 5, 70, (1, 1)),
+    "odd": ((3, 7, 5), 20, 33, (1, 1)),
+    "even": ((2, 12, 8), 64, 24, (1, 1)),
+    "no padding": ((2, 9, 6), 17, 40, (0, 0)),
+    "all of it": ((2, 5, 8), 8, 9, (2, 2)),
+    "uneven": ((1, 6, 7), 70, 65, (0, 2)),
+    "stretches": ((2, 4, 6), 140, 300, (1, 1)),
+    "large and odd": ((2, 75, 60), 64, 8, (1, 1)),
+    "large and even": ((2, 70, 61), 40, 64, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FILTERED)
+def test_filtered_convolutions_on_every_instruction_set(capability, poisoned_memory, name, dtype):
+    """Every part of F(2x2, 3x3), exact on integers: its halves and quarters are."""
+    (n, height, width), c, k, padding = FILTERED[name]
+    draw = convolutions.Draw(c, "cpu")
+    x, weight = draw.integers(n, c, height, width, dtype=dtype), draw.integers(k, c, 3, 3, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    wide_x, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    want = torch.nn.functional.conv2d(wide_x, wide_weight, padding=padding)
+    dy = draw.integers(*want.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    want.backward(dy.double())
+    images, filters, gradient = (t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, dy))
+    y, partials, rows = ops().winograd_fprop(images, None, filters, *padding, True, *[None] * 4)
+    assert torch.equal(y.permute(0, 3, 1, 2).double(), want.detach().to(dtype).double())
+    merged = bn_finalize.bn_finalize(partials, rows, y[..., 0].numel(), None, None, 1e-5, backend="native")
+    var, mean = torch.var_mean(y.double().flatten(0, 2), 0, correction=0)
+    torch.testing.assert_close(merged[:2].double(), torch.stack((mean, var)), rtol=1e-5, atol=1e-4)
+    dx, _ = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, *[None] * 4, 1, 1)
+    assert torch.equal(dx.permute(0, 3, 1, 2).double(), wide_x.grad.to(dtype).double())
+    vectors = draw.vectors(c).to(partials.dtype)
+    again, sums = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, images, vectors, *[None] * 2, 1, 1)
+    assert torch.equal(again, dx)
+    want_sums = ops().bn_act_backward_reduce(dx.flatten(0, 2), images.flatten(0, 2), vectors, None, None, None).double().sum(0)
+    torch.testing.assert_close(sums.double().sum(0), want_sums, rtol=1e-5, atol=1e-4 * want_sums.abs().max().item())
+    dweight = ops().winograd_wgrad(gradient, *[None] * 4, True, images, None, *padding)
+    assert torch.equal(dweight.permute(0, 3, 1, 2).double(), wide_weight.grad.to(dtype).double())
+
+
+@pytest.mark.parametrize(("n", "channels", "size"), [(8, 64, 15), (5, 200, 7), (2, 300, 12)])
+def test_filtered_convolutions_give_the_same_bits_whatever_the_threads(n, channels, size):
+    draw = convolutions.Draw(0, "cpu")
+    x, dy = (draw.normal(n, channels, size, size).permute(0, 2, 3, 1).contiguous() for _ in range(2))
+    weight, vectors = draw.normal(channels, 9, channels).view(channels, 3, 3, channels), draw.vectors(channels)
+
+    def run():
+        y, partials, _ = ops().winograd_fprop(x, vectors, weight, 1, 1, True, *[None] * 4)
+        dx, sums = ops().winograd_dgrad(dy, *[None] * 4, True, weight, 1, 1, x, vectors, None, None, 1, 1)
+        return y, partials, dx, sums, ops().winograd_wgrad(dy, *[None] * 4, True, x, vectors, 1, 1)
+
+    results = pointwise.run_with_threads(run)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_image_is_convolved_alike_in_any_batch():
+    draw = convolutions.Draw(1, "cpu")
+    x, weight = draw.normal(5, 63, 64).view(5, 9, 7, 64), draw.normal(64, 9, 64).view(64, 3, 3, 64)
+    together = ops().winograd_fprop(x, None, weight, 1, 1, False, *[None] * 4)[0]
+    for i in range(5):
+        assert torch.equal(ops().winograd_fprop(x[i : i + 1], None, weight, 1, 1, False, *[None] * 4)[0], together[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -64,6 +64,23 @@ def products():
         "pointwise_dgrad": [*gradient, weight, z, z_vectors, None, None, 1, 1],
         "pointwise_dgrad with an addend": [*gradient, weight, None, None, small, its_signs, 2, 2],
         "pointwise_wgrad": [*gradient, x, x_vectors, 2, 2],
+    } | filtered()
+
+
+def filtered():
+    """Right calls of the 3x3 convolutions: images of 4 x 5 pixels, K channels to C, padded by a line above and below."""
+    x, x_vectors, weight = torch.randn(2, 4, 5, K), torch.rand(5, K), torch.randn(C, 3, 3, K)
+    images, y, v, c = torch.randn(2, 4, 3, C), torch.randn(2, 4, 3, C), torch.rand(5, C), torch.rand(7, C)
+    rows, v2, signs = torch.randn(24, C), torch.rand(5, C), torch.randint(0, 256, (24, 2), dtype=torch.uint8)
+    small, its_signs = torch.randn(2, 2, 3, K), torch.randint(0, 256, (12, 2), dtype=torch.uint8)
+    gradient, padding = [images, y, v, c, signs, True], [1, 0]
+    return {
+        "winograd_fprop": [x, x_vectors, weight, *padding, True, None, None, None, None],
+        "winograd_fprop with a skip": [x, x_vectors, weight, *padding, False, v, rows, None, None],
+        "winograd_fprop with y2": [x, None, weight, *padding, False, v, None, rows, v2],
+        "winograd_dgrad": [*gradient, weight, *padding, x, x_vectors, None, None, 1, 1],
+        "winograd_dgrad with an addend": [*gradient, weight, *padding, None, None, small, its_signs, 2, 2],
+        "winograd_wgrad": [*gradient, x, x_vectors, *padding],
     }
 
 
@@ -114,6 +131,8 @@ FREE = {
     ("moments", 0): ("row",),
     ("pointwise_fprop", 0): ("row",),
     ("pointwise_fprop", 4): ("row",),
+    ("winograd_fprop", 0): ("row",),
+    ("winograd_fprop", 2): ("row",),
 }
 # Arguments that are written to.
 OUTPUTS = {
@@ -197,6 +216,7 @@ def test_strides_that_do_not_exist(steps):
         "pointwise_fprop": 2,
         "pointwise_dgrad with an addend": 11,
         "pointwise_wgrad": 8,
+        "winograd_dgrad with an addend": 13,
     }
     for name, place in places.items():
         arguments = calls()[name]
@@ -222,6 +242,11 @@ def test_operands_that_belong_together():
         ("pointwise_dgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
         ("pointwise_dgrad", (7, 8), "inner_vectors: expected together"),
         ("pointwise_wgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
+        ("winograd_fprop with a skip", (6,), "vectors: expected together with skip or y2"),
+        ("winograd_fprop with y2", (6, 8, 9), "vectors: expected together|vectors2: expected together"),
+        ("winograd_dgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
+        ("winograd_dgrad", (9, 10), "inner_vectors: expected together"),
+        ("winograd_wgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
     ):
         for position in positions:
             arguments = calls()[name]
@@ -240,6 +265,33 @@ def test_operands_that_belong_together():
     arguments[9] = calls()["pointwise_dgrad with an addend"][9]
     with pytest.raises(RuntimeError, match="inner: expected either inner or addend, got both"):
         call("pointwise_dgrad", arguments)
+    arguments = calls()["winograd_dgrad"]
+    arguments[11] = calls()["winograd_dgrad with an addend"][11]
+    with pytest.raises(RuntimeError, match="inner: expected either inner or addend, got both"):
+        call("winograd_dgrad", arguments)
+    arguments = calls()["winograd_fprop with a skip"]
+    for place, value, message in ((5, True, "none together with statistics"), (8, arguments[7], "at most one of skip and y2")):
+        wrong = list(arguments)
+        wrong[place] = value
+        with pytest.raises(RuntimeError, match=message):
+            call("winograd_fprop", wrong)
+
+
+@pytest.mark.parametrize("padding", [(3, 0), (1, 3), (-1, 0), (1, -1), (2**62, 0), (-(2**63), 1)])
+@pytest.mark.parametrize(("name", "place"), [("winograd_fprop", 3), ("winograd_dgrad", 7), ("winograd_wgrad", 8)])
+def test_padding_that_the_filters_do_not_take(name, place, padding):
+    arguments = calls()[name]
+    arguments[place : place + 2] = padding
+    with pytest.raises(RuntimeError, match="expected a padding of 0, 1 or 2"):
+        call(name, arguments)
+
+
+def test_filters_need_three_lines():
+    image, weight = torch.randn(2, 2, 5, K), torch.randn(C, 3, 3, K)
+    with pytest.raises(RuntimeError, match="x: expected at least 3 lines and pixels"):
+        call("winograd_fprop", [image, None, weight, 0, 0, False, None, None, None, None])
+    with pytest.raises(RuntimeError, match="dy: expected the gradient of at least one line"):
+        call("winograd_dgrad", [torch.randn(2, 0, 5, C), *[None] * 4, True, weight, 1, 1, *[None] * 4, 1, 1])
 
 
 @pytest.mark.parametrize(

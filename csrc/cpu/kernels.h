@@ -159,7 +159,7 @@ constexpr int kPoints = 16;
 
 // Elements from one point of packed filters to the next: a cache line more than there are, so that the points do not
 // fall on each other in the cache.
-constexpr int64_t filter_elements(int64_t depth, int64_t columns) {
+static constexpr int64_t filter_elements(int64_t depth, int64_t columns) {
   return (columns + kPanel - 1) / kPanel * kPanel * depth + 16;
 }
 
@@ -193,8 +193,9 @@ struct Winograd {
   BnAct finish;              // of out, in place, if its vectors are given
 };
 
-// The gradient of the filters, [out, 3, 3, in]: in those points for tiles of so many blocks, then of all tiles together.
-// left is the output's gradient, right the input, both cut into stretches of `stretch` channels, whole panels.
+// The gradient of the filters, [out, 3, 3, in]: in those points for tiles of so many blocks, then of all tiles
+// together. left is the output's gradient, right the input, both cut into stretches of `stretch` channels, whole
+// panels.
 struct WinogradWgrad {
   TileGrid grid;
   int64_t tiles, blocks;  // tiles, and blocks in each

@@ -48,9 +48,7 @@ inline Tiling tiling(int64_t pixels, int64_t channels, int64_t element_size) {
   return {pixels, channels, block, rows, std::max<int64_t>(1, divide_up(pixels, rows)), stretches};
 }
 
-inline Tiling tiling(const Tensor& y) {
-  return tiling(y.size(0), y.size(1), static_cast<int64_t>(y.element_size()));
-}
+inline Tiling tiling(const Tensor& y) { return tiling(y.size(0), y.size(1), static_cast<int64_t>(y.element_size())); }
 
 // Runs the kernel over the tasks of a reduction.
 template <class Arguments>

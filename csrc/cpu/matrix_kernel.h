@@ -129,7 +129,8 @@ inline void multiply_rows(int64_t rows, int64_t depth, const A* a, int64_t a_row
 }
 
 // c[n, columns] = [c +] a[n, depth] * packed[depth, columns]. Columns come in whole panels. With `next`, the packed
-// matrix after this one, they come from far away: each part of a panel is fetched while the one before it is multiplied.
+// matrix after this one, they come from far away: each part of a panel is fetched while the one before it is
+// multiplied.
 template <class V, class A>
 void multiply(int64_t n, int64_t depth, int64_t columns, const A* a, int64_t a_row, const A* packed, A* c,
               int64_t c_row, bool add, Ahead& ahead, const A* next = nullptr) {

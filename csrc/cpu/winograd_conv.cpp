@@ -19,8 +19,16 @@ struct Padding {
 // unless an odd line ends an image that is too large for a block.
 TileGrid tile_grid(const Tensor& image, Padding padding, int64_t channels) {
   const int64_t out_height = image.size(1) + 2 * padding.down - 2, out_width = image.size(2) + 2 * padding.right - 2;
-  TileGrid grid{image.size(0), image.size(1), image.size(2), padding.down, padding.right, out_height, out_width,
-                divide_up(out_height, 2), divide_up(out_width, 2), 1};
+  TileGrid grid{image.size(0),
+                image.size(1),
+                image.size(2),
+                padding.down,
+                padding.right,
+                out_height,
+                out_width,
+                divide_up(out_height, 2),
+                divide_up(out_width, 2),
+                1};
   const int64_t line = kPoints * channels * grid.across * arithmetic_size(image);
   const int64_t least = divide_up(kBlockTiles, std::max<int64_t>(1, grid.across)), all = grid.images * grid.lines;
   const int64_t most = std::max(least, kPointBytes / std::max<int64_t>(1, line));
@@ -55,10 +63,9 @@ const void* filter(const Tensor& weight, bool backwards) {
   const int64_t depth = backwards ? out : in, columns = backwards ? in : out;
   void* to = partial_memory.get(kPoints * filter_elements(depth, columns) * arithmetic_size(weight));
   const WinogradFilter arguments{out, in, data(weight), backwards, to};
-  torch::stable::parallel_for(0, divide_up(columns, kPanel) * divide_up(depth, kPanel), 1,
-                              [&](int64_t begin, int64_t end) {
-                                kernels().winograd_filter[dtype_of(weight)](arguments, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, divide_up(columns, kPanel) * divide_up(depth, kPanel), 1,
+      [&](int64_t begin, int64_t end) { kernels().winograd_filter[dtype_of(weight)](arguments, begin, end); });
   return to;
 }
 
@@ -108,11 +115,10 @@ std::tuple<Tensor, OptionalTensor, int64_t> fprop(const Tensor& x, const Optiona
   Winograd arguments{};
   arguments.filter = filter(weight, false);
   arguments.out = output(y);
-  arguments.finish = {channels,  data(y),       data(vectors), data(skip), data(y2),
+  arguments.finish = {channels,       data(y),   data(vectors), data(skip), data(y2),
                       data(vectors2), output(y), nullptr,       false};
   int64_t rows = 0;
-  const OptionalTensor partials =
-      run(arguments, grid, activation(x, x_vectors, 1, 1), y, statistics, false, rows);
+  const OptionalTensor partials = run(arguments, grid, activation(x, x_vectors, 1, 1), y, statistics, false, rows);
   return {y, partials, rows};
 }
 
@@ -137,8 +143,8 @@ std::tuple<Tensor, OptionalTensor> dgrad(const Tensor& dy, const OptionalTensor&
   arguments.out = output(dx);
   if (inner) arguments.sums = {{}, nullptr, data(inner), data(inner_vectors), nullptr, nullptr, nullptr, nullptr};
   int64_t rows = 0;
-  const OptionalTensor partials = run(arguments, grid, gradient(dy, y, vectors, coefficients, signs, training), dx,
-                                      false, inner.has_value(), rows);
+  const OptionalTensor partials =
+      run(arguments, grid, gradient(dy, y, vectors, coefficients, signs, training), dx, false, inner.has_value(), rows);
   return {dx, partials};
 }
 

@@ -1,5 +1,5 @@
-// 3x3 convolutions by F(2x2, 3x3), the minimal filtering algorithm (Winograd, 1980; Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", 2016): a tile of 2x2 outputs y follows from the 4x4 inputs d around it as
+// 3x3 convolutions by F(2x2, 3x3), the minimal filtering algorithm (Winograd, 1980; Lavin and Gray, "Fast Algorithms
+// for Convolutional Neural Networks", 2016): a tile of 2x2 outputs y follows from the 4x4 inputs d around it as
 //
 //   y = A' (sum over the channels of (G w G') . (B' d B)) A        16 multiplications for 36
 //
@@ -373,9 +373,8 @@ void winograd_filter(const WinogradFilter& f, int64_t begin, int64_t end) {
       const int64_t n = min(V::width, last - column);
       for (int64_t t = 0; f.backwards && t < rows; ++t) {
         const T* last_tap = weight + ((first + t) * 9 + 8) * f.in + column;
-        for_channels<V::width>(n, [&](int64_t, auto lanes) {
-          filter_points<V>(last_tap, -f.in, lanes, to + t * panel, point);
-        });
+        for_channels<V::width>(
+            n, [&](int64_t, auto lanes) { filter_points<V>(last_tap, -f.in, lanes, to + t * panel, point); });
       }
       if (f.backwards) continue;
       for_channels<V::width>(rows, [&](int64_t c, auto lanes) {

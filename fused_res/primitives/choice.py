@@ -1,8 +1,8 @@
 """Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
 
-The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest. Where blocks are tuned, the own kernel
-runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing else. FUSED_RES_CONVOLUTIONS=library
-leaves all to the library.
+The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest.
+Where blocks are tuned, the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing
+else. FUSED_RES_CONVOLUTIONS=library leaves all to the library.
 """
 
 import functools
