@@ -283,12 +283,11 @@ int main() {
         for (int64_t pixels : {1, 5, 6, 7, 25}) multiply(static_cast<Dtype>(dtype), pixels, inner, outer, 12);
       }
     }
-    for (int64_t in : {7, 64, 300}) {
-      for (int64_t out : {9, 257}) {
-        winograd(static_cast<Dtype>(dtype), 7, 4, 1, in, out, 2);
-        winograd(static_cast<Dtype>(dtype), 4, 9, 0, in, out, 3);
-        winograd(static_cast<Dtype>(dtype), 1, 2, 2, in, out, 1);
-      }
+    const int64_t filters[][2] = {{7, 9}, {64, 70}, {257, 9}, {9, 257}};
+    for (const auto& [in, out] : filters) {
+      winograd(static_cast<Dtype>(dtype), 7, 4, 1, in, out, 2);
+      winograd(static_cast<Dtype>(dtype), 4, 9, 0, in, out, 3);
+      winograd(static_cast<Dtype>(dtype), 1, 2, 2, in, out, 1);
     }
   }
   std::puts(FUSED_RES_VARIANT::table.name);
