@@ -98,6 +98,7 @@ def test_only_out_and_dx_are_as_wide_as_x_or_out(name, kind, dtype, request):
     assert forwards.wide == [*pooled, (after, OUT)]
     # The pooled x is computed again, and what flows into it needs all of it.
     assert sorted(backwards.wide) == sorted([*pooled, *pooled, (before, inputs)])
-    # A convolution of ours holds the gradient that it reads, which the one before has left, and the one that it writes. The 3x3
-    # convolution of the library, which runs on a CPU, also has to be given what ours compute as they read.
-    assert forwards.most == backwards.most == (3 if name == "native" else 2)
+    # A convolution of ours holds the gradient that it reads, which the one before has left, and the one that it writes. One of the
+    # library also has to be given what ours compute as they read; on a CPU that is a 3x3 one that is strided or in 16 bits.
+    librarys = name == "native" and (stride > 1 or dtype != torch.float32)
+    assert forwards.most == backwards.most == (3 if librarys else 2)

@@ -19,6 +19,9 @@ from fused_res.backends import native
 from fused_res.geometry import Geometry, numbers_of
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.primitives import bn_act, bn_act_backward, bn_finalize
+from fused_res.primitives.choice import Call, choose
+from fused_res.primitives.operands import Activation
+from fused_res.spec import ConvBN
 
 CPU = torch.device("cpu")
 WHY = backends.supports("native", CPU, torch.float32)
@@ -265,33 +268,54 @@ def test_automatic_choice_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("make", "images", "level"),
+    ("make", "images", "level", "unknown"),
     [
-        (lambda: Bottleneck(256, 64), (8, 56, 56), "moment"),
-        (lambda: Bottleneck(256, 64), (1, 56, 56), "prologue"),
-        (lambda: Bottleneck(512, 128), (8, 28, 28), "prologue"),
-        (lambda: Bottleneck(512, 128), (2, 28, 28), "prologue"),
-        (lambda: Bottleneck(512, 128), (1, 3, 5), "bn_act"),
-        (lambda: Bottleneck(512, 256, stride=2, downsample=projection(512, 1024, 2)), (32, 28, 28), "prologue"),
-        (lambda: Bottleneck(256, 128, stride=2, downsample=projection(256, 512, 2)), (32, 56, 56), "moment"),
-        (lambda: Bottleneck(2048, 512), (64, 7, 7), "prologue"),
-        (lambda: Bottleneck(2048, 512), (4, 7, 7), "bn_act"),
-        (lambda: Bottleneck(1024, 256, stride=2, downsample=projection(1024, 256, 2)), (8, 14, 14), "bn_act"),
-        (lambda: BasicBlock(64, 64), (8, 56, 56), "prologue"),
-        (lambda: BasicBlock(256, 512, stride=2, downsample=projection(256, 512, 2)), (8, 14, 14), "prologue"),
-        (lambda: BasicBlock(16, 16), (128, 32, 32), "bn_act"),
+        (lambda: Bottleneck(256, 64), (8, 56, 56), "moment", "prologue"),
+        (lambda: Bottleneck(256, 64), (1, 56, 56), "prologue", "prologue"),
+        (lambda: Bottleneck(512, 128), (8, 28, 28), "prologue", "prologue"),
+        (lambda: Bottleneck(512, 128), (2, 28, 28), "prologue", "prologue"),
+        (lambda: Bottleneck(512, 128), (1, 3, 5), "bn_act", "prologue"),
+        (lambda: Bottleneck(512, 256, stride=2, downsample=projection(512, 1024, 2)), (32, 28, 28), "prologue", "bn_act"),
+        (lambda: Bottleneck(512, 256, stride=2, downsample=projection(512, 1024, 2)), (8, 28, 28), "bn_act", "bn_act"),
+        (lambda: Bottleneck(256, 128, stride=2, downsample=projection(256, 512, 2)), (32, 56, 56), "moment", "bn_act"),
+        (lambda: Bottleneck(2048, 512), (64, 7, 7), "prologue", "bn_act"),
+        (lambda: Bottleneck(2048, 512), (4, 7, 7), "bn_act", "bn_act"),
+        (lambda: BasicBlock(64, 64), (8, 56, 56), "prologue", "prologue"),
+        (lambda: BasicBlock(256, 512, stride=2, downsample=projection(256, 512, 2)), (8, 14, 14), "prologue", "bn_act"),
+        (lambda: BasicBlock(16, 16), (128, 32, 32), "bn_act", "bn_act"),
     ],
     ids=lambda value: str(value) if isinstance(value, tuple | str) else "",
 )
-def test_the_level_follows_from_the_sizes(make, images, level):
+def test_the_level_follows_from_the_sizes(make, images, level, unknown):
     with torch.device("meta"):
         block = make()
     n, height, width = images
     numbers = numbers_of(torch.empty((n, block.conv1.in_channels, height, width), device="meta"), block.parts())
     geometry = Geometry.from_numbers(numbers)._replace(images=images)
     assert native.level(CPU, torch.float32, geometry) == level
-    assert native.level(CPU, torch.float32, geometry._replace(images=None)) == "bn_act"
+    assert native.level(CPU, torch.float32, geometry._replace(images=None)) == unknown
     assert native.level(CPU, torch.bfloat16, geometry) == native.level(torch.device("cuda"), torch.float32, geometry) == "bn_act"
+
+
+@pytest.mark.parametrize(
+    ("weight", "pixels", "own"),
+    [
+        ((64, 256, 1, 1), 49, True),
+        ((1024, 256, 1, 1), 100000, False),
+        ((64, 64, 3, 3), 64, True),
+        ((512, 512, 3, 3), 392, True),
+        ((512, 512, 3, 3), 196, False),
+    ],
+)
+def test_a_convolution_is_our_own_where_that_pays(weight, pixels, own):
+    weight = torch.randn(weight)
+    kernel = weight.shape[-1]
+    draw = convolutions.Draw(0, "cpu")
+    image, vectors = draw.normal(1, weight.shape[1], pixels, 1), draw.vectors(weight.shape[1])
+    unit = ConvBN(weight, padding=(kernel // 2, kernel // 2))
+    fused = Call("conv_fprop", "native", unit, (Activation(image, vectors), True, None))
+    assert choose(fused) == (own, None, "" if own else "faster at this size")
+    assert not choose(Call("conv_fprop", "native", unit, (Activation(image), False, None))).own
 
 
 # Images, channels in and out, and padding: whole blocks and odd ends, of tiles, images, panels, stretches and parts.

@@ -143,17 +143,19 @@ def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
 
     Our own 1x1 convolutions pay once they save more traffic to memory than they lose to the library's in arithmetic: where there
     are many pixels for the channels. The moment form also multiplies matrices of channels by channels, so it needs more of them
-    still, and an output that no cache holds. Our own 3x3 convolutions, F(2x2, 3x3), save arithmetic as well.
+    still, and an output that no cache holds. Our own 3x3 convolutions, F(2x2, 3x3), save arithmetic as well, which pays sooner than
+    their transforms cost but for narrow layers; of unknown sizes few pixels are expected.
     """
-    if device.type != "cpu" or dtype != torch.float32 or geometry.pixels is None:
+    if device.type != "cpu" or dtype != torch.float32:
         return "bn_act"
     channels, width, *kernel = geometry.main[-1].weight
-    if kernel == [1, 1] and width <= 256 and geometry.pixels >= 3000:
+    if geometry.pixels is not None and kernel == [1, 1] and width <= 256 and geometry.pixels >= 3000:
         widest = width if geometry.projection is None else max(width, geometry.projection.weight[1])
         out_of_cache = dtype.itemsize * geometry.pixels * channels >= 24 * 2**20
         return "moment" if out_of_cache and widest**2 <= 6 * geometry.pixels else "prologue"
     wide = [unit.weight for unit in geometry.main if _is_filtered(unit) and min(unit.weight[:2]) >= 48]
-    return "prologue" if any(_pays(weight, geometry.pixels) for weight in wide) else "bn_act"
+    pixels = 64 if geometry.pixels is None else geometry.pixels
+    return "prologue" if any(_pays(weight, pixels) for weight in wide) else "bn_act"
 
 
 def _is_filtered(unit: ConvBN | Convolution) -> bool:
