@@ -254,6 +254,22 @@ def test_blocks_are_as_accurate_as_eager(make, dtype):
     assert not failed, failed
 
 
+@pytest.mark.parametrize(("channels", "size", "mean"), [(64, (9, 7), 1e3), (128, (14, 14), 0), (48, (3, 3), 0)])
+def test_filtered_blocks_are_as_accurate_as_eager(channels, size, mean):
+    """F(2x2, 3x3) adds and subtracts neighbours before it multiplies; also where their mean is a thousand deviations."""
+
+    def case(seed):
+        generator = torch.Generator().manual_seed(seed)
+        block = accuracy.random_block(BasicBlock(channels, channels), seed)
+        x, dout = (torch.randn(2, channels, *size, generator=generator, dtype=torch.float64) for _ in range(2))
+        return block, x + mean, dout
+
+    assert all(row.own for row in explain(BasicBlock(channels, channels), torch.randn(2, channels, *size)).rows[0].convolutions)
+    verdicts = accuracy.judge(case, torch.float32, "native", "prologue", seeds=range(8))
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, failed
+
+
 def test_gradcheck_through_the_compiled_kernels():
     block = BasicBlock(3, 3).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
