@@ -299,6 +299,24 @@ inline void check_pointwise_tail(const Tensor& z, const OptionalTensor& z_vector
   }
 }
 
+// A weight [C, K] of any floating-point dtype, and the covariance of its input.
+inline void check_spread(const Tensor& weight, const OptionalTensor& covariance) {
+  check_rows("weight", weight);
+  STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(1) >= 1, "weight: expected at least one row and column");
+  if (covariance) check("covariance", *covariance, {weight.size(1), weight.size(1)}, ScalarType::Double, weight);
+}
+
+inline void check_moments_finalize(const Tensor& mean, const Tensor& covariance, const Tensor& weight,
+                                   const OptionalTensor& gamma, const OptionalTensor& beta,
+                                   const OptionalTensor& residual_scale, const OptionalTensor& direct) {
+  check_spread(weight, covariance);
+  check("mean", mean, {weight.size(1)}, ScalarType::Double, weight);
+  check_parameter("gamma", gamma, {weight.size(0)}, weight);
+  check_parameter("beta", beta, {weight.size(0)}, weight);
+  check_parameter("residual_scale", residual_scale, {}, weight);
+  if (direct) check("direct", *direct, {2, weight.size(0)}, ScalarType::Double, weight);
+}
+
 inline void check_outer(const Tensor& dout, const Tensor& signs, const Tensor& z, const OptionalTensor& z_vectors,
                         int64_t down, int64_t right) {
   check_activation("z", z, "z_vectors", z_vectors, down, right);
@@ -314,6 +332,25 @@ inline void check_pointwise_tail_backward_reduce(const Tensor& dout, const Tenso
   check_outer(dout, signs, z, z_vectors, down, right);
   if (mean) check("mean", *mean, {z.size(3)}, ScalarType::Double, z);
   if (scaled) check("scaled", *scaled, {dout.size(1), z.size(3)}, z.scalar_type(), z);
+}
+
+inline void check_pointwise_tail_backward_finalize(const Tensor& total, const Tensor& product, int64_t pixels,
+                                                   const OptionalTensor& covariance, const Tensor& weight,
+                                                   const Tensor& vectors, const OptionalTensor& scaled,
+                                                   const OptionalTensor& gamma, const OptionalTensor& beta,
+                                                   const OptionalTensor& residual_scale, const OptionalTensor& direct) {
+  check_spread(weight, covariance);
+  const int64_t channels = weight.size(0), depth = weight.size(1);
+  STD_TORCH_CHECK(pixels >= 1, "pixels: expected at least 1, got ", pixels);
+  check("total", total, {channels}, ScalarType::Double, weight);
+  check("product", product, {channels, depth}, ScalarType::Double, weight);
+  check("vectors", vectors, {kVectors, channels}, statistics_dtype(weight.scalar_type()), weight);
+  if (scaled) check("scaled", *scaled, {channels, depth}, weight.scalar_type(), weight);
+  check_parameter("gamma", gamma, {channels}, weight);
+  check_parameter("beta", beta, {channels}, weight);
+  check_parameter("residual_scale", residual_scale, {}, weight);
+  STD_TORCH_CHECK(covariance || !direct, "direct: expected together with covariance");
+  if (direct) check("direct", *direct, {channels}, ScalarType::Double, weight);
 }
 
 inline void check_pointwise_tail_backward_apply(const Tensor& dz, const OptionalTensor& through, const Tensor& dout,

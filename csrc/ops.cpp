@@ -26,12 +26,19 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
   m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
   m.def(
+      "moments_finalize(Tensor mean, Tensor covariance, Tensor weight, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor? residual_scale, float ratio, Tensor? direct) -> (Tensor, Tensor, int)");
+  m.def(
       "pointwise_tail(Tensor z, Tensor? z_vectors, int down, int right, Tensor weight, Tensor vectors, Tensor? skip, "
       "Tensor? y2, Tensor? x, Tensor? x_vectors, int x_down, int x_right, Tensor? weight2, Tensor? vectors2, "
       "bool keep_signs) -> (Tensor, Tensor?)");
   m.def(
       "pointwise_tail_backward_reduce(Tensor dout, Tensor signs, Tensor z, Tensor? z_vectors, int down, int right, "
       "Tensor? mean, Tensor? scaled) -> (Tensor, Tensor, Tensor?)");
+  m.def(
+      "pointwise_tail_backward_finalize(Tensor total, Tensor product, int pixels, Tensor? covariance, Tensor weight, "
+      "Tensor vectors, Tensor? scaled, Tensor? gamma, Tensor? beta, Tensor? residual_scale, float ratio, "
+      "Tensor? direct) -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?, int)");
   m.def(
       "pointwise_tail_backward_apply(Tensor(a!) dz, Tensor? through, Tensor dout, Tensor signs, Tensor z, Tensor? "
       "z_vectors, "

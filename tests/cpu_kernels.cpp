@@ -177,6 +177,47 @@ void multiply(Dtype dtype, int64_t pixels, int64_t inner, int64_t outer, int64_t
         {tiling, activation, squares.data(), static_cast<double*>(centres.data()), static_cast<double*>(rests.data())},
         0, 1, scratch.data());
   }
+  for (const bool centred : {false, true}) {
+    const auto row = [](int64_t channels) { return whole_panels(channels) + 8; };
+    const auto doubles = [](Buffer& buffer) { return static_cast<double*>(buffer.data()); };
+    const int64_t tasks = (outer + block - 1) / block;
+    Buffer scratch((2 * block + 1) * row(inner), 8), covariance(inner * inner, 8),
+        panels(inner * whole_panels(inner), 8);
+    Buffer means(inner, 8), deviations(inner, 8), found(outer, 8), vars(outer, 8), suspect(outer, 1);
+    Buffer totals(outer, 8), parts(outer * inner, 8), direct(outer, 8), d(outer, 8), constants(tasks * inner, 8);
+    Buffer scaled(outer * inner, item), dweight(outer * inner, item), shares(outer * inner, wide),
+        wider(outer * inner, wide);
+    table.pack[kDouble]({inner, inner, covariance.data(), false, false, panels.data()}, 0,
+                        (inner + kPanel - 1) / kPanel);
+    Spread spread{outer,
+                  inner,
+                  block,
+                  weight.data(),
+                  doubles(means),
+                  doubles(deviations),
+                  panels.data(),
+                  0.5,
+                  doubles(found),
+                  doubles(vars),
+                  static_cast<uint8_t*>(suspect.data())};
+    if (centred) table.spread[dtype](spread, 0, tasks, scratch.data());
+    spread.mean = nullptr;
+    spread.vars = nullptr;
+    if (!centred) spread.packed = nullptr;
+    const TailGradients gradients{spread,
+                                  2,
+                                  doubles(totals),
+                                  doubles(parts),
+                                  centred ? doubles(direct) : nullptr,
+                                  vectors.data(),
+                                  scaled.data(),
+                                  dweight.data(),
+                                  doubles(d),
+                                  centred ? doubles(constants) : nullptr,
+                                  shares.data(),
+                                  item == wide ? nullptr : wider.data()};
+    table.tail_gradients[dtype](gradients, 0, tasks, scratch.data());
+  }
   table.masked_add[dtype]({inner, whole.data(), nullptr, activation.sampling, z.data()}, 0, pixels);
 }
 

@@ -18,9 +18,10 @@ from fused_res import accuracy, backends, explain, use_backend
 from fused_res.backends import native
 from fused_res.geometry import Geometry, numbers_of
 from fused_res.modules import BasicBlock, Bottleneck
-from fused_res.primitives import bn_act, bn_act_backward, bn_finalize
+from fused_res.primitives import bn_act, bn_act_backward, bn_finalize, moments, pointwise_tail_backward
 from fused_res.primitives.choice import Call, choose
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.pointwise_tail import Pointwise
 from fused_res.spec import ConvBN
 
 CPU = torch.device("cpu")
@@ -417,3 +418,79 @@ def test_matrix_products_on_every_instruction_set(capability, poisoned_memory, d
             dx, addend, expected = test_masked_add.case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
             ops().masked_add(dx.permute(0, 2, 3, 1), addend.image.permute(0, 2, 3, 1), addend.signs, *stride)
             assert torch.equal(dx, expected)
+
+
+def moment_form(dtype, inner, outer, given=True, pixels=(3, 9, 7)):
+    """Arguments of both finalize steps of the moment form; channel 4 has a weight that is orthogonal to the data."""
+    draw, (n, h, w) = pointwise.Draw(inner, "cpu"), pixels
+    wide = pointwise.statistics(dtype)
+    z = draw.activation(n, inner, h, w, dtype, prologue=False, mean=1.0)
+    weight = (draw.normal(outer, inner, 1, 1) / inner**0.5).to(dtype)
+    z.image[:, 1], weight[4] = z.image[:, 0], 0
+    weight[4, 0], weight[4, 1] = 1, -1
+    gamma, beta, scale = (draw.normal(outer, dtype=dtype), draw.normal(outer), torch.tensor(-0.5)) if given else (None,) * 3
+    unit = ConvBN(weight, gamma=gamma, beta=beta, eps=1e-3)
+    found = moments.moments(z, backend="native")
+    branch = Pointwise(z, weight, draw.normal(5, outer, dtype=wide))
+    sums = pointwise_tail_backward.Sums(draw.normal(outer).double(), draw.normal(outer, inner).double(), None)
+    dout, signs = draw.normal(n, outer, h, w, dtype=dtype), bn_act.pack_signs(draw.opened(n * h * w, outer))
+    scaled = pointwise_tail_backward.scaled_weight(branch)
+    return (found, z, unit, scale), (sums, found, branch, scaled, gamma, beta, scale, dout, signs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["parameters", "none"])
+def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_memory, dtype, given):
+    wide, half = pointwise.statistics(dtype), torch.finfo(dtype).eps / 2
+    unit = 4 * torch.finfo(wide).eps
+    for inner, outer in ((3, 5), (33, 70), (64, 300), (130, 20)):
+        forward, backward = moment_form(dtype, inner, outer, given)
+        got, suspect = moments.moments_finalize(*forward, backend="native")
+        want, plainly = moments.plain_finalize(*forward, "reference")
+        assert got.dtype == wide
+        assert torch.equal(suspect, plainly)
+        assert suspect.nonzero().flatten().tolist() == [4]
+        mean, _, _, scale, shift = want.abs()
+        terms = torch.stack((*want.abs()[:4], shift + scale * mean))
+        terms[0] += 1
+        assert ((got - want).abs() <= (2 * unit + 2.0**-40) * terms).all()
+
+        for changes in ({}, {3: None}, {1: None}):
+            arguments = [changes.get(i, argument) for i, argument in enumerate(backward)]
+            got = pointwise_tail_backward.pointwise_tail_backward_finalize(*arguments, backend="native")
+            want = pointwise_tail_backward.plain_finalize(*arguments, "reference")
+            for name, a, b in zip(got._fields, got, want, strict=True):
+                assert (a is None) == (b is None), name
+                if a is None:
+                    continue
+                assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+                most, rounding = b.double().abs().max(), half if name in ("dweight", "quadratic") else unit
+                error = 2 * unit if name == "quadratic" else 2.0**-40
+                assert ((a.double() - b.double()).abs() <= error * most + 2 * rounding * b.double().abs()).all(), name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_the_moment_form(capability, poison):
+    forward, backward = moment_form(torch.float32, 33, 70)
+    forward[2].weight[2, 5] = poison
+    backward[0].product[7, 32] = poison
+    got, want = moments.moments_finalize(*forward, backend="native"), moments.plain_finalize(*forward, "reference")
+    assert not got.vectors[1:3, 2].isfinite().all()
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, want, strict=True))
+    got = pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
+    want = pointwise_tail_backward.plain_finalize(*backward, "reference")
+    assert not got.dgamma[7].isfinite()
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got[:5], want[:5], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_moment_form_has_the_same_bits_whatever_the_threads(dtype):
+    forward, backward = moment_form(dtype, 130, 300)
+
+    def run():
+        tail = moments.moments_finalize(*forward, backend="native")
+        return *tail, *pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
+
+    first, *others = pointwise.run_with_threads(run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -48,16 +48,20 @@ def products():
     weight, weight2, signs = torch.randn(C, K), torch.randn(C, X), torch.randint(0, 256, (P, 2), dtype=torch.uint8)
     mean, quadratic, constant = torch.rand(K).double(), torch.randn(K, K), torch.randn(K)
     images, y, c = torch.randn(2, 1, 3, C), torch.randn(2, 1, 3, C), torch.rand(7, C)
+    gamma, beta, scale, covariance = torch.rand(C), torch.rand(C), torch.tensor(0.5), torch.eye(K).double()
+    finalize = [torch.randn(C).double(), torch.randn(C, K).double(), P, covariance, weight, v, torch.randn(C, K)]
     small, its_signs = torch.randn(2, 1, 2, K), torch.randint(0, 256, (4, 2), dtype=torch.uint8)
     gradient, step = [images, y, v, c, signs, True], [dz, through, dout, signs]
     strided = [torch.randn(2, 1, 6, K), None, 1, 2, weight, mean, quadratic, constant]
     return {
         "masked_add": [torch.randn(2, 1, 3, K), small, its_signs, 2, 2],
         "moments": [z, z_vectors, 1, 2],
+        "moments_finalize": [mean, covariance, weight, gamma, beta, 1e-5, scale, 2.0**-11, torch.randn(2, C).double()],
         "pointwise_tail": [z, z_vectors, 1, 1, weight, v, None, None, x, x_vectors, 2, 2, weight2, v2, True],
         "pointwise_tail with a skip": [z, z_vectors, 1, 1, weight, v, skip, None, None, None, 1, 1, None, None, True],
         "pointwise_tail with y2": [z, z_vectors, 1, 1, weight, v, None, y2, None, None, 1, 1, None, v2, False],
         "pointwise_tail_backward_reduce": [dout, signs, z, z_vectors, 1, 1, mean, weight],
+        "pointwise_tail_backward_finalize": [*finalize, gamma, beta, scale, 2.0**-11, mean.new_ones(C)],
         "pointwise_tail_backward_apply": [*step, z, z_vectors, 1, 1, weight, mean, quadratic, constant, True, False],
         "pointwise_tail_backward_apply that joins": [torch.randn(2, 1, 6, K), *step[1:], *strided, False, True],
         "pointwise_fprop": [x, x_vectors, 2, 2, weight2, True],
@@ -134,6 +138,15 @@ FREE = {
     ("winograd_fprop", 0): ("row",),
     ("winograd_fprop", 2): ("row",),
 }
+# Parameters of a BN: of any floating-point dtype, whatever the others are.
+PARAMETERS = {
+    "bn_finalize": (3, 4, 6),
+    "bn_act_backward_finalize": (4, 5, 6),
+    "moments_finalize": (3, 4, 6),
+    "pointwise_tail_backward_finalize": (7, 8, 9),
+}
+# Tensors whose dtype no other argument sets.
+ALONE = {"bn_stats": 0, "moments_finalize": 2}
 # Arguments that are written to.
 OUTPUTS = {
     "masked_add": {0},
@@ -181,10 +194,11 @@ def test_other_dtypes_do_not_mix(name):
             if name == "move_statistics" and alone and dtype != torch.float8_e4m3fn:
                 call(name, arguments)
                 continue
-            parameter = "finalize" in name and argument.dim() < 2
-            if (parameter or name == "bn_stats" or ("finalize" in name and position == 0)) and dtype != torch.float8_e4m3fn:
-                if "finalize" not in name or parameter:
-                    call(name, arguments)
+            free = position in PARAMETERS.get(name, ()) or ALONE.get(name) == position
+            if free and dtype != torch.float8_e4m3fn:
+                call(name, arguments)
+                continue
+            if position == 0 and name in ("bn_finalize", "bn_act_backward_finalize"):
                 continue
             with pytest.raises(RuntimeError):
                 call(name, arguments)
@@ -239,6 +253,7 @@ def test_operands_that_belong_together():
         ("pointwise_tail with y2", (13,), "vectors2: expected together"),
         ("pointwise_tail_backward_apply", (9, 10, 11), "expected mean, quadratic and constant together"),
         ("pointwise_tail_backward_apply", (5,), "inner: expected z_vectors"),
+        ("pointwise_tail_backward_finalize", (3,), "direct: expected together with covariance"),
         ("pointwise_dgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
         ("pointwise_dgrad", (7, 8), "inner_vectors: expected together"),
         ("pointwise_wgrad", (1, 2, 3), "coefficients: expected y, vectors and coefficients together"),
@@ -330,6 +345,28 @@ def test_lists_of_statistics_that_do_not_match():
         arguments = [value[:0] if i == shorter else value for i, value in enumerate(lists)]
         with pytest.raises(RuntimeError, match="vectors: expected as many as"):
             torch.ops.fused_res.move_statistics(*arguments)
+
+
+@pytest.mark.parametrize("pixels", [0, -1, -(2**62)])
+def test_pixels_that_do_not_exist(pixels):
+    arguments = calls()["pointwise_tail_backward_finalize"]
+    arguments[2] = pixels
+    with pytest.raises(RuntimeError, match="pixels: expected at least 1"):
+        call("pointwise_tail_backward_finalize", arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0)])
+def test_a_weight_without_elements(shape):
+    (channels, depth), weight = shape, torch.empty(shape)
+    wide = {"dtype": torch.float64}
+    mean, covariance, total = (torch.empty(s, **wide) for s in ((depth,), (depth, depth), (channels,)))
+    vectors = torch.empty(5, channels)
+    for name, arguments in (
+        ("moments_finalize", [mean, covariance, weight, None, None, 1e-5, None, 0.0, None]),
+        ("pointwise_tail_backward_finalize", [total, weight.double(), 1, None, weight, vectors, *[None] * 4, 0.0, None]),
+    ):
+        with pytest.raises(RuntimeError, match="weight: expected at least one row and column"):
+            call(name, arguments)
 
 
 def test_no_elements_are_no_crash():

@@ -1,6 +1,4 @@
 // bn_finalize on the CPU, in double: it is a few numbers for each channel.
-#include <cmath>
-
 #include "parameters.h"
 
 namespace fused_res::cpu {
@@ -8,12 +6,11 @@ namespace {
 
 struct Merge {
   int64_t tiles, rows, pixels, channels;
-  double eps;
 };
 
 template <class A>
-void finalize(const Merge& m, const A* partials, const Parameter& gamma, const Parameter& beta, double a, A* vectors,
-              int64_t from, int64_t to) {
+void finalize(const Merge& m, const A* partials, const Affine& affine, const Result& vectors, int64_t from,
+              int64_t to) {
   double mean[kChannels] = {}, var[kChannels] = {};
   const auto count = [&](int64_t t) { return static_cast<double>(t + 1 < m.tiles ? m.rows : m.pixels - m.rows * t); };
   const auto tile = [&](int64_t t) { return partials + t * 2 * m.channels; };
@@ -29,27 +26,23 @@ void finalize(const Merge& m, const A* partials, const Parameter& gamma, const P
     }
   }
   for (int64_t c = from; c < to; ++c) {
-    const double total = mean[c - from] + double(tile(0)[c]), variance = var[c - from] / static_cast<double>(m.pixels);
-    const double invstd = 1 / std::sqrt(variance + m.eps), scale = gamma[c] * invstd, shift = beta[c] - scale * total;
-    const double rows[kVectors] = {total, variance, invstd, a * scale, a * shift};
-    for (int64_t row = 0; row < kVectors; ++row) vectors[row * m.channels + c] = static_cast<A>(rows[row]);
+    const double total = mean[c - from] + double(tile(0)[c]);
+    affine.set(vectors, m.channels, c, total, var[c - from] / static_cast<double>(m.pixels));
   }
 }
 
 Tensor bn_finalize(const Tensor& partials, int64_t rows, int64_t pixels, const OptionalTensor& gamma,
                    const OptionalTensor& beta, double eps, const OptionalTensor& residual_scale) {
   check_bn_finalize(partials, rows, pixels, gamma, beta, residual_scale);
-  const Merge merge{partials.size(0), rows, pixels, partials.size(2), eps};
+  const Merge merge{partials.size(0), rows, pixels, partials.size(2)};
   const Tensor vectors = torch::stable::new_empty(partials, {kVectors, merge.channels});
-  const Parameter g(gamma, 1), b(beta, 0);
-  const double a = Parameter(residual_scale, 1)[0];
+  const Affine affine(gamma, beta, eps, residual_scale);
+  const Result result(vectors);
   for_stretches(merge.channels, merge.tiles, [&](int64_t from, int64_t to) {
     if (partials.scalar_type() == ScalarType::Double) {
-      finalize(merge, static_cast<const double*>(data(partials)), g, b, a, static_cast<double*>(output(vectors)), from,
-               to);
+      finalize(merge, static_cast<const double*>(data(partials)), affine, result, from, to);
     } else {
-      finalize(merge, static_cast<const float*>(data(partials)), g, b, a, static_cast<float*>(output(vectors)), from,
-               to);
+      finalize(merge, static_cast<const float*>(data(partials)), affine, result, from, to);
     }
   });
   return vectors;

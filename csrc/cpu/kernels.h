@@ -154,6 +154,33 @@ struct MomentsReduction {
   double *centres, *rests;
 };
 
+// For every row w of a weight [channels, depth] its forms with m and G, the mean and the packed covariance, and whether
+// w'Gw is less than `ratio` of the most it could be: of (|w| deviations)^2, with those the roots of G's diagonal. A
+// task is a block of rows. Without `packed` the rows have no forms.
+struct Spread {
+  int64_t channels, depth, block;
+  const void* weight;
+  const double *mean, *deviations;
+  const void* packed;
+  double ratio;
+  double *means, *vars;  // not wanted if null
+  uint8_t* suspect;
+};
+
+// What the backward of a 1x1 convolution and its BN has for each row of the weight, from `totals` and `products` over
+// the pixels; the rows that are suspect take their sum from `direct`, if given. With `constants`, partial sums [blocks,
+// depth] of total / pixels * A, also the factors of B: shares = d * invstd / pixels * A, and the weight, where it is
+// narrower, in the dtype of the arithmetic.
+struct TailGradients {
+  Spread spread;
+  double pixels;
+  const double *totals, *products, *direct;
+  const void *vectors, *scaled;
+  void* dweight;
+  double *d, *constants;
+  void *shares, *wide;
+};
+
 // Points of F(2x2, 3x3): elements of a tile of 4x4.
 constexpr int kPoints = 16;
 
@@ -220,6 +247,8 @@ struct Kernels {
   void (*pointwise_tail[kDtypes])(const PointwiseTail&, int64_t begin, int64_t end, void*);
   void (*reduction[kDtypes])(const Reduction&, int64_t begin, int64_t end, void*);
   void (*moments[kDtypes])(const MomentsReduction&, int64_t begin, int64_t end, void*);
+  void (*spread[kDtypes])(const Spread&, int64_t begin, int64_t end, void*);
+  void (*tail_gradients[kDtypes])(const TailGradients&, int64_t begin, int64_t end, void*);
   void (*winograd_filter[kDtypes])(const WinogradFilter&, int64_t begin, int64_t end);
   void (*winograd[kDtypes])(const Winograd&, int64_t begin, int64_t end, void*);
   void (*winograd_wgrad[kDtypes])(const WinogradWgrad&, int64_t begin, int64_t end, void*);

@@ -1,7 +1,10 @@
-// moments on the CPU: blocks are centred and multiplied by themselves; the blocks are merged in double.
+// moments on the CPU: blocks are centred and multiplied by themselves; the blocks are merged in double. And the BN that
+// follows from them.
 #include <vector>
 
+#include "parameters.h"
 #include "products.h"
+#include "spread.h"
 
 namespace fused_res::cpu {
 namespace {
@@ -71,7 +74,35 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z, const OptionalTensor& z_vect
   return {mean, covariance};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("moments", TORCH_BOX(&moments)); }
+// Mean and variance of suspect channels are those of `direct`, if given.
+std::tuple<Tensor, Tensor, int64_t> finalize_op(const Tensor& mean, const Tensor& covariance, const Tensor& weight,
+                                                const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                                                const OptionalTensor& residual_scale, double ratio,
+                                                const OptionalTensor& direct) {
+  check_moments_finalize(mean, covariance, weight, gamma, beta, residual_scale, direct);
+  const int64_t channels = weight.size(0);
+  SpreadRows rows(weight, covariance, ratio);
+  std::vector<double> means(channels), vars(channels);
+  Spread& spread = rows.get();
+  spread.mean = static_cast<const double*>(data(mean));
+  spread.means = means.data();
+  spread.vars = vars.data();
+  run_products(kernels().spread[dtype_of(weight)], spread, rows.tasks(), rows.bytes(0));
+  const double* other = static_cast<const double*>(data(direct));
+  const Affine affine(gamma, beta, eps, residual_scale);
+  const Tensor vectors = fresh_statistics(weight, {kVectors, channels});
+  const Result result(vectors);
+  for (int64_t c = 0; c < channels; ++c) {
+    const bool taken = other != nullptr && spread.suspect[c];
+    affine.set(result, channels, c, taken ? other[c] : means[c], taken ? other[channels + c] : vars[c]);
+  }
+  return {vectors, *rows.suspect(), rows.suspects()};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("moments_finalize", TORCH_BOX(&finalize_op));
+}
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -1,8 +1,9 @@
-// pointwise_tail_backward on the CPU: reduce, and apply.
+// pointwise_tail_backward on the CPU: reduce, finalize, and apply.
 #include <vector>
 
 #include "parameters.h"
 #include "reduction.h"
+#include "spread.h"
 
 namespace fused_res::cpu {
 namespace {
@@ -58,6 +59,86 @@ std::tuple<Tensor, Tensor, OptionalTensor> reduce_op(const Tensor& dout, const T
     for (int64_t k = 0; k < inner; ++k) row[k] -= sums[c] * centre.rest()[k];
   });
   return {total, product, through};
+}
+
+Operand plain_rows(const Tensor& rows) {
+  Operand operand{};
+  operand.channels = rows.size(1);
+  operand.rows = data(rows);
+  operand.sampling = {1, 1, 1, 1, 1, 1};
+  return operand;
+}
+
+// B = shares^T wide, in the dtype of the weight.
+Tensor quadratic_form(const Tensor& shares, const Tensor& wide, const Tensor& weight) {
+  const int64_t depth = weight.size(1);
+  OptionalTensor none;
+  const Partials partials =
+      reduce(plain_rows(shares), plain_rows(wide), weight.size(0), false, shares, std::nullopt, none);
+  const Tensor quadratic = torch::stable::new_empty(weight, {depth, depth});
+  const Result result(quadratic);
+  for_products(partials, [&](int64_t j) {
+    std::vector<double> row(depth);
+    partials.products_row(j, depth, row.data());
+    for (int64_t k = 0; k < depth; ++k) result.set(j * depth + k, row[k]);
+  });
+  return quadratic;
+}
+
+// The gradient of the weight; [4, C] of those of gamma and beta, the shares of the residual scale's, and the bias's; B
+// and b; which channels are suspect, and how many: their D is that of `direct`, if given.
+std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t> finalize_op(
+    const Tensor& total, const Tensor& product, int64_t pixels, const OptionalTensor& covariance, const Tensor& weight,
+    const Tensor& vectors, const OptionalTensor& scaled, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& residual_scale, double ratio, const OptionalTensor& direct) {
+  check_pointwise_tail_backward_finalize(total, product, pixels, covariance, weight, vectors, scaled, gamma, beta,
+                                         residual_scale, direct);
+  const int64_t channels = weight.size(0), depth = weight.size(1);
+  SpreadRows rows(weight, covariance, ratio);
+  const Tensor dweight = torch::stable::new_empty(weight, {channels, depth});
+  const double* totals = static_cast<const double*>(data(total));
+  std::vector<double> d(channels), constants;
+  TailGradients arguments{};
+  arguments.spread = rows.get();
+  arguments.pixels = static_cast<double>(pixels);
+  arguments.totals = totals;
+  arguments.products = static_cast<const double*>(data(product));
+  arguments.direct = static_cast<const double*>(data(direct));
+  arguments.vectors = data(vectors);
+  arguments.dweight = output(dweight);
+  arguments.d = d.data();
+  const bool flows = covariance && scaled;
+  OptionalTensor shares, wide, quadratic, constant;
+  if (flows) {
+    constants.resize(rows.tasks() * depth);
+    shares = fresh_statistics(weight, {channels, depth});
+    if (shares->scalar_type() != weight.scalar_type()) wide = fresh_statistics(weight, {channels, depth});
+    arguments.scaled = data(scaled);
+    arguments.constants = constants.data();
+    arguments.shares = output(shares);
+    arguments.wide = output(wide);
+  }
+  run_products(kernels().tail_gradients[dtype_of(weight)], arguments, rows.tasks(), rows.bytes(1));
+  if (flows) {
+    quadratic = quadratic_form(*shares, wide ? *wide : weight, weight);
+    constant = fresh_statistics(weight, {depth});
+    const Result result(*constant);
+    for (int64_t k = 0; k < depth; ++k) {
+      double sum = 0;
+      for (int64_t task = 0; task < rows.tasks(); ++task) sum += constants[task * depth + k];
+      result.set(k, sum);
+    }
+  }
+  const Parameter g(gamma, 1), b(beta, 0), scales(vectors, 1);
+  const double a = Parameter(residual_scale, 1)[0];
+  const Tensor coefficients = fresh_statistics(weight, {4, channels});
+  const Result result(coefficients);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double bias = covariance ? 0 : scales[3 * channels + c] * totals[c];
+    const double column[4] = {a * d[c], a * totals[c], g[c] * d[c] + b[c] * totals[c], bias};
+    for (int64_t row = 0; row < 4; ++row) result.set(row * channels + c, column[row]);
+  }
+  return {dweight, coefficients, quadratic, constant, rows.suspect(), rows.suspects()};
 }
 
 // dz = through - (z - m) B - b, with dout A for through where that is not given. dz may be the memory of through. With
@@ -119,6 +200,7 @@ OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const T
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("pointwise_tail_backward_reduce", TORCH_BOX(&reduce_op));
+  m.impl("pointwise_tail_backward_finalize", TORCH_BOX(&finalize_op));
   m.impl("pointwise_tail_backward_apply", TORCH_BOX(&apply_op));
 }
 

@@ -10,6 +10,8 @@
 #include "pointwise_tail_kernel.h"
 #include "product_kernel.h"
 #include "reduction_kernel.h"
+#include "spread_kernel.h"
+#include "tail_gradients_kernel.h"
 #include "winograd_kernel.h"
 
 #define FUSED_RES_TEXT(name) #name
@@ -32,6 +34,8 @@ const Kernels table = {
     {pointwise_tail<float>, pointwise_tail<half>, pointwise_tail<bfloat16>, pointwise_tail<double>},
     {reduction<float>, reduction<half>, reduction<bfloat16>, reduction<double>},
     {moments<float>, moments<half>, moments<bfloat16>, moments<double>},
+    {spread<float>, spread<half>, spread<bfloat16>, spread<double>},
+    {tail_gradients<float>, tail_gradients<half>, tail_gradients<bfloat16>, tail_gradients<double>},
     {winograd_filter<float>, winograd_filter<half>, winograd_filter<bfloat16>, winograd_filter<double>},
     {winograd<float>, winograd<half>, winograd<bfloat16>, winograd<double>},
     {winograd_wgrad<float>, winograd_wgrad<half>, winograd_wgrad<bfloat16>, winograd_wgrad<double>},

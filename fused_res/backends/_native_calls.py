@@ -15,10 +15,12 @@ from fused_res.primitives import pointwise_tail as tail
 from fused_res.primitives import pointwise_tail_backward as tail_backward
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.conv_fprop import Convolved
+from fused_res.primitives.moments import Moments
 from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
+from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
-from fused_res.primitives.pointwise_tail_backward import TailGradients
+from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients
 from fused_res.spec import ConvBN
 
 
@@ -61,6 +63,18 @@ def moments(z: Activation) -> tuple[Tensor, Tensor]:
     return torch.ops.fused_res.moments(*_activation(z))
 
 
+def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not z.image.is_cpu:
+        return second_moments.plain_finalize(found, z, unit, residual_scale, "native")
+    affine = unit.gamma, unit.beta, unit.eps, residual_scale, second_moments.SUSPECT
+    finalize = torch.ops.fused_res.moments_finalize
+    vectors, suspect, suspects = finalize(*found, _matrix(unit.weight), *affine, None)
+    if suspects:
+        direct = pointwise_direct_stats(z, unit.weight, suspect, backend="native")
+        vectors, *_ = finalize(*found, _matrix(unit.weight), *affine, direct)
+    return vectors, suspect
+
+
 def _tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
     projection, x, weight2, vectors2 = shortcut.projection, (None, None, 1, 1), None, shortcut.vectors2
     if projection is not None:
@@ -92,6 +106,33 @@ def pointwise_tail_backward_reduce(
     if not dout.is_cpu:
         return tail_backward.plain_reduce(dout, signs, z, mean, "native")
     return torch.ops.fused_res.pointwise_tail_backward_reduce(to_rows(dout), signs, *_activation(z), mean, scaled)
+
+
+def pointwise_tail_backward_finalize(
+    sums: Sums,
+    found: Moments | None,
+    branch: Pointwise,
+    scaled: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual_scale: Tensor | None,
+    dout: Tensor,
+    signs: Tensor,
+) -> TailGradients:
+    if not dout.is_cpu:
+        return tail_backward.plain_finalize(sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, "native")
+    z, weight, vectors = branch
+    mean, covariance = (None, None) if found is None else found
+    arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled
+    parameters = gamma, beta, residual_scale, second_moments.SUSPECT
+    finalize = torch.ops.fused_res.pointwise_tail_backward_finalize
+    *results, suspect, suspects = finalize(*arguments, *parameters, None)
+    if suspects:
+        direct = pointwise_direct_sums(dout, signs, z, weight, vectors[0], suspect, backend="native")
+        *results, _, _ = finalize(*arguments, *parameters, direct)
+    dweight, coefficients, quadratic, constant = results
+    mean = None if quadratic is None else mean
+    return TailGradients(dweight.view_as(weight), *coefficients.unbind(), mean, quadratic, constant)
 
 
 def pointwise_tail_backward_apply(

@@ -75,6 +75,16 @@ def spread(found: Moments, weight: Tensor) -> Spread:
     return Spread(var.clamp_min(0), weighted, var < SUSPECT * most)
 
 
+def plain_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Tail:
+    var, _, suspect = spread(found, unit.weight)
+    mean = unit.weight.flatten(1).double() @ found.mean
+    direct = pointwise_direct_stats(z, unit.weight, suspect, backend=backend)
+    dtype = statistics_dtype(unit.weight.dtype)
+    chosen = torch.where(suspect, direct, torch.stack((mean, var))).to(dtype)
+    vectors = bn_finalize(chosen.unsqueeze(0), 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    return Tail(vectors, suspect)
+
+
 def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str) -> Tail:
     """The vectors of a BN with batch statistics behind a 1x1 convolution, without the convolution's output.
 
@@ -89,10 +99,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     Returns:
         `Tail`, its vectors as from `bn_finalize`.
     """
-    var, _, suspect = spread(found, unit.weight)
-    mean = unit.weight.flatten(1).double() @ found.mean
-    direct = pointwise_direct_stats(z, unit.weight, suspect, backend=backend)
-    dtype = statistics_dtype(unit.weight.dtype)
-    chosen = torch.where(suspect, direct, torch.stack((mean, var))).to(dtype)
-    vectors = bn_finalize(chosen.unsqueeze(0), 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
-    return Tail(vectors, suspect)
+    own = select("moments_finalize", backend, None) if z.pixels > FEW else None
+    if own is None:
+        return plain_finalize(found, z, unit, residual_scale, backend)
+    return Tail(*own(found, z, unit, residual_scale))

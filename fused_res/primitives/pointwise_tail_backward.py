@@ -93,7 +93,7 @@ def pointwise_tail_backward_reduce(
     return Sums(*own(dout, signs, z, mean, scaled))
 
 
-def pointwise_tail_backward_finalize(
+def plain_finalize(
     sums: Sums,
     found: Moments | None,
     branch: Pointwise,
@@ -103,19 +103,8 @@ def pointwise_tail_backward_finalize(
     residual_scale: Tensor | None,
     dout: Tensor,
     signs: Tensor,
-    *,
     backend: str,
 ) -> TailGradients:
-    """Everything that is per channel or per pair of channels; in float64, but for B.
-
-    Args:
-        sums: of step 1.
-        found: the moments of z; None for running statistics.
-        branch: z, weight and vectors, as in the forward.
-        scaled: A from `scaled_weight`; None where dz is not wanted.
-        gamma, beta, residual_scale: as in the forward.
-        dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
-    """
     v = Vectors(*(row.double() for row in branch.vectors))
     w = branch.weight.flatten(1).double()
     total, product, _ = sums
@@ -146,6 +135,34 @@ def pointwise_tail_backward_finalize(
         d, total = residual_scale.double() * d, residual_scale.double() * total
     vectors = [t.to(dtype) for t in (d, total, dscale, dbias)]
     return TailGradients(dweight.to(branch.weight.dtype).view_as(branch.weight), *vectors, mean, quadratic, constant)
+
+
+def pointwise_tail_backward_finalize(
+    sums: Sums,
+    found: Moments | None,
+    branch: Pointwise,
+    scaled: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual_scale: Tensor | None,
+    dout: Tensor,
+    signs: Tensor,
+    *,
+    backend: str,
+) -> TailGradients:
+    """Everything that is per channel or per pair of channels; in float64, but for B.
+
+    Args:
+        sums: of step 1.
+        found: the moments of z; None for running statistics.
+        branch: z, weight and vectors, as in the forward.
+        scaled: A from `scaled_weight`; None where dz is not wanted.
+        gamma, beta, residual_scale: as in the forward.
+        dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
+    """
+    arguments = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs
+    own = select("pointwise_tail_backward_finalize", backend, None) if branch.z.pixels > FEW else None
+    return plain_finalize(*arguments, backend) if own is None else TailGradients(*own(*arguments))
 
 
 def plain_apply(
