@@ -123,8 +123,8 @@ def caption(document: dict) -> str:
         top = document["ceiling"]
         text += (
             " roofline: least time for the step's bytes and FLOPs at this machine's measured "
-            f"{top['bytes_per_s'] / 1e9:.3g} GB/s and {top['flops_per_s'] / 1e12:.3g} TFLOP/s ({top['how']}), over its time; "
-            "refused where that would be a rate above what was measured."
+            f"{top['bytes_per_s'] / 1e9:.3g} GB/s and {top['flops_per_s'] / 1e12:.3g} TFLOP/s ({top['how']}), over its time, "
+            "FLOPs as plain sums take them (docs/winograd.md saves some); refused where a rate is well above what was measured."
         )
     if sums.sums(document, document["suite"]):
         text += (
