@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fused_res import backends, use_backend
+from fused_res.backends import native
 
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
@@ -51,6 +53,17 @@ def cpu_backend(request):
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
+def capability(request):
+    """Every instruction set that this CPU has, forced in turn."""
+    library = ctypes.CDLL(str(native.LIBRARY))
+    library.fused_res_set_cpu_capability.restype = ctypes.c_bool
+    if not library.fused_res_set_cpu_capability(request.param.encode()):
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.fused_res_set_cpu_capability(None)
 
 
 @pytest.fixture

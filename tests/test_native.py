@@ -1,6 +1,5 @@
 """The compiled CPU kernels: against float64 on every instruction set of this CPU, whatever the threads and the arguments."""
 
-import ctypes
 import itertools
 import os
 
@@ -36,17 +35,6 @@ PIXELS = [1, 2, 3, 17, 130, 1000]
 def ops():
     native.load()
     return torch.ops.fused_res
-
-
-@pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
-def capability(request):
-    """Every instruction set that this CPU has, forced in turn."""
-    library = ctypes.CDLL(str(native.LIBRARY))
-    library.fused_res_set_cpu_capability.restype = ctypes.c_bool
-    if not library.fused_res_set_cpu_capability(request.param.encode()):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    library.fused_res_set_cpu_capability(None)
 
 
 def operands(pixels, channels, dtype, seed=0):
@@ -255,22 +243,6 @@ def test_blocks_are_as_accurate_as_eager(make, dtype):
     assert not failed, failed
 
 
-@pytest.mark.parametrize(("channels", "size", "mean"), [(64, (9, 7), 1e3), (128, (14, 14), 0), (48, (3, 3), 0)])
-def test_filtered_blocks_are_as_accurate_as_eager(channels, size, mean):
-    """F(2x2, 3x3) adds and subtracts neighbours before it multiplies; also where their mean is a thousand deviations."""
-
-    def case(seed):
-        generator = torch.Generator().manual_seed(seed)
-        block = accuracy.random_block(BasicBlock(channels, channels), seed)
-        x, dout = (torch.randn(2, channels, *size, generator=generator, dtype=torch.float64) for _ in range(2))
-        return block, x + mean, dout
-
-    assert all(row.own for row in explain(BasicBlock(channels, channels), torch.randn(2, channels, *size)).rows[0].convolutions)
-    verdicts = accuracy.judge(case, torch.float32, "native", "prologue", seeds=range(8))
-    failed = [v for v in verdicts if not v.passed]
-    assert not failed, failed
-
-
 def test_gradcheck_through_the_compiled_kernels():
     block = BasicBlock(3, 3).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
@@ -333,72 +305,6 @@ def test_a_convolution_is_our_own_where_that_pays(weight, pixels, own):
     fused = Call("conv_fprop", "native", unit, (Activation(image, vectors), True, None))
     assert choose(fused) == (own, None, "" if own else "faster at this size")
     assert not choose(Call("conv_fprop", "native", unit, (Activation(image), False, None))).own
-
-
-# Images, channels in and out, and padding: whole blocks and odd ends, of tiles, images, panels, stretches and parts.
-FILTERED = {
-    "one tile": ((3, 1, 1), 5, 70, (1, 1)),
-    "odd": ((3, 7, 5), 20, 33, (1, 1)),
-    "even": ((2, 12, 8), 64, 24, (1, 1)),
-    "no padding": ((2, 9, 6), 17, 40, (0, 0)),
-    "all of it": ((2, 5, 8), 8, 9, (2, 2)),
-    "uneven": ((1, 6, 7), 70, 65, (0, 2)),
-    "stretches": ((2, 4, 6), 140, 300, (1, 1)),
-    "large and odd": ((2, 75, 60), 64, 8, (1, 1)),
-    "large and even": ((2, 70, 61), 40, 64, (1, 1)),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FILTERED)
-def test_filtered_convolutions_on_every_instruction_set(capability, poisoned_memory, name, dtype):
-    """Every part of F(2x2, 3x3), exact on integers: its halves and quarters are."""
-    (n, height, width), c, k, padding = FILTERED[name]
-    draw = convolutions.Draw(c, "cpu")
-    x, weight = draw.integers(n, c, height, width, dtype=dtype), draw.integers(k, c, 3, 3, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    wide_x, wide_weight = x.double().requires_grad_(), weight.double().requires_grad_()
-    want = torch.nn.functional.conv2d(wide_x, wide_weight, padding=padding)
-    dy = draw.integers(*want.shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    want.backward(dy.double())
-    images, filters, gradient = (t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, dy))
-    y, partials, rows = ops().winograd_fprop(images, None, filters, *padding, True, *[None] * 4)
-    assert torch.equal(y.permute(0, 3, 1, 2).double(), want.detach().to(dtype).double())
-    merged = bn_finalize.bn_finalize(partials, rows, y[..., 0].numel(), None, None, 1e-5, backend="native")
-    var, mean = torch.var_mean(y.double().flatten(0, 2), 0, correction=0)
-    torch.testing.assert_close(merged[:2].double(), torch.stack((mean, var)), rtol=1e-5, atol=1e-4)
-    dx, _ = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, *[None] * 4, 1, 1)
-    assert torch.equal(dx.permute(0, 3, 1, 2).double(), wide_x.grad.to(dtype).double())
-    vectors = draw.vectors(c).to(partials.dtype)
-    again, sums = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, images, vectors, *[None] * 2, 1, 1)
-    assert torch.equal(again, dx)
-    want_sums = ops().bn_act_backward_reduce(dx.flatten(0, 2), images.flatten(0, 2), vectors, None, None, None).double().sum(0)
-    torch.testing.assert_close(sums.double().sum(0), want_sums, rtol=1e-5, atol=1e-4 * want_sums.abs().max().item())
-    dweight = ops().winograd_wgrad(gradient, *[None] * 4, True, images, None, *padding)
-    assert torch.equal(dweight.permute(0, 3, 1, 2).double(), wide_weight.grad.to(dtype).double())
-
-
-@pytest.mark.parametrize(("n", "channels", "size"), [(8, 64, 15), (5, 200, 7), (2, 300, 12)])
-def test_filtered_convolutions_give_the_same_bits_whatever_the_threads(n, channels, size):
-    draw = convolutions.Draw(0, "cpu")
-    x, dy = (draw.normal(n, channels, size, size).permute(0, 2, 3, 1).contiguous() for _ in range(2))
-    weight, vectors = draw.normal(channels, 9, channels).view(channels, 3, 3, channels), draw.vectors(channels)
-
-    def run():
-        y, partials, _ = ops().winograd_fprop(x, vectors, weight, 1, 1, True, *[None] * 4)
-        dx, sums = ops().winograd_dgrad(dy, *[None] * 4, True, weight, 1, 1, x, vectors, None, None, 1, 1)
-        return y, partials, dx, sums, ops().winograd_wgrad(dy, *[None] * 4, True, x, vectors, 1, 1)
-
-    results = pointwise.run_with_threads(run)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-
-
-def test_an_image_is_convolved_alike_in_any_batch():
-    draw = convolutions.Draw(1, "cpu")
-    x, weight = draw.normal(5, 63, 64).view(5, 9, 7, 64), draw.normal(64, 9, 64).view(64, 3, 3, 64)
-    together = ops().winograd_fprop(x, None, weight, 1, 1, False, *[None] * 4)[0]
-    for i in range(5):
-        assert torch.equal(ops().winograd_fprop(x[i : i + 1], None, weight, 1, 1, False, *[None] * 4)[0], together[i : i + 1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
