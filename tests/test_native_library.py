@@ -227,7 +227,10 @@ def test_kernels_under_sanitizers(tmp_path, name):
         library = ctypes.CDLL(str(native.LIBRARY)) if WHY is None else pytest.skip(str(WHY))
         if not library.fused_res_set_cpu_capability(name.encode()):
             pytest.skip(f"this CPU has no {name}")
+        wider = name == "avx512" and library.fused_res_set_cpu_capability(b"avx512bf16")
         library.fused_res_set_cpu_capability(None)
+        if wider:
+            pytest.skip("avx512bf16, which this CPU has, is compiled from the same lines and one more")
     flags = [flag for flag in setup.CXX_FLAGS if not flag.startswith("-O")] + setup.VARIANTS[name] + setup.VARIANT_FLAGS
     sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-DFUSED_RES_VARIANT={name}"]
     sources = ["csrc/cpu/variant.cpp", Path(__file__).with_name("cpu_kernels.cpp")]
