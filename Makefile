@@ -45,7 +45,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 test-slow: $(READY)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
