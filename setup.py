@@ -184,7 +184,9 @@ class Plan:
             if name == "plain" or platform.machine() in ("x86_64", "AMD64"):
                 flags = [*flags, *VARIANT_FLAGS, f"-DFUSED_RES_VARIANT={name}"]
                 compile_with("cxx", SOURCES / "cpu/variant.cpp", f"variant.{name}", flags)
-        libraries = [f"-L{self.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        # Nothing in libtorch.so itself is used, but under a CUDA torch it brings the library that knows the current stream.
+        needed = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        libraries = [f"-L{self.torch / 'lib'}", *needed, "-ltorch_cpu", "-lc10"]
         if self.cuda_sources:
             text += [
                 f"nvcc = {line([self.nvcc, '-ccbin', self.cxx])}",
@@ -194,7 +196,7 @@ class Plan:
             for source in self.cuda_sources:
                 compile_with("nvcc", source, f"cuda.{source.stem}", [])
             libraries += cuda_libraries(self.nvcc)
-        libraries += ["-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
+        libraries += ["-Wl,--exclude-libs,ALL"]
         text.append(f"build {line([library])}: link {line(objects)}\n  flags = {line(libraries)}")
         return "\n".join(text) + "\n"
 

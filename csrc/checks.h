@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -48,11 +49,13 @@ inline std::string shape_string(const int64_t* sizes, int64_t dim) {
 // A contiguous tensor whose storage really holds its elements.
 inline void check_memory(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.defined(), name, ": expected a tensor, got an undefined one");
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name, ": expected a strided tensor");
+  std::int32_t layout = 0;  // by the C interface: torch 2.10's stable::Tensor has no layout()
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a strided tensor");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
   if (tensor.numel() == 0) return;
   int64_t stored = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &stored));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &stored));
   const int64_t item = static_cast<int64_t>(tensor.element_size());
   STD_TORCH_CHECK(tensor.data_ptr() != nullptr && (tensor.storage_offset() + tensor.numel()) * item <= stored, name,
                   ": its storage is too small for its shape");

@@ -28,7 +28,7 @@ class OnDevice {
     check(cudaDeviceGetAttribute(&queue_.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fused_res: this torch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     queue_.stream = static_cast<cudaStream_t>(stream);
   }
 
