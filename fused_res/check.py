@@ -14,7 +14,7 @@ from fused_res.modules import BasicBlock, Bottleneck, ResidualBlock
 from fused_res.planner import LEVELS
 
 CHECKED = ("fp32", "fp16", "bf16")
-SEEDS = 8
+SEEDS = accuracy.SEEDS
 MODES = ("train", "eval")
 
 
@@ -109,7 +109,10 @@ def judge(job: Job, device: torch.device, seeds: int = SEEDS) -> Iterator[Row]:
 
 
 def plan(
-    device: torch.device, dtypes: Sequence[str] = CHECKED, names: Sequence[str] = backends.NAMES
+    device: torch.device,
+    dtypes: Sequence[str] = CHECKED,
+    names: Sequence[str] = backends.NAMES,
+    levels: Sequence[str] = LEVELS,
 ) -> tuple[list[Job], list[Row]]:
     """The jobs that run on a device, and a row with the reason for every backend and dtype that do not."""
     jobs, refused = [], []
@@ -119,7 +122,7 @@ def plan(
             if reason is not None:
                 refused.append(Row(name, dtype, reason=reason))
                 continue
-            jobs += [Job(shape, mode, dtype, name, level) for level in LEVELS for shape in SHAPES for mode in MODES]
+            jobs += [Job(shape, mode, dtype, name, level) for level in levels for shape in SHAPES for mode in MODES]
     return jobs, refused
 
 
@@ -129,9 +132,10 @@ def run(
     names: Sequence[str] = backends.NAMES,
     seeds: int = SEEDS,
     advance: Callable[[str], None] = lambda label: None,
+    levels: Sequence[str] = LEVELS,
 ) -> list[Row]:
     """The whole check on one device, fp32 being IEEE's, not TF32; calls `advance` with a label before each job of `plan`."""
-    jobs, rows = plan(device, dtypes, names)
+    jobs, rows = plan(device, dtypes, names, levels)
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with one_thread(device), temporarily(cudnn, allow_tf32=False), temporarily(matmul, allow_tf32=False):
         for job in jobs:

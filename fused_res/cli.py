@@ -49,7 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--device", type=_device, help="default: the GPU if there is one")
     checking.add_argument("--dtype", nargs="+", choices=check.CHECKED, default=check.CHECKED)
     checking.add_argument("--backend", nargs="+", choices=backends.NAMES, default=backends.NAMES)
-    checking.add_argument("--seeds", type=_positive, default=check.SEEDS, help=f"random problems per block (default {check.SEEDS})")
+    checking.add_argument("--level", nargs="+", choices=LEVELS, default=LEVELS)
+    checking.add_argument(
+        "--seeds", type=_positive, default=check.SEEDS, help=f"random problems per block (default {check.SEEDS}; fewer widen the limits)"
+    )
     checking.add_argument("--all", action="store_true", help="show every quantity, not the worst of each block")
     checking.set_defaults(run=_check)
 
@@ -92,8 +95,9 @@ def _info(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     device = options.device or environment.default_device()
-    with progress(len(check.plan(device, options.dtype, options.backend)[0]), "check against fp64") as advance:
-        rows = check.run(device, options.dtype, options.backend, options.seeds, advance)
+    selected = options.dtype, options.backend
+    with progress(len(check.plan(device, *selected, options.level)[0]), "check against fp64") as advance:
+        rows = check.run(device, *selected, options.seeds, advance, options.level)
     summary = check.summary(rows)
     if options.json:
         _print_json({"device": str(device), "versions": environment.versions(), **summary, "rows": [row.to_dict() for row in rows]})

@@ -1,8 +1,19 @@
 """The accuracy rule's numbers: an error of at most `MARGIN` times eager's (the library's), or the floor of the dtype."""
 
+import math
+
 import torch
 
 MARGIN = 1.25
+
+
+def scatter(values: int) -> float:
+    """How far the ratio of two equally good candidates' errors over so many values may be from 1 by chance.
+
+    The error of n independent values is known to a share of 1 / sqrt(2 n), and the ratio of two such to 1 / sqrt(n); this leaves
+    room for three of those.
+    """
+    return 1 + 3 / math.sqrt(max(values, 1))
 
 
 def floor(dtype: torch.dtype) -> float:

@@ -2,9 +2,8 @@
 
 Right is judged against a truth in float64, by the incumbent's own errors on the same data and the floor of `fused_res.tolerance`:
 
-- The relative L2 error is at most `MARGIN` times the incumbent's. That rule is for many seeds. On one, the error of n values is
-  known to a share of 1 / sqrt(2 n), and the ratio of two such to 1 / sqrt(n): the limit leaves room for three of those, 2 % for
-  an image of 20 thousand values.
+- The relative L2 error is at most `MARGIN` times the incumbent's. That rule is for many seeds; on one the limit leaves room for
+  `fused_res.tolerance.scatter`, 2 % for an image of 20 thousand values.
 - The largest error is at most `LARGEST` times the incumbent's: one value that is wrong among millions hardly shows in L2. Of two
   equally good candidates one has a largest error twice the other's only rarely.
 
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.tolerance import MARGIN, floor
+from fused_res.tolerance import MARGIN, floor, scatter
 
 GAIN = 0.97
 """Of the incumbent's time: what a candidate has to stay under. Differences below that are noise."""
@@ -82,7 +81,7 @@ def _ratio(difference: Tensor, truth: Tensor, order: float) -> float:
 
 def limits(incumbents: Errors, values: int, dtype: torch.dtype) -> Errors:
     """What the errors of a result of so many values, stored in this dtype, may be."""
-    most = MARGIN * (1 + 3 / math.sqrt(max(values, 1)))
+    most = MARGIN * scatter(values)
     return Errors(max(most * incumbents.l2, floor(dtype)), max(LARGEST * incumbents.largest, floor(dtype)))
 
 
