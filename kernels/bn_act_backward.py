@@ -33,7 +33,7 @@ from fused_res.kernels.common import (
 
 
 @triton.jit
-def _reduce(
+def bn_act_backward_reduce_kernel(
     dout,
     y,
     vectors,
@@ -102,12 +102,12 @@ def bn_act_backward_reduce(
     tiles, rows = row_tiles(pixels, channels, block)
     partials = torch.empty(tiles, 2 if y2 is None else 3, channels, dtype=torch.float32, device=y.device)
     arguments = (dout, y, vectors, signs, y2, vectors2, partials, pixels, channels, rows)
-    launch_tiles(_reduce, tiles, block, channels, *arguments, STAGES=STAGES)
+    launch_tiles(bn_act_backward_reduce_kernel, tiles, block, channels, *arguments, STAGES=STAGES)
     return partials
 
 
 @triton.jit
-def _finalize(
+def bn_act_backward_finalize_kernel(
     partials,
     vectors,
     gamma,
@@ -172,7 +172,7 @@ def bn_act_backward_finalize(
     coefficients = torch.empty(7, channels, dtype=torch.float32, device=partials.device)
     block = partials_tile(tiles)
     launch(
-        _finalize,
+        bn_act_backward_finalize_kernel,
         triton.cdiv(channels, block.channels),
         *(partials, vectors, gamma, beta, residual_scale, coefficients, tiles, pixels, channels),
         SUMS=sums,
@@ -186,7 +186,7 @@ def bn_act_backward_finalize(
 
 
 @triton.jit
-def _apply(
+def bn_act_backward_apply_kernel(
     dout,
     y,
     vectors,
@@ -252,7 +252,7 @@ def bn_act_backward_apply(
     block = tile(pixels, channels, y.element_size(), vectors=2)
     arguments = (dout, y, vectors, coefficients, signs, y2, coefficients2, dy, dy2, masked, pixels, channels)
     modes = {"TRAINING": training, "TRAINING2": training2}
-    launch_tiles(_apply, triton.cdiv(pixels, block.rows), block, channels, *arguments, **modes)
+    launch_tiles(bn_act_backward_apply_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, **modes)
     return dy, dy2, masked
 
 

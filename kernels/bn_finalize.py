@@ -11,7 +11,7 @@ from fused_res.kernels.common import Variant, launch, meta, offset, partials_til
 
 
 @triton.jit
-def _kernel(
+def bn_finalize_kernel(
     partials,
     gamma,
     beta,
@@ -74,7 +74,7 @@ def bn_finalize(
     block = partials_tile(tiles)
     last = pixels - rows * (tiles - 1)
     launch(
-        _kernel,
+        bn_finalize_kernel,
         triton.cdiv(channels, block.channels),
         *(partials, gamma, beta, residual_scale, vectors, tiles, rows, last, pixels, channels, eps),
         BLOCK_T=block.rows,

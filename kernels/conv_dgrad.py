@@ -60,7 +60,7 @@ def _first_tap(phase, padding, dilation, stride, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def conv_dgrad_kernel(
     weight,
     dy,
     dx,
@@ -167,7 +167,7 @@ def conv_dgrad(
         partials = fresh(max(1, tiles), 2, channels, dtype=torch.float32, device=weight.device)
     addend = Addition(None, None, 1, 1) if add is None else _checked(add, like, weight)
     launch(
-        _kernel,
+        conv_dgrad_kernel,
         tiles * triton.cdiv(channels, config.block_c),
         *(taps_first(weight), source, dx, addend, y, vectors, partials, g),
         *(step // gcd(step, dilation) for step, dilation in zip(unit.stride, unit.dilation, strict=True)),

@@ -41,7 +41,7 @@ from fused_res.spec import ConvBN
 
 
 @triton.jit
-def _kernel(
+def conv_fprop_kernel(
     weight,
     x,
     y,
@@ -144,7 +144,7 @@ def conv_fprop(
         partials = torch.empty(tiles, 2, channels_out, dtype=torch.float32, device=weight.device)
     after = (None, None, None, None) if output is None else _checked(output, shape, weight)
     launch(
-        _kernel,
+        conv_fprop_kernel,
         tiles * triton.cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
         **constants(config, unit),

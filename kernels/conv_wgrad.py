@@ -28,7 +28,7 @@ from fused_res.spec import ConvBN
 
 
 @triton.jit
-def _partial(
+def conv_wgrad_partial_kernel(
     partials,
     dy,
     x,
@@ -85,7 +85,7 @@ def _partial(
 
 
 @triton.jit
-def _sum(
+def conv_wgrad_sum_kernel(
     partials,
     dweight,
     T,
@@ -139,7 +139,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     parts, rows = split(pixels, programs, config.block_p)
     partials = torch.empty(parts, weight.numel(), dtype=torch.float32, device=weight.device)
     launch(
-        _partial,
+        conv_wgrad_partial_kernel,
         parts * programs,
         *(partials, left, right, g, rows, pixels, c, k),
         LIVE=left.coefficients is not None and dy.training,
@@ -150,7 +150,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     block_t = min(64, triton.next_power_of_2(parts))
     block_e = 2048 // block_t
     launch(
-        _sum,
+        conv_wgrad_sum_kernel,
         triton.cdiv(weight.numel(), block_e),
         *(partials, dweight, parts, weight.numel(), c, *dweight.stride()),
         R=r,

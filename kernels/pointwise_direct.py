@@ -49,7 +49,7 @@ def _channel(
 
 
 @triton.jit
-def _kernel(
+def pointwise_direct_kernel(
     z,
     weight,
     suspect,
@@ -106,7 +106,9 @@ def _kernel(
 
 
 @triton.jit
-def _merge(partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def pointwise_direct_merge_kernel(
+    partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     suspects = tl.load(suspect + c, mask=c < C, other=0) != 0
     total, squares = tl.zeros((BLOCK_C,), tl.float64), tl.zeros((BLOCK_C,), tl.float64)
@@ -144,7 +146,7 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
     tiles, rows = split_rows(pixels, triton.cdiv(channels, block_c), block_p, least=256)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
     launch(
-        _kernel,
+        pointwise_direct_kernel,
         tiles * triton.cdiv(channels, block_c),
         *(operand("z", z, weight), weight, suspect, dout, signs, mean, partials, pixels, channels, inner, rows),
         ALIGN_K=alignment(inner),
@@ -156,7 +158,7 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
     )
     out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=weight.device)
     launch(
-        _merge,
+        pointwise_direct_merge_kernel,
         triton.cdiv(channels, 16),
         *(partials, suspect, out, tiles, rows, pixels - rows * (tiles - 1), pixels, channels),
         STATS=stats,

@@ -57,7 +57,7 @@ def _product(
 
 
 @triton.jit
-def _kernel(
+def pointwise_tail_kernel(
     z,
     weight,
     vectors,
@@ -118,7 +118,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, 
     widest = 128 if narrow_dtype or precision == "tf32" else 64
     block_p, block_c = 64, max(16, min(widest, triton.next_power_of_2(channels)))
     launch(
-        _kernel,
+        pointwise_tail_kernel,
         triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
         *(
             operand("main.z", main.z, weight),

@@ -54,7 +54,7 @@ def _fold(g, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _reduce(
+def pointwise_tail_backward_reduce_kernel(
     dout,
     signs,
     z,
@@ -119,7 +119,7 @@ def _reduce(
 
 
 @triton.jit
-def _merge(
+def pointwise_tail_backward_merge_kernel(
     starts,
     totals,
     products,
@@ -179,7 +179,7 @@ def pointwise_tail_backward_reduce(
     totals = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
     products = torch.empty(tiles, channels, inner, dtype=torch.float32, device=device)
     launch(
-        _reduce,
+        pointwise_tail_backward_reduce_kernel,
         tiles * blocks,
         *(g, signs, operand("z", z, g), None if through is None else scaled, through, starts, totals, products),
         *(pixels, channels, inner, rows),
@@ -199,7 +199,7 @@ def pointwise_tail_backward_reduce(
     product = torch.empty(channels, inner, dtype=torch.float64, device=device)
     together = min(32, triton.next_power_of_2(tiles))
     launch(
-        _merge,
+        pointwise_tail_backward_merge_kernel,
         triton.cdiv(channels * inner, 1024 // together),
         *(starts, totals, products, mean, total, product, tiles, channels, inner),
         ALIGN=alignment(channels),
@@ -212,7 +212,7 @@ def pointwise_tail_backward_reduce(
 
 
 @triton.jit
-def _apply(
+def pointwise_tail_backward_apply_kernel(
     dout,
     signs,
     z,
@@ -294,7 +294,7 @@ def pointwise_tail_backward_apply(
     tiles = triton.cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
     launch(
-        _apply,
+        pointwise_tail_backward_apply_kernel,
         tiles * triton.cdiv(size, block_k),
         *(g, signs, operand("z", z, g), scaled, gradients.mean, gradients.quadratic, gradients.constant, through, dz, partials),
         *(pixels, channels, size),
