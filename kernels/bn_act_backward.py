@@ -49,6 +49,11 @@ def bn_act_backward_reduce_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: sum g, sum g * (y - mean), and with y2 sum g * (y2 - mean2).
+
+    dout, y, y2: [P, C]. vectors, vectors2: [5, C], float32. signs: [P, ceil(C / 8)], uint8; None: the ReLU's signs are those of
+    scale * y + shift. y2 and vectors2 may be None. partials: [T, 2 or 3, C], float32.
+    """
     C = aligned(C, ALIGN)
     t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)
@@ -123,6 +128,11 @@ def bn_act_backward_finalize_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """The sums of T tiles become one BN's coefficients, and its parameters' gradients.
+
+    partials: [T, SUMS, C], float32, of which row 0 has sum g, and row ROW sum g * (y - mean). vectors: [5, C], float32. gamma,
+    beta: [C], residual_scale: [1], each or None. coefficients: [7, C], float32.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -205,6 +215,11 @@ def bn_act_backward_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """dy = p * g + q * y + r, with y2 the same for dy2; and g itself where it is wanted.
+
+    dout, y, y2, dy, dy2, masked: [P, C]; y2 with dy2, and masked, may be None. vectors: [5, C], coefficients, coefficients2:
+    [7, C], float32. signs: [P, ceil(C / 8)], uint8; None: the ReLU's signs are those of scale * y + shift.
+    """
     C = aligned(C, ALIGN)
     _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
     p, start = tl.arange(0, BLOCK_P), offset(row, C)

@@ -26,6 +26,10 @@ def bn_finalize_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """The statistics of T tiles, of `rows` rows each but the last, become mean, variance, invstd, scale and shift of a BN.
+
+    partials: [T, 2, C], float32. gamma, beta: [C], residual_scale: [1], each or None. vectors: [5, C], float32.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     # Means count from the first tile's, which keeps the digits of a mean far from 0; that tile itself counts as exactly 0, so

@@ -27,6 +27,10 @@ from fused_res.kernels.common import (
 def bn_stats_kernel(
     y, partials, P, C, rows, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
 ):
+    """Mean and centred sum of squares of every channel, over tiles of `rows` rows.
+
+    y: [P, C]. partials: [T, 2, C], float32.
+    """
     C = aligned(C, ALIGN)
     t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)

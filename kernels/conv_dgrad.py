@@ -89,6 +89,13 @@ def conv_dgrad_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dx = the gradient dy through the weight, plus `addend`; with `partials` masked by the ReLU below, and summed for its BN.
+
+    weight: [K, R, S, C]. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K], float32, and signs
+    [N * H' * W', ceil(K / 8)], uint8. dx, y: [N, H, W, C]. addend: an `Addition`, its image [N, h, w, C], its signs
+    [N * h * w, ceil(C / 8)], uint8. vectors: [5, C], partials: [T, 2, C], float32; y, vectors and partials may be None together.
+    P: pixels of one phase, padded to whole strides. step_h, step_w: from one tap of a phase to the next.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(C, BLOCK_C)
     t, first = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C

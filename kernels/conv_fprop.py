@@ -65,6 +65,11 @@ def conv_fprop_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """y = x through the weight; with `partials` mean and centred squares of each tile, with `after` on to the block's end.
+
+    weight: [K, R, S, C]. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or None. y, and skip or y2 or neither:
+    [N, H', W', K]. partials: [T, 2, K], after, vectors2: [5, K], float32, each or None. P: N * H' * W'.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
     t = tl.program_id(0) // across

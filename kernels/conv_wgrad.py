@@ -50,6 +50,12 @@ def conv_wgrad_partial_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """For every tap, dy^T x over parts of `rows` pixels.
+
+    partials: [T, K, R, S, C], float32. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K],
+    float32, and signs [N * H' * W', ceil(K / 8)], uint8. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or
+    None. P: N * H' * W'.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     blocks_c, blocks_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     first_c = tl.program_id(0) % blocks_c * BLOCK_C
@@ -100,6 +106,10 @@ def conv_wgrad_sum_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """The sum of T partial results of E = K * R * S * C elements, in a fixed order.
+
+    partials: [T, K, R, S, C], float32. dweight: [K, C, R, S] with these strides.
+    """
     e = first_row(tl.program_id(0), BLOCK_E) + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, T, BLOCK_T):

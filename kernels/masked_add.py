@@ -42,6 +42,10 @@ def masked_add_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """dx += the image, where its signs are open, at every down-th line and right-th pixel.
+
+    dx: [N, H, W, C]. image: [N, h, w, C]. signs: [P, ceil(C / 8)], uint8, or None. P: N * h * w.
+    """
     C = aligned(C, ALIGN)
     _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
     p, start = tl.arange(0, BLOCK_P), offset(row, C)

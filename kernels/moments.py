@@ -98,6 +98,11 @@ def moments_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: what the columns of z count from, their sums from there, and the products of all pairs of them.
+
+    z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. vectors: [T, 2, K], products: [T, K, K], float32, of
+    which blocks below the diagonal are not written.
+    """
     K = aligned(K, ALIGN)
     across = tl.cdiv(K, BLOCK_K)
     t, i, j = tl.program_id(0) // (across * across), tl.program_id(0) // across % across, tl.program_id(0) % across
@@ -132,6 +137,10 @@ def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The mean over T tiles, of `rows` rows each but the last.
+
+    vectors: [T, 2, K], float32, from `moments_kernel`. mean: [K], float64.
+    """
     k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
     for first in range(0, T, BLOCK_T):
@@ -156,6 +165,10 @@ def moments_covariance_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """The covariance over T tiles, of `rows` rows each but the last.
+
+    vectors: [T, 2, K], products: [T, K, K], float32, from `moments_kernel`. mean: [K], covariance: [K, K], float64.
+    """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     j, k = e // K, e % K
     inside = j < K

@@ -140,6 +140,10 @@ def within_reach(start, DTYPE: tl.constexpr):
 
 @triton.jit
 def operands_multiplied_kernel(matrix, out, N, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """Values as a matrix product multiplies them.
+
+    matrix, out: [N].
+    """
     at = offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     v = tl.load(matrix + at, mask=at < N, other=0.0)
     tl.store(out + at, narrow(v, matrix.dtype.element_ty, PRECISION), mask=at < N)

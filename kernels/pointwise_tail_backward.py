@@ -78,6 +78,12 @@ def pointwise_tail_backward_reduce_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: sum g, and the products of g with z, counted from a start for each column; and g A.
+
+    dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
+    [C, K], through, g A: [P, K], both or neither. starts: [T, K], totals: [T, 2, C], of g and of g as it is multiplied, products:
+    [T, C, K], float32.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across, deep = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     t, i, j = tl.program_id(0) // (across * deep), tl.program_id(0) // deep % across, tl.program_id(0) % deep
@@ -134,6 +140,11 @@ def pointwise_tail_backward_merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """sum g, and M = g^T (z - mean), over T tiles.
+
+    starts: [T, K], totals: [T, 2, C], products: [T, C, K], float32, from `pointwise_tail_backward_reduce_kernel`. mean: [K],
+    float64, or None for 0. total: [C], product: [C, K], float64.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     c, k = e // K, e % K
@@ -236,6 +247,12 @@ def pointwise_tail_backward_apply_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dz = g A - (z - mean) B - constant; with `partials` masked by the ReLU below, and summed for its BN; with JOINS added to dz.
+
+    dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
+    [C, K]. mean: [K], float64, quadratic, B: [K, K], constant: [K], float32, all three or none. through: [P, K], g A where that is
+    known, or None. dz: [P, K], with JOINS of z's sampled rows; it may be `through`. partials: [T, 2, K], float32, or None.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
     t = tl.program_id(0) // across
