@@ -189,17 +189,17 @@ def problems(row: Row, compiled, variant) -> Iterator[str]:
         yield "row offsets: no 64-bit multiplication"
 
 
-def kernel_name(file: str, variant) -> str:
-    """What a kernel is called in the tables: its file, and its own name where the file has several."""
-    return f"{file}{variant.launch.kernel.__name__.removesuffix('_kernel')}"
+def kernel_name(variant) -> str:
+    """What a kernel is called in the tables: as in a profile, without the ending all have."""
+    return variant.launch.kernel.__name__.removesuffix("_kernel")
 
 
-def inspect(file: str, variant, dtype: torch.dtype, arch: int) -> Row:
+def inspect(variant, dtype: torch.dtype, arch: int) -> Row:
     """Compile a variant for an architecture and check it."""
     compiled = compile_launch(variant.launch, arch)
     ptx, used = compiled.asm["ptx"], usage(compiled.asm["cubin"])
     row = Row(
-        kernel=kernel_name(file, variant),
+        kernel=kernel_name(variant),
         variant=variant.name,
         dtype=str(dtype).removeprefix("torch."),
         arch=arch,
@@ -224,14 +224,14 @@ def table(sample: bool, only: Collection[str] = (), tiles: bool = False) -> Iter
         for file, variant in variants(dtype, "aot_tiles" if tiles else "aot_variants"):
             if (variant.sample or not sample) and (not only or file in only):
                 for arch in (90,) if sample and dtype == torch.float32 else SHARED:
-                    yield file, inspect(file, variant, dtype, arch)
+                    yield file, inspect(variant, dtype, arch)
 
 
 def stale(text: str) -> list[str]:
     """What the tables of a document lack, and what they have that is no more."""
     there = aot_table.documented(text)
     here = {
-        (file, kernel_name(file, variant), variant.name, str(dtype).removeprefix("torch."))
+        (file, kernel_name(variant), variant.name, str(dtype).removeprefix("torch."))
         for dtype in DTYPES
         for file, variant in variants(dtype)
     }

@@ -29,7 +29,14 @@ from fused_res.kernels.common import (
 
 
 @triton.jit
-def _kernel(y, vectors, skip, y2, vectors2, out, signs, P, C, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def bn_act_kernel(
+    y, vectors, skip, y2, vectors2, out, signs, P, C, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """out = relu(scale * y + shift + shortcut), and a sign bit for every element of it that is open.
+
+    y, out, and skip or y2 or neither: [P, C]. vectors, and vectors2 with y2: [5, C], float32. signs: [P, ceil(C / 8)], uint8, or
+    None.
+    """
     C = aligned(C, ALIGN)
     _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
     p, start = tl.arange(0, BLOCK_P), offset(row, C)
@@ -54,7 +61,7 @@ def bn_act(
     signs = torch.empty(pixels, -(-channels // 8), dtype=torch.uint8, device=y.device) if keep_signs else None
     block = tile(pixels, channels, y.element_size(), vectors=4)
     arguments = (y, vectors, skip, y2, vectors2, out, signs, pixels, channels)
-    launch_tiles(_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments)
+    launch_tiles(bn_act_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments)
     return out, signs
 
 

@@ -33,7 +33,7 @@ from fused_res.kernels.common import (
 
 
 @triton.jit
-def _reduce(
+def bn_act_backward_reduce_kernel(
     dout,
     y,
     vectors,
@@ -49,6 +49,11 @@ def _reduce(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: sum g, sum g * (y - mean), and with y2 sum g * (y2 - mean2).
+
+    dout, y, y2: [P, C]. vectors, vectors2: [5, C], float32. signs: [P, ceil(C / 8)], uint8; None: the ReLU's signs are those of
+    scale * y + shift. y2 and vectors2 may be None. partials: [T, 2 or 3, C], float32.
+    """
     C = aligned(C, ALIGN)
     t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)
@@ -102,12 +107,12 @@ def bn_act_backward_reduce(
     tiles, rows = row_tiles(pixels, channels, block)
     partials = torch.empty(tiles, 2 if y2 is None else 3, channels, dtype=torch.float32, device=y.device)
     arguments = (dout, y, vectors, signs, y2, vectors2, partials, pixels, channels, rows)
-    launch_tiles(_reduce, tiles, block, channels, *arguments, STAGES=STAGES)
+    launch_tiles(bn_act_backward_reduce_kernel, tiles, block, channels, *arguments, STAGES=STAGES)
     return partials
 
 
 @triton.jit
-def _finalize(
+def bn_act_backward_finalize_kernel(
     partials,
     vectors,
     gamma,
@@ -123,6 +128,11 @@ def _finalize(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """The sums of T tiles become one BN's coefficients, and its parameters' gradients.
+
+    partials: [T, SUMS, C], float32, of which row 0 has sum g, and row ROW sum g * (y - mean). vectors: [5, C], float32. gamma,
+    beta: [C], residual_scale: [1], each or None. coefficients: [7, C], float32.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -172,7 +182,7 @@ def bn_act_backward_finalize(
     coefficients = torch.empty(7, channels, dtype=torch.float32, device=partials.device)
     block = partials_tile(tiles)
     launch(
-        _finalize,
+        bn_act_backward_finalize_kernel,
         triton.cdiv(channels, block.channels),
         *(partials, vectors, gamma, beta, residual_scale, coefficients, tiles, pixels, channels),
         SUMS=sums,
@@ -186,7 +196,7 @@ def bn_act_backward_finalize(
 
 
 @triton.jit
-def _apply(
+def bn_act_backward_apply_kernel(
     dout,
     y,
     vectors,
@@ -205,6 +215,11 @@ def _apply(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """dy = p * g + q * y + r, with y2 the same for dy2; and g itself where it is wanted.
+
+    dout, y, y2, dy, dy2, masked: [P, C]; y2 with dy2, and masked, may be None. vectors: [5, C], coefficients, coefficients2:
+    [7, C], float32. signs: [P, ceil(C / 8)], uint8; None: the ReLU's signs are those of scale * y + shift.
+    """
     C = aligned(C, ALIGN)
     _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
     p, start = tl.arange(0, BLOCK_P), offset(row, C)
@@ -252,7 +267,7 @@ def bn_act_backward_apply(
     block = tile(pixels, channels, y.element_size(), vectors=2)
     arguments = (dout, y, vectors, coefficients, signs, y2, coefficients2, dy, dy2, masked, pixels, channels)
     modes = {"TRAINING": training, "TRAINING2": training2}
-    launch_tiles(_apply, triton.cdiv(pixels, block.rows), block, channels, *arguments, **modes)
+    launch_tiles(bn_act_backward_apply_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, **modes)
     return dy, dy2, masked
 
 

@@ -11,7 +11,7 @@ from fused_res.kernels.common import Variant, launch, meta, offset, partials_til
 
 
 @triton.jit
-def _kernel(
+def bn_finalize_kernel(
     partials,
     gamma,
     beta,
@@ -26,6 +26,10 @@ def _kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """The statistics of T tiles, of `rows` rows each but the last, become mean, variance, invstd, scale and shift of a BN.
+
+    partials: [T, 2, C], float32. gamma, beta: [C], residual_scale: [1], each or None. vectors: [5, C], float32.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     # Means count from the first tile's, which keeps the digits of a mean far from 0; that tile itself counts as exactly 0, so
@@ -74,7 +78,7 @@ def bn_finalize(
     block = partials_tile(tiles)
     last = pixels - rows * (tiles - 1)
     launch(
-        _kernel,
+        bn_finalize_kernel,
         triton.cdiv(channels, block.channels),
         *(partials, gamma, beta, residual_scale, vectors, tiles, rows, last, pixels, channels, eps),
         BLOCK_T=block.rows,

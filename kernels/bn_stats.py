@@ -24,7 +24,13 @@ from fused_res.kernels.common import (
 
 
 @triton.jit
-def _kernel(y, partials, P, C, rows, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr):
+def bn_stats_kernel(
+    y, partials, P, C, rows, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr
+):
+    """Mean and centred sum of squares of every channel, over tiles of `rows` rows.
+
+    y: [P, C]. partials: [T, 2, C], float32.
+    """
     C = aligned(C, ALIGN)
     t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)
@@ -69,7 +75,7 @@ def bn_stats(y: Tensor) -> tuple[Tensor, int]:
     block = tile(pixels, channels, y.element_size(), vectors=2)
     tiles, rows = row_tiles(pixels, channels, block)
     partials = torch.empty(tiles, 2, channels, dtype=torch.float32, device=y.device)
-    launch_tiles(_kernel, tiles, block, channels, y, partials, pixels, channels, rows, STAGES=STAGES)
+    launch_tiles(bn_stats_kernel, tiles, block, channels, y, partials, pixels, channels, rows, STAGES=STAGES)
     return partials, rows
 
 

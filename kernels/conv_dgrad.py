@@ -60,7 +60,7 @@ def _first_tap(phase, padding, dilation, stride, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def conv_dgrad_kernel(
     weight,
     dy,
     dx,
@@ -89,6 +89,13 @@ def _kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dx = the gradient dy through the weight, plus `addend`; with `partials` masked by the ReLU below, and summed for its BN.
+
+    weight: [K, R, S, C]. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K], float32, and signs
+    [N * H' * W', ceil(K / 8)], uint8. dx, y: [N, H, W, C]. addend: an `Addition`, its image [N, h, w, C], its signs
+    [N * h * w, ceil(C / 8)], uint8. vectors: [5, C], partials: [T, 2, C], float32; y, vectors and partials may be None together.
+    P: pixels of one phase, padded to whole strides. step_h, step_w: from one tap of a phase to the next.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(C, BLOCK_C)
     t, first = tl.program_id(0) // across, tl.program_id(0) % across * BLOCK_C
@@ -167,7 +174,7 @@ def conv_dgrad(
         partials = fresh(max(1, tiles), 2, channels, dtype=torch.float32, device=weight.device)
     addend = Addition(None, None, 1, 1) if add is None else _checked(add, like, weight)
     launch(
-        _kernel,
+        conv_dgrad_kernel,
         tiles * triton.cdiv(channels, config.block_c),
         *(taps_first(weight), source, dx, addend, y, vectors, partials, g),
         *(step // gcd(step, dilation) for step, dilation in zip(unit.stride, unit.dilation, strict=True)),

@@ -41,7 +41,7 @@ from fused_res.spec import ConvBN
 
 
 @triton.jit
-def _kernel(
+def conv_fprop_kernel(
     weight,
     x,
     y,
@@ -65,6 +65,11 @@ def _kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """y = x through the weight; with `partials` mean and centred squares of each tile, with `after` on to the block's end.
+
+    weight: [K, R, S, C]. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or None. y, and skip or y2 or neither:
+    [N, H', W', K]. partials: [T, 2, K], after, vectors2: [5, K], float32, each or None. P: N * H' * W'.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
     t = tl.program_id(0) // across
@@ -144,7 +149,7 @@ def conv_fprop(
         partials = torch.empty(tiles, 2, channels_out, dtype=torch.float32, device=weight.device)
     after = (None, None, None, None) if output is None else _checked(output, shape, weight)
     launch(
-        _kernel,
+        conv_fprop_kernel,
         tiles * triton.cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
         **constants(config, unit),

@@ -28,7 +28,7 @@ from fused_res.spec import ConvBN
 
 
 @triton.jit
-def _partial(
+def conv_wgrad_partial_kernel(
     partials,
     dy,
     x,
@@ -50,6 +50,12 @@ def _partial(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """For every tap, dy^T x over parts of `rows` pixels.
+
+    partials: [T, K, R, S, C], float32. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K],
+    float32, and signs [N * H' * W', ceil(K / 8)], uint8. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or
+    None. P: N * H' * W'.
+    """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     blocks_c, blocks_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     first_c = tl.program_id(0) % blocks_c * BLOCK_C
@@ -85,7 +91,7 @@ def _partial(
 
 
 @triton.jit
-def _sum(
+def conv_wgrad_sum_kernel(
     partials,
     dweight,
     T,
@@ -100,6 +106,10 @@ def _sum(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """The sum of T partial results of E = K * R * S * C elements, in a fixed order.
+
+    partials: [T, K, R, S, C], float32. dweight: [K, C, R, S] with these strides.
+    """
     e = first_row(tl.program_id(0), BLOCK_E) + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, T, BLOCK_T):
@@ -139,7 +149,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     parts, rows = split(pixels, programs, config.block_p)
     partials = torch.empty(parts, weight.numel(), dtype=torch.float32, device=weight.device)
     launch(
-        _partial,
+        conv_wgrad_partial_kernel,
         parts * programs,
         *(partials, left, right, g, rows, pixels, c, k),
         LIVE=left.coefficients is not None and dy.training,
@@ -150,7 +160,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     block_t = min(64, triton.next_power_of_2(parts))
     block_e = 2048 // block_t
     launch(
-        _sum,
+        conv_wgrad_sum_kernel,
         triton.cdiv(weight.numel(), block_e),
         *(partials, dweight, parts, weight.numel(), c, *dweight.stride()),
         R=r,

@@ -25,7 +25,7 @@ from fused_res.kernels.conv import decode, meta_image
 
 
 @triton.jit
-def _kernel(
+def masked_add_kernel(
     dx,
     image,
     signs,
@@ -42,6 +42,10 @@ def _kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """dx += the image, where its signs are open, at every down-th line and right-th pixel.
+
+    dx: [N, H, W, C]. image: [N, h, w, C]. signs: [P, ceil(C / 8)], uint8, or None. P: N * h * w.
+    """
     C = aligned(C, ALIGN)
     _, row, c, at = locate(C, BLOCK_P, BLOCK_P, BLOCK_C)
     p, start = tl.arange(0, BLOCK_P), offset(row, C)
@@ -67,7 +71,7 @@ def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[in
     pixels = n * h * w
     block = tile(pixels, channels, dx.element_size(), vectors=4)
     arguments = (dx, image.contiguous(memory_format=torch.channels_last), signs, *dx.shape[2:], h, w, *stride, pixels, channels)
-    launch_tiles(_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, SCATTERED=tuple(stride) != (1, 1))
+    launch_tiles(masked_add_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, SCATTERED=tuple(stride) != (1, 1))
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -81,7 +81,7 @@ def _accumulate(
 
 
 @triton.jit
-def _kernel(
+def moments_kernel(
     z,
     vectors,
     products,
@@ -98,6 +98,11 @@ def _kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: what the columns of z count from, their sums from there, and the products of all pairs of them.
+
+    z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. vectors: [T, 2, K], products: [T, K, K], float32, of
+    which blocks below the diagonal are not written.
+    """
     K = aligned(K, ALIGN)
     across = tl.cdiv(K, BLOCK_K)
     t, i, j = tl.program_id(0) // (across * across), tl.program_id(0) // across % across, tl.program_id(0) % across
@@ -131,7 +136,11 @@ def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _mean(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The mean over T tiles, of `rows` rows each but the last.
+
+    vectors: [T, 2, K], float32, from `moments_kernel`. mean: [K], float64.
+    """
     k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
     for first in range(0, T, BLOCK_T):
@@ -142,7 +151,7 @@ def _mean(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl
 
 
 @triton.jit
-def _covariance(
+def moments_covariance_kernel(
     vectors,
     products,
     mean,
@@ -156,6 +165,10 @@ def _covariance(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """The covariance over T tiles, of `rows` rows each but the last.
+
+    vectors: [T, 2, K], products: [T, K, K], float32, from `moments_kernel`. mean: [K], covariance: [K, K], float64.
+    """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     j, k = e // K, e % K
     inside = j < K
@@ -199,7 +212,7 @@ def moments(z: Any) -> tuple[Tensor, Tensor]:
     vectors = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
     products = torch.empty(tiles, channels, channels, dtype=torch.float32, device=device)
     launch(
-        _kernel,
+        moments_kernel,
         tiles * across**2,
         *(read, vectors, products, pixels, channels, rows),
         ALIGN=alignment(channels),
@@ -219,9 +232,9 @@ def moments(z: Any) -> tuple[Tensor, Tensor]:
     elements = 1024 // together
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
     merge = {"BLOCK_T": together, "BLOCK_E": elements, "warps": 4}
-    launch(_mean, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
+    launch(moments_mean_kernel, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
     launch(
-        _covariance,
+        moments_covariance_kernel,
         triton.cdiv(channels * channels, elements),
         *(vectors, products, mean, covariance, *counts),
         BLOCK_K=block,

@@ -139,7 +139,11 @@ def within_reach(start, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(matrix, out, N, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+def operands_multiplied_kernel(matrix, out, N, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    """Values as a matrix product multiplies them.
+
+    matrix, out: [N].
+    """
     at = offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
     v = tl.load(matrix + at, mask=at < N, other=0.0)
     tl.store(out + at, narrow(v, matrix.dtype.element_ty, PRECISION), mask=at < N)
@@ -152,7 +156,16 @@ def multiplied(matrix: Tensor) -> Tensor:
         return matrix
     matrix = matrix.contiguous()
     out, block = torch.empty_like(matrix), 1024
-    launch(_multiplied, triton.cdiv(matrix.numel(), block), matrix, out, matrix.numel(), PRECISION=precision, BLOCK=block, warps=4)
+    launch(
+        operands_multiplied_kernel,
+        triton.cdiv(matrix.numel(), block),
+        matrix,
+        out,
+        matrix.numel(),
+        PRECISION=precision,
+        BLOCK=block,
+        warps=4,
+    )
     return out
 
 

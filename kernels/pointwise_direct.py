@@ -49,7 +49,7 @@ def _channel(
 
 
 @triton.jit
-def _kernel(
+def pointwise_direct_kernel(
     z,
     weight,
     suspect,
@@ -67,6 +67,11 @@ def _kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """For suspect channels, over tiles of `rows` rows: sums of y - start and its square, and start; with dout sum g * (y - mean).
+
+    z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. weight: [C, K]. suspect: [C], bool. dout: [P, C], signs:
+    [P, ceil(C / 8)], uint8, mean: [C], all three or none. partials: [T, 3, C], with dout [T, C], float64.
+    """
     K = aligned(K, ALIGN_K)
     across = tl.cdiv(C, BLOCK_C)
     t, i = tl.program_id(0) // across, tl.program_id(0) % across
@@ -106,7 +111,14 @@ def _kernel(
 
 
 @triton.jit
-def _merge(partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+def pointwise_direct_merge_kernel(
+    partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """For suspect channels, mean and biased variance over T tiles, of `rows` rows each but the last; or the sum of sums.
+
+    partials: [T, 3, C], without STATS [T, C], float64. suspect: [C], bool. out: [2, C], without STATS [C], float64; 0 where not
+    suspect.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     suspects = tl.load(suspect + c, mask=c < C, other=0) != 0
     total, squares = tl.zeros((BLOCK_C,), tl.float64), tl.zeros((BLOCK_C,), tl.float64)
@@ -144,7 +156,7 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
     tiles, rows = split_rows(pixels, triton.cdiv(channels, block_c), block_p, least=256)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
     launch(
-        _kernel,
+        pointwise_direct_kernel,
         tiles * triton.cdiv(channels, block_c),
         *(operand("z", z, weight), weight, suspect, dout, signs, mean, partials, pixels, channels, inner, rows),
         ALIGN_K=alignment(inner),
@@ -156,7 +168,7 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
     )
     out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=weight.device)
     launch(
-        _merge,
+        pointwise_direct_merge_kernel,
         triton.cdiv(channels, 16),
         *(partials, suspect, out, tiles, rows, pixels - rows * (tiles - 1), pixels, channels),
         STATS=stats,

@@ -57,7 +57,7 @@ def _product(
 
 
 @triton.jit
-def _kernel(
+def pointwise_tail_kernel(
     z,
     weight,
     vectors,
@@ -81,6 +81,12 @@ def _kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """out = relu(scale * (W z) + shift + shortcut), and a sign bit for every element of it that is open.
+
+    z, z2: `Operand`s, their rows [P, K] and [P, K2], their vectors [5, K] and [5, K2], float32, or None. weight: [C, K], weight2:
+    [C, K2]. vectors, vectors2: [5, C], float32. The shortcut is skip [P, C]; or scale2 * y2 + shift2 of y2 [P, C]; or the same of
+    weight2 z2; what is not in use is None. out: [P, C]. signs: [P, ceil(C / 8)], uint8, or None.
+    """
     C, K, K2 = aligned(C, ALIGN), aligned(K, ALIGN_K), aligned(K2, ALIGN_K2)
     across = tl.cdiv(C, BLOCK_C)
     row, column = first_row(tl.program_id(0) // across, BLOCK_P), tl.program_id(0) % across * BLOCK_C
@@ -118,7 +124,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, 
     widest = 128 if narrow_dtype or precision == "tf32" else 64
     block_p, block_c = 64, max(16, min(widest, triton.next_power_of_2(channels)))
     launch(
-        _kernel,
+        pointwise_tail_kernel,
         triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
         *(
             operand("main.z", main.z, weight),

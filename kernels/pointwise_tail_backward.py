@@ -54,7 +54,7 @@ def _fold(g, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _reduce(
+def pointwise_tail_backward_reduce_kernel(
     dout,
     signs,
     z,
@@ -78,6 +78,12 @@ def _reduce(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Over tiles of `rows` rows: sum g, and the products of g with z, counted from a start for each column; and g A.
+
+    dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
+    [C, K], through, g A: [P, K], both or neither. starts: [T, K], totals: [T, 2, C], of g and of g as it is multiplied, products:
+    [T, C, K], float32.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across, deep = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
     t, i, j = tl.program_id(0) // (across * deep), tl.program_id(0) // deep % across, tl.program_id(0) % deep
@@ -119,7 +125,7 @@ def _reduce(
 
 
 @triton.jit
-def _merge(
+def pointwise_tail_backward_merge_kernel(
     starts,
     totals,
     products,
@@ -134,6 +140,11 @@ def _merge(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """sum g, and M = g^T (z - mean), over T tiles.
+
+    starts: [T, K], totals: [T, 2, C], products: [T, C, K], float32, from `pointwise_tail_backward_reduce_kernel`. mean: [K],
+    float64, or None for 0. total: [C], product: [C, K], float64.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     c, k = e // K, e % K
@@ -179,7 +190,7 @@ def pointwise_tail_backward_reduce(
     totals = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
     products = torch.empty(tiles, channels, inner, dtype=torch.float32, device=device)
     launch(
-        _reduce,
+        pointwise_tail_backward_reduce_kernel,
         tiles * blocks,
         *(g, signs, operand("z", z, g), None if through is None else scaled, through, starts, totals, products),
         *(pixels, channels, inner, rows),
@@ -199,7 +210,7 @@ def pointwise_tail_backward_reduce(
     product = torch.empty(channels, inner, dtype=torch.float64, device=device)
     together = min(32, triton.next_power_of_2(tiles))
     launch(
-        _merge,
+        pointwise_tail_backward_merge_kernel,
         triton.cdiv(channels * inner, 1024 // together),
         *(starts, totals, products, mean, total, product, tiles, channels, inner),
         ALIGN=alignment(channels),
@@ -212,7 +223,7 @@ def pointwise_tail_backward_reduce(
 
 
 @triton.jit
-def _apply(
+def pointwise_tail_backward_apply_kernel(
     dout,
     signs,
     z,
@@ -236,6 +247,12 @@ def _apply(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """dz = g A - (z - mean) B - constant; with `partials` masked by the ReLU below, and summed for its BN; with JOINS added to dz.
+
+    dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
+    [C, K]. mean: [K], float64, quadratic, B: [K, K], constant: [K], float32, all three or none. through: [P, K], g A where that is
+    known, or None. dz: [P, K], with JOINS of z's sampled rows; it may be `through`. partials: [T, 2, K], float32, or None.
+    """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
     t = tl.program_id(0) // across
@@ -294,7 +311,7 @@ def pointwise_tail_backward_apply(
     tiles = triton.cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
     launch(
-        _apply,
+        pointwise_tail_backward_apply_kernel,
         tiles * triton.cdiv(size, block_k),
         *(g, signs, operand("z", z, g), scaled, gradients.mean, gradients.quadratic, gradients.constant, through, dz, partials),
         *(pixels, channels, size),

@@ -69,7 +69,7 @@ def sound(x, y, P, C, B: tl.constexpr):
 x = meta(1024, 64)
 for kernel in (plain_max, atomics, narrow_offsets, narrow_accesses, too_much_shared, spills, sound):
     launch = Launch(kernel, 1, (x, x, 1024, 64), {"B": 1024}, 1 if kernel is spills else 4)
-    row = aot.inspect("", Variant("", launch, True, True, False, False), torch.float32, 80)
+    row = aot.inspect(Variant("", launch, True, True, False, False), torch.float32, 80)
     print(kernel.__name__, row.problems, sep=": ")
 """
 
@@ -111,7 +111,7 @@ import torch
 from fused_res import aot
 for file, variant in aot.variants(torch.bfloat16):
     if file == "bn_act_backward" and variant.name in ("outer, masked 100352x64", "outer, frozen, masked 100352x64"):
-        print(aot.inspect(file, variant, torch.bfloat16, 90).loads[16])
+        print(aot.inspect(variant, torch.bfloat16, 90).loads[16])
 """
     result = compiled("-c", script)
     assert result.returncode == 0, result.stderr

@@ -88,3 +88,11 @@ def test_the_document_has_a_section_for_every_file_of_kernels():
     kernels = {path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_variants" in path.read_text()}
     assert set(files) == kernels
     assert aot_table.rewritten(text, {}) == text
+
+
+def test_a_profile_tells_kernels_apart():
+    """No two files have kernels of one name: each is called after its file."""
+    lines = aot_table.documented((ROOT / "docs" / "kernels.md").read_text())
+    kernels = {(kernel, file) for file, kernel, _, _ in lines}
+    assert len(dict(kernels)) == len(kernels) > 15
+    assert all(kernel == file or kernel.startswith(f"{file}_") for kernel, file in kernels)
