@@ -1,12 +1,13 @@
-"""Proof on a GPU: `python3 benchmarks/gpu.py` builds, tests, checks, times and profiles everything on the NVIDIA GPU that is there.
+"""Proof on a GPU that is there for minutes: `python3 benchmarks/gpu.py --minutes 9` checks, tests, times and profiles fused_res.
 
-The project need not be installed. The work is cut into slices, each a process of its own with a time limit; what is finished is
-kept in the output directory, and a further run does what is not. Exit codes: 0 all passed, 1 not yet or failed, 2 no GPU.
+The project need not be installed; a library and compiled kernels that were made elsewhere (`make gpu-carry`) are used as they are.
+The work is cut into steps (`fused_res.benchmarks.steps`), by value: each has a limit of its own and is begun only where its
+estimate fits into what is left. After every step one archive holds all results and a summary of one page. What is finished stays
+finished: a further call goes on. Exit codes: 0 all passed, 1 not yet or failed, 2 no GPU.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,16 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+if __package__:
+    from fused_res.benchmarks.steps import RUNNING, State, Step, pack, replace, run
+else:  # run as a script, perhaps without an installation: its own folder is on the path
+    from steps import RUNNING, State, Step, pack, replace, run
+
 ROOT = Path(__file__).resolve().parents[1]
-TIME_LIMIT, LEAST = 480, 45
-"""Seconds a process may take, and the least time that is worth starting one with."""
-STOP_AFTER = 300
-"""Seconds after which a benchmark begins no further case; a case takes less than the rest of the limit."""
 SOURCES = ("fused_res", "kernels", "csrc", "benchmarks", "tests")
-PASSED, SKIPPED, UNFINISHED = "passed", "skipped", 3
+LEVELS = ("bn_act", "epilogue", "prologue", "moment")
+CASES = ("1.identity", "2.identity", "3.identity", "4.identity", "1.projection", "2.projection", "3.projection", "4.projection")
+"""Of ResNet-50, by the time that they take together in the network."""
+RESERVE = 12.0
+"""Seconds kept for the summary and the archive."""
+PROCESSES = 14
+CACHE = "cache"
+"""Folder of compiled kernels beside the results."""
+CARRY = ROOT / "build" / "carry"
+"""Where `make gpu-carry` leaves what was compiled beforehand."""
 BUILD = f"""
 import os, runpy, sys, torch
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{{}}.{{}}".format(*torch.cuda.get_device_capability()))
@@ -34,94 +45,145 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
-@dataclass(frozen=True)
-class Slice:
-    """A command after `python`. `accepted` are the exit codes of success. `within` is a program that runs python, and options of
-    its own; where it is not installed the slice is skipped. `resumable`: exit code UNFINISHED asks for another run, with --resume.
-    `last`: it is made of what the others leave, and runs again after any of them.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    accepted: tuple[int, ...] = (0,)
-    within: tuple[str, ...] = ()
-    resumable: bool = False
-    last: bool = False
-
-
 def kernel_tests() -> list[str]:
-    """The test files that mirror the kernels' stems."""
-    stems = [path.stem for path in sorted((ROOT / "kernels").glob("*.py"))]
+    """The test files that mirror the kernels' stems, and the moment form's, which chains them."""
+    stems = [path.stem for path in sorted((ROOT / "kernels").glob("*.py"))] + ["moment_form"]
     return [str(ROOT / "tests" / f"test_{stem}.py") for stem in stems if (ROOT / "tests" / f"test_{stem}.py").is_file()]
 
 
-def sanitizer(tool: str) -> Slice:
+def pytest(output: Path, name: str, *arguments: str, processes: int = PROCESSES) -> tuple[str, ...]:
+    """pytest in many processes, each test within a minute; every outcome is written down as soon as it is known."""
+    options = ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "--tb=short")
+    spread = ("-n", str(processes), "--dist", "worksteal", "--timeout", "60", "--timeout-method", "thread")
+    plugin = ("-p", "fused_res.benchmarks.outcomes", "--outcomes", str(output / f"{name}.outcomes.jsonl"))
+    return ("-m", "pytest", *options, *(spread if processes > 1 else ()), *plugin, *arguments)
+
+
+def sanitizer(tool: str) -> Step:
     """The numerical check, one seed of every block, under compute-sanitizer; memory errors and races make it fail."""
     within = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    small = ("--dtype", "fp32", "--seeds", "1", "--backend", "native", "triton")
-    # Exit code 1 is the check's own: numbers are judged by the slice `check`, at its full number of seeds.
-    return Slice(f"sanitizer-{tool}", ("-m", "fused_res", "check", *small), accepted=(0, 1), within=within)
+    small = ("--dtype", "bf16", "--seeds", "1", "--backend", "native")
+    return Step(
+        f"sanitizer-{tool}",
+        (("-m", "fused_res", "check", *small),),
+        estimate=60,
+        limit=150,
+        accepted=(0, 1),  # 1 is the check's own: numbers are judged by the step `check`
+        within=within,
+        # Under a sanitizer every tensor has memory of its own, so that reading past one shows.
+        environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    )
 
 
-def benches(output: Path, more: tuple[str, ...]) -> list[Slice]:
-    """The suites, training of the usual networks first."""
-    runs = [(suite, "train", dtype) for dtype in ("bf16", "fp32", "fp16") for suite in ("resnet50", "resnet18")]
-    runs += [("networks", "train", "bf16"), *((s, mode, "bf16") for mode in ("eval", "forward") for s in ("resnet50", "resnet18"))]
-    runs += [(suite, "train", "bf16") for suite in ("wide_resnet50_2", "resnext50_32x4d")]
-    command = ("-m", "fused_res", "bench", "--output", str(output), "--stop-after", str(STOP_AFTER))
+def timings(output: Path, suite: str, mode: str, dtype: str, batch: int, cases: Sequence[str], peers: Sequence[str]) -> list[Step]:
+    """A suite's cases, each a step and a process of its own, all into one result file."""
+    common = ("-m", "fused_res", "bench", "--output", str(output), "--resume", "--suite", suite, "--mode", mode, "--dtype", dtype)
+    name = f"{suite}-{mode}-{dtype}"
     return [
-        Slice(
-            f"{suite}-{mode}-{dtype}",
-            (*command, "--suite", suite, "--mode", mode, "--dtype", dtype, *(() if suite == "networks" else ("--levels",)), *more),
+        Step(
+            f"{name} {case}",
+            ((*common, "--batch", str(batch), "--rounds", "30", "--peers", *peers, "--cases", f"{suite}.{case}"),),
+            estimate=15,
+            limit=60,
             resumable=True,
+            needs=("smoke",),
         )
-        for suite, mode, dtype in runs
+        for case in cases
     ]
 
 
-def slices(output: Path, more: tuple[str, ...]) -> list[Slice]:
-    """In the order of their value: the native library, which the rest then finds, correctness, then speed.
+PEERS = (
+    "eager NCHW",
+    "eager channels_last",
+    "torch.compile",
+    "bare convolutions",
+    "fused_res",
+    *(f"fused_res {x}" for x in LEVELS),
+)
 
-    `more` are further arguments of every benchmark.
-    """
-    pytest = ("-m", "pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q")
+
+def warm(batch: int, peers: Sequence[str]) -> Step:
+    """Everything that the timings compile, compiled by many processes at once."""
+    common = ("-m", "fused_res.benchmarks.warm", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
+    commands = [(*common, "--cases", f"resnet50.{case}", "--peers", peer) for case in CASES for peer in peers]
+    return Step(
+        "warm", tuple(commands), estimate=45, limit=100, needs=("smoke",), environment=(("TORCHINDUCTOR_COMPILE_THREADS", "1"),)
+    )
+
+
+def sequences(output: Path, name: str, environment: tuple[tuple[str, str], ...] = (), batch: int = 256) -> Step:
+    """All kernels of all blocks of ResNet-50 at every level."""
+    peers = ("eager channels_last", "bare convolutions", *(f"fused_res {level}" for level in LEVELS))
+    command = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
+    arguments = (*command, "--output", str(output / f"{name}.jsonl"), "--peers", *peers)
+    return Step(name, (arguments,), estimate=35, limit=90, accepted=(0, 1), needs=("smoke",), environment=environment)
+
+
+def steps(output: Path) -> list[Step]:
+    """In the order of their value: correctness, then the times that decide, then what time allows."""
+    check = ("-m", "fused_res", "check", "--seeds", "1", "--dtype", "bf16")
+    smoke = [(*check, "--backend", "triton", "--level", level) for level in LEVELS] + [(*check, "--backend", "native")]
+    built = (ROOT / "fused_res" / "_native.so").is_file()
+    fusions = ("-m", "fused_res.benchmarks.cudnn_fusions", "--output", str(output / "cudnn-fusions.json"), "--limit", "60")
     return [
-        Slice("build", ("-c", BUILD)),
-        Slice("tests", (*pytest, "-m", "gpu", str(ROOT / "tests"))),
-        *([Slice("kernels", (*pytest, *kernel_tests()))] if kernel_tests() else []),
-        Slice("check", ("-m", "fused_res", "check", "--json")),
+        *([] if built else [Step("build", (("-c", BUILD),), estimate=60, limit=150)]),
+        Step("info", (("-m", "fused_res", "info"),), estimate=10, limit=60),
+        Step("smoke", tuple(smoke), estimate=30, limit=90),
+        Step("kernel-tests", (pytest(output, "kernel-tests", "-k", "triton or native", *kernel_tests()),), estimate=80, limit=110),
+        Step("gpu-tests", (pytest(output, "gpu-tests", "-m", "gpu and not slow", str(ROOT / "tests")),), estimate=50, limit=90),
+        warm(256, ("fused_res", *(f"fused_res {level}" for level in LEVELS), "torch.compile")),
+        *timings(output, "resnet50", "train", "bf16", 256, CASES, PEERS),
+        Step("cudnn-fusions", (fusions,), estimate=65, limit=80, accepted=(0, 1), needs=("smoke",)),
+        sequences(output, "sequences"),
+        sequences(output, "sequences-own", (("FUSED_RES_CONVOLUTIONS", "own"),)),
+        *timings(output, "resnet50", "eval", "bf16", 256, CASES, PEERS),
+        Step("check", (("-m", "fused_res", "check", "--json"),), estimate=120, limit=240, needs=("smoke",)),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        *benches(output, more),
+        *timings(output, "resnet50", "train", "fp16", 256, CASES, PEERS),
+        *timings(output, "resnet50", "train", "fp32", 64, CASES, PEERS),
+        *timings(output, "resnet18", "train", "bf16", 256, ("1.identity", "2.identity", "3.identity", "4.identity"), PEERS),
         *finish(output),
     ]
 
 
-def finish(output: Path, worst: int = 4) -> list[Slice]:
+def finish(output: Path, worst: int = 4) -> list[Step]:
     """What is made of the result files, which must be there."""
     code = (
-        "import sys; from pathlib import Path; from {module} import main; "
-        "files = sorted(map(str, Path(sys.argv[1]).glob('*.jsonl'))); sys.exit(main([*{before!r}, *files, *sys.argv[2:]]))"
+        "import sys; from pathlib import Path; from {module} import main; files = sorted(str(p) for p in Path(sys.argv[1])"
+        ".glob('*-*-*.jsonl') if '.outcomes' not in p.name); sys.exit(main([*{before!r}, *files, *sys.argv[2:]]) if files else 0)"
     )
     profile = code.format(module="fused_res.benchmarks.profiling", before=[])
     report = code.format(module="fused_res.cli", before=["bench", "report"])
     return [
-        Slice("profile", ("-c", profile, str(output), "--worst", str(worst), "--output", str(output / "profile.md")), last=True),
-        Slice("report", ("-c", report, str(output), "--output", str(output / "report.html")), last=True),
+        Step(
+            "profile",
+            (("-c", profile, str(output), "--worst", str(worst), "--output", str(output / "profile.md")),),
+            40,
+            90,
+            last=True,
+        ),
+        Step("report", (("-c", report, str(output), "--output", str(output / "report.html")),), 8, 40, last=True),
     ]
 
 
-def dry_slices(output: Path) -> list[Slice]:
-    """Each kind of slice in miniature, on the CPU."""
-    pytest = ("-m", "pytest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q")
-    small = ("--suite", "resnet18", "--mode", "eval", "--dtype", "fp32", "--batch", "1", "--rounds", "1", "--stop-after", "4")
+def dry_steps(output: Path) -> list[Step]:
+    """Each kind of step in miniature, on the CPU."""
+    small = ("--suite", "resnet18", "--mode", "eval", "--dtype", "fp32", "--batch", "1", "--rounds", "1", "--resume")
     peers = ("--peers", "eager channels_last", "bare convolutions", "fused_res")
-    bench = ("-m", "fused_res", "bench", "--device", "cpu", "--output", str(output))
+    bench = ("-m", "fused_res", "bench", "--device", "cpu", "--output", str(output), *small, *peers)
+    check = ("-m", "fused_res", "check", "--json", "--dtype", "fp32", "--backend", "reference", "--seeds", "1", "--level")
+    tests = pytest(output, "tests", "-m", "gpu", str(ROOT / "tests" / "test_benchmarks_gpu.py"), processes=1)
+    sequence = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet18", "--batch", "1", "--dtype", "fp32")
     return [
-        Slice("tests", (*pytest, "-m", "gpu", "--collect-only", str(ROOT / "tests" / "test_gpu.py")), accepted=(0, 5)),
-        Slice("check", ("-m", "fused_res", "check", "--json", "--dtype", "fp32", "--backend", "reference", "--seeds", "1")),
-        Slice("sanitizer", ("-m", "fused_res", "info"), within=("compute-sanitizer-of-a-dry-run",)),
-        Slice("resnet18-eval-fp32", (*bench, *small, *peers), resumable=True),
+        Step("smoke", ((*check, "bn_act"), (*check, "moment"))),
+        Step("tests", (tests,), accepted=(0, 5)),
+        Step("sanitizer", (("-m", "fused_res", "info"),), within=("compute-sanitizer-of-a-dry-run",)),
+        *(
+            Step(f"resnet18-eval-fp32 {case}", ((*bench, "--cases", f"resnet18.{case}"),), resumable=True, needs=("smoke",))
+            for case in ("1.identity", "2.projection")
+        ),
+        Step("sequences", ((*sequence, "--output", str(output / "sequences.jsonl")),)),
         *finish(output, worst=1),
     ]
 
@@ -130,7 +192,7 @@ def importable(folder: Path) -> dict[str, str]:
     """Lay the package out in a folder as an installation would, out of links, and return the environment that imports it."""
     package = folder / "fused_res"
     package.mkdir()
-    built = {ROOT / "fused_res" / name for name in ("_native.so", "_native.json")}  # by the first slice, after this
+    built = {ROOT / "fused_res" / name for name in ("_native.so", "_native.json")}  # perhaps by the first step, after this
     for path in {*(ROOT / "fused_res").iterdir()} | built | {ROOT / "kernels", ROOT / "benchmarks"}:
         if path.name != "__pycache__":
             (package / path.name).symlink_to(path)
@@ -139,11 +201,25 @@ def importable(folder: Path) -> dict[str, str]:
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: fused-res\nVersion: {version}\n")
     search = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def caches(output: Path) -> dict[str, str]:
+    """Where compiled kernels lie, those that were carried among them; a user's own cache is left alone."""
+    folder = output / CACHE
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    kernels = folder / "triton"
+    if not kernels.is_dir():
+        carried = CARRY / "triton-cache.tar.xz"
+        kernels.mkdir()
+        if carried.is_file():
+            shutil.unpack_archive(carried, kernels)
+    return {"TRITON_CACHE_DIR": str(kernels), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
 
 
 def fingerprint() -> str:
-    """Hash of the sources and tests: a slice that passed with others is not finished."""
+    """Hash of the sources and tests: a step that passed with others is not finished."""
     digest = hashlib.sha256()
     files = (
         path
@@ -163,138 +239,124 @@ def gpu_name() -> str | None:
     return done.stdout.strip() or None
 
 
-def execute(command: list[str], environment: dict[str, str], folder: Path, out: Path, log: Path, limit: float) -> int | None:
-    """Exit code, or None at the time limit [s]; then every process it started is ended with it."""
-    with out.open("w") as stdout, log.open("w") as stderr:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=stdout, stderr=stderr, preexec_fn=os.setpgrp)
+class Stay:
+    """One call of the script: the steps that are planned, what became of them, and until when [s] there is time."""
+
+    def __init__(
+        self, output: Path, planned: list[Step], end: float, archive: Path, environment: dict[str, str], folder: Path
+    ) -> None:
+        self.output, self.planned, self.end, self.archive = output, planned, end, archive
+        self.environment, self.folder = environment, folder
+        self.state = State(output / "state.json", fingerprint())
+        self.ran = False
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def why_not(self, step: Step) -> str | None:
+        """Why a step is not begun now, or None."""
+        by_name = {other.name: other for other in self.planned}
+        failed = [name for name in step.needs if name in by_name and not self.state.passed(by_name[name])]
+        if failed:
+            return f"{', '.join(failed)} has not passed"
+        least = min(step.estimate, step.limit)
+        return None if self.left() >= least else f"{self.left():.0f} s are left, it takes {least:.0f}"
+
+    def save(self) -> None:
+        """The summary, and everything in the archive."""
+        ahead = {step.name: self.state.status(step) for step in self.planned}
+        seconds = {step.name: self.state.seconds(step) for step in self.planned}
+        rows = [
+            (step.name, ahead[step.name], f"{step.estimate:g}", "" if (s := seconds[step.name]) is None else f"{s:g}")
+            for step in self.planned
+        ]
         try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            from fused_res.benchmarks import summary
+
+            page = summary.page(self.output, rows)
+        except Exception as error:  # no summary is worth losing results for
+            page = "\n".join([f"no summary: {type(error).__name__}: {error}", *(" ".join(row) for row in rows), ""])
+        replace(page, self.output / "summary.md")
+        replace(page, self.archive.with_suffix("").with_suffix(".md"))
+        pack(self.output, self.archive, leave_out=CACHE)
+
+    def run(self, step: Step) -> None:
+        """Run a step; a resumable one again and again, as long as there is time and it gets further."""
+        results = f"{step.name.split()[0]}.jsonl"
+        while True:
+            begin = time.monotonic()
+            before = self._size(results)
+            limit = min(step.limit, self.left())
+            print(f"{step.name}: at most {limit:.0f} s, {self.left():.0f} s are left", flush=True)
+            self.state.note(step, RUNNING)
+            status = run(step, self.environment, self.folder, self.output, limit, self.save)
+            if step.name == "check" and (self.output / "logs" / "check.out").is_file():
+                shutil.copyfile(self.output / "logs" / "check.out", self.output / "check.json")
+            self.state.note(step, status, time.monotonic() - begin)
+            print(f"{step.name}: {status}, {time.monotonic() - begin:.0f} s", flush=True)
+            if status != RUNNING or not step.resumable or self._size(results) == before or self.why_not(step):
+                break
+        self.ran = True
+        self.save()
+
+    def _size(self, name: str) -> int:
+        path = self.output / name
+        return path.stat().st_size if path.is_file() else 0
 
 
-class State:
-    """What is finished, in a file. A slice counts only with the same sources and the same command."""
-
-    def __init__(self, path: Path, source: str) -> None:
-        self.path, self.source = path, source
-        self.slices = json.loads(path.read_text()) if path.is_file() else {}
-
-    def _key(self, chosen: Slice) -> str:
-        command = json.dumps([*chosen.within, *chosen.arguments]).replace(str(ROOT), "")
-        return hashlib.sha256(f"{self.source} {command}".encode()).hexdigest()[:16]
-
-    def begun(self, chosen: Slice) -> bool:
-        return self.slices.get(chosen.name, {}).get("key") == self._key(chosen)
-
-    def status(self, chosen: Slice) -> str:
-        found = self.slices.get(chosen.name, {"status": "not started"})["status"]
-        return found if found == "not started" or self.begun(chosen) else f"{found}, with other sources or options"
-
-    def finished(self, chosen: Slice) -> bool:
-        return self.begun(chosen) and self.slices[chosen.name]["status"].startswith((PASSED, SKIPPED))
-
-    def note(self, chosen: Slice, status: str, seconds: float) -> None:
-        before = self.slices[chosen.name]["seconds"] if self.begun(chosen) and chosen.resumable else 0.0
-        self.slices[chosen.name] = {"status": status, "seconds": round(before + seconds, 1), "key": self._key(chosen)}
-        self.path.write_text(json.dumps(self.slices, indent=1) + "\n")
-
-
-def run_slice(chosen: Slice, environment: dict, folder: Path, output: Path, limit: float, begun: bool) -> str:
-    """Run one slice, or go on with one that was begun; returns its status.
-
-    Its output is kept under logs/, which git ignores: it may name this machine's paths.
-    """
-    if chosen.within and shutil.which(chosen.within[0]) is None:
-        return f"{SKIPPED}: {chosen.within[0]} is not installed"
-    logs = output / "logs"
-    logs.mkdir(exist_ok=True)
-    (logs / ".gitignore").write_text("*\n")
-    command = [*chosen.within, sys.executable, *chosen.arguments, *(["--resume"] if chosen.resumable and begun else [])]
-    out, log = logs / f"{chosen.name}.out", logs / f"{chosen.name}.err"
-    # Under a sanitizer every tensor has memory of its own, so that reading past one shows.
-    environment = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if chosen.within else environment
-    code = execute(command, environment, folder, out, log, limit)
-    if chosen.name == "check" and code in (0, 1):
-        shutil.copyfile(out, output / "check.json")
-    if code is None or (chosen.resumable and code == UNFINISHED):
-        return "unfinished"
-    if code in chosen.accepted:
-        return PASSED
-    tail = "\n".join([*out.read_text().splitlines()[-25:], *log.read_text().splitlines()[-25:]])
-    print(tail)
-    return f"failed with exit code {code}"
-
-
-def run_to_end(chosen: Slice, environment: dict, folder: Path, output: Path, state: State, end: float) -> None:
-    """Run a slice; a resumable one again and again, as long as there is time and it gets further."""
-    while True:
-        begin = time.monotonic()
-        results = sorted(output.glob(f"{chosen.name}.jsonl"))
-        before = [path.stat().st_size for path in results]
-        status = run_slice(chosen, environment, folder, output, min(TIME_LIMIT, end - begin), state.begun(chosen))
-        state.note(chosen, status, time.monotonic() - begin)
-        print(f"{chosen.name}: {status}", flush=True)
-        further = before != [path.stat().st_size for path in sorted(output.glob(f"{chosen.name}.jsonl"))]
-        if status != "unfinished" or not chosen.resumable or not further or end - time.monotonic() < LEAST:
-            return
-
-
-def summarise(output: Path, planned: list[Slice], state: State, folder: Path) -> Path:
-    """Write the one-page summary."""
-    sys.path.insert(0, str(folder))
-    from fused_res.benchmarks import summary
-
-    rows = [(s.name, state.status(s), str(state.slices.get(s.name, {}).get("seconds", ""))) for s in planned]
-    (output / "summary.md").write_text(summary.page(output, rows))
-    return output / "summary.md"
+def _stopped(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, help="end in time for this; default: when all is done")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/gpu/NAME-OF-THE-GPU")
-    parser.add_argument("--slice", action="append", metavar="NAME", help="only this one, finished or not; may be repeated")
-    parser.add_argument("--list", action="store_true", help="name the slices and what became of them")
-    parser.add_argument("--dry-run", action="store_true", help="miniature slices on the CPU, to test this script")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="start nothing after this, all slices together")
-    parser.add_argument("--batch", nargs="+", metavar="N", help="batch sizes of the benchmarks; default: theirs")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="peers of the benchmarks; default: theirs")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="a .tar.gz, the summary beside it; default: DIR.tar.gz")
+    parser.add_argument("--step", action="append", metavar="NAME", help="only these, done or not; NAME* for all that begin so")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="not these; NAME* for all that begin so")
+    parser.add_argument("--list", action="store_true", help="name the steps, their estimates and what became of them")
+    parser.add_argument("--dry-run", action="store_true", help="miniature steps on the CPU, to test this script")
     options = parser.parse_args()
+    started = time.monotonic()
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
     gpu = "dry run" if options.dry_run else gpu_name()
     if gpu is None:
         print("no NVIDIA GPU that torch can use; --dry-run tries this script on the CPU", file=sys.stderr)
         return 2
     folder_name = "-".join(gpu.lower().split())
     output = (options.output or ROOT / "benchmarks" / "results" / "gpu" / folder_name).resolve()
-    more = (("--batch", *options.batch) if options.batch else ()) + (("--peers", *options.peers) if options.peers else ())
-    planned = dry_slices(output) if options.dry_run else slices(output, more)
-    unknown = set(options.slice or ()) - {s.name for s in planned}
-    if unknown:
-        names = ", ".join(s.name for s in planned)
-        parser.error(f"--slice: expected one of {names}, got {', '.join(sorted(unknown))}")
-    state = State(output / "state.json", fingerprint())
-    if options.list:
-        print("\n".join(f"{s.name}: {state.status(s)}" for s in planned))
-        return 0
+    archive = (options.archive or output.with_name(f"{output.name}.tar.gz")).resolve()
+    planned = dry_steps(output) if options.dry_run else steps(output)
+
+    def named(step: Step, patterns: Sequence[str]) -> bool:
+        return any(step.name.startswith(p[:-1]) if p.endswith("*") else step.name == p for p in patterns)
+
+    for pattern in [*(options.step or ()), *options.skip]:
+        if not any(named(step, [pattern]) for step in planned):
+            parser.error(f"--step: expected one of {', '.join(step.name for step in planned)}, got {pattern}")
+    chosen = [s for s in planned if (named(s, options.step) if options.step else True) and not named(s, options.skip)]
     output.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + (options.time_limit or float("inf"))
-    sys.path = [path for path in sys.path if Path(path or ".").resolve() != ROOT / "benchmarks"]
-    ran = False
+    end = float("inf") if options.minutes is None else started + 60 * options.minutes - RESERVE
+    signal.signal(signal.SIGTERM, _stopped)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = importable(folder)
-        for chosen in planned:
-            wanted = chosen.name in options.slice if options.slice else not state.finished(chosen) or (ran and chosen.last)
-            if wanted and end - time.monotonic() >= LEAST:
-                print(f"{chosen.name} ...", flush=True)
-                run_to_end(chosen, environment, folder, output, state, end)
-                ran = True
-        print(f"summary: {summarise(output, planned, state, folder)}")
-    return 0 if all(state.finished(s) for s in planned if not options.slice or s.name in options.slice) else 1
+        environment = importable(folder) | caches(output)
+        sys.path.insert(0, str(folder))
+        stay = Stay(output, planned, end, archive, environment, folder)
+        if options.list:
+            print("\n".join(f"{s.name}: {stay.state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
+            return 0
+        for step in chosen:
+            if not options.step and stay.state.done(step) and not (step.last and stay.ran):
+                continue
+            if reason := stay.why_not(step):
+                print(f"{step.name}: not begun, {reason}", flush=True)
+                continue
+            stay.run(step)
+        stay.save()
+        print(f"written: {archive}, {archive.stat().st_size / 1e6:.1f} MB")
+        return 0 if all(stay.state.passed(step) for step in chosen) else 1
 
 
 if __name__ == "__main__":

@@ -31,6 +31,21 @@ class CannotRunError(RuntimeError):
     """A peer cannot run a case as it is; the message says why."""
 
 
+class DeviceLostError(RuntimeError):
+    """A peer has left the GPU's context in a state in which nothing runs any more in this process."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer, self.reason = peer, reason
+
+
+class Refusal(NamedTuple):
+    """Why a peer gives no time. failed: it is ours, and ought to have run, or to have computed something else."""
+
+    reason: str
+    failed: bool = False
+
+
 @dataclass
 class Setup:
     """One case at one batch size, dtype and mode, with `sets` input sets that the peers share."""
@@ -280,13 +295,30 @@ def first_line(error: Exception) -> str:
     return message if isinstance(error, CannotRunError) else f"{type(error).__name__}: {message}"
 
 
-def make(name: str, setup: Setup) -> Peer | str:
-    """The named peer after one warm-up step, or why it cannot run here. Errors of fused_res left to itself are raised."""
+def is_lost(device: torch.device) -> bool:
+    """Whether nothing runs on the device any more in this process, after an error."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def make(name: str, setup: Setup) -> Peer | Refusal:
+    """The named peer after one warm-up step, or why it cannot run here.
+
+    Raises:
+        DeviceLostError: its error has taken the GPU's context with it.
+    """
     try:
         peer = REGISTRY[name].make(setup)
         peer.step(0)
+        if setup.device.type == "cuda":
+            torch.cuda.synchronize(setup.device)
     except Exception as error:
-        if name == OURS:
-            raise
-        return first_line(error)
+        if is_lost(setup.device):
+            raise DeviceLostError(name, first_line(error)) from error
+        return Refusal(first_line(error), is_ours(name) and not isinstance(error, CannotRunError))
     return peer

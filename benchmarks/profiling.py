@@ -1,16 +1,20 @@
-"""`python -m fused_res.benchmarks.profiling FILE…`: where the time goes in the cases in which fused_res does worst against eager.
+"""Where the time of a step goes, kernel by kernel (on a CPU operator by operator), under torch.profiler.
 
-Each of them is run again, under torch.profiler: fused_res and the faster eager layout, kernel by kernel (on a CPU operator by
-operator), as a markdown page.
+`python -m fused_res.benchmarks.profiling FILE…` runs the cases again in which fused_res does worst against eager, and writes a
+markdown page. With `--suite` instead of files it runs the named peers in every case of a suite, and writes JSON lines: all
+kernels of a step in their order, with their microseconds.
 """
 
 import argparse
+import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from fused_res import environment
@@ -52,15 +56,11 @@ class Kernel(NamedTuple):
     calls: float
 
 
-def kernels(setup: Setup, name: str, steps: int = STEPS) -> list[Kernel]:
-    """What a peer's step runs, the longest first.
-
-    Raises:
-        RuntimeError: the peer cannot run here.
-    """
+def _profiled(setup: Setup, name: str, steps: int) -> torch.profiler.profile:
+    """Some steps of a peer, under the profiler. Raises RuntimeError where the peer cannot run here."""
     peer = peers.make(name, setup)
-    if isinstance(peer, str):
-        raise RuntimeError(f"{name}: {peer}")
+    if isinstance(peer, peers.Refusal):
+        raise RuntimeError(f"{name}: {peer.reason}")
     gpu = setup.device.type == "cuda"
     for i in range(3):
         peer.step(i % setup.sets)
@@ -69,6 +69,33 @@ def kernels(setup: Setup, name: str, steps: int = STEPS) -> list[Kernel]:
             peer.step(i % setup.sets)
         if gpu:
             torch.cuda.synchronize(setup.device)
+    return profiler
+
+
+def sequence(setup: Setup, name: str, steps: int = STEPS) -> list[tuple[str, float]]:
+    """The kernels of a peer's step in their order, and their microseconds, the medians of some steps.
+
+    Raises:
+        RuntimeError: the peer cannot run here, or its steps differ in their kernels.
+    """
+    gpu = setup.device.type == "cuda"
+    events = [e for e in _profiled(setup, name, steps).events() if (e.device_type == DeviceType.CUDA) == gpu]
+    events = sorted(events if gpu else (e for e in events if e.cpu_parent is None), key=lambda event: event.time_range.start)
+    count, rest = divmod(len(events), steps)
+    rounds = [events[k * count : (k + 1) * count] for k in range(steps)]
+    if rest or not count or any([e.name for e in one] != [e.name for e in rounds[0]] for one in rounds):
+        raise RuntimeError(f"{name}: expected the same kernels in every step, got {len(events)} in {steps} steps")
+    times = [statistics.median(one[k].time_range.elapsed_us() for one in rounds) for k in range(count)]
+    return [(event.name, time) for event, time in zip(rounds[0], times, strict=True)]
+
+
+def kernels(setup: Setup, name: str, steps: int = STEPS) -> list[Kernel]:
+    """What a peer's step runs, the longest first.
+
+    Raises:
+        RuntimeError: the peer cannot run here.
+    """
+    profiler, gpu = _profiled(setup, name, steps), setup.device.type == "cuda"
     field = "self_device_time_total" if gpu else "self_cpu_time_total"
     found = [Kernel(event.key, getattr(event, field) / steps / 1e3, event.count / steps) for event in profiler.key_averages()]
     return sorted((kernel for kernel in found if kernel.ms > 0), key=lambda kernel: kernel.ms, reverse=True)
@@ -102,13 +129,43 @@ def page(documents: Sequence[dict], device: torch.device, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _write_sequences(options: argparse.Namespace, device: torch.device) -> int:
+    """A line for every case and peer: its kernels, or why there are none."""
+    failed = 0
+    with options.output.open("w") as file, environment.temporarily(torch.backends.cudnn, benchmark=True):
+        for case in SUITES[options.suite]:
+            setup = Setup(case, options.batch, environment.DTYPES[options.dtype], device, options.mode)
+            for name in options.peers:
+                line = {"case": case.name, "batch": options.batch, "dtype": options.dtype, "mode": options.mode, "peer": name}
+                try:
+                    found = {"kernels": [(kernel, round(us, 1)) for kernel, us in sequence(setup, name)]}
+                except RuntimeError as error:
+                    found = {"reason": peers.first_line(error)}
+                    failed += 1
+                file.write(json.dumps(line | found) + "\n")
+                file.flush()
+                total = sum(us for _, us in found.get("kernels", ()))
+                print(f"{case.name}, {name}: " + (f"{total / 1e3:.3f} ms" if total else found["reason"]), flush=True)
+            setup.release()
+    return 1 if failed else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.profiling", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="result files; those of another device are left out")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="result files; those of another device are left out")
     parser.add_argument("--worst", type=int, default=4, help="how many cases (default %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, help="the kernels of every case of it, instead of files")
+    parser.add_argument("--peers", nargs="+", choices=peers.REGISTRY, default=[OURS], metavar="NAME", help="with --suite")
+    parser.add_argument("--batch", type=int, default=64, help="with --suite (default %(default)s)")
+    parser.add_argument("--dtype", choices=environment.DTYPES, default="bf16", help="with --suite (default %(default)s)")
+    parser.add_argument("--mode", choices=peers.MODES, default="train", help="with --suite (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("profile.md"), help="default %(default)s")
     options = parser.parse_args(argv)
     device = environment.default_device()
+    if bool(options.files) == bool(options.suite):
+        parser.error("FILE: expected result files or --suite, one of them")
+    if options.suite:
+        return _write_sequences(options, device)
     documents = [document for document in map(results.load, options.files) if document["device"] == device.type]
     if not documents:
         print(f"error: no result file of a {device.type}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 The first line is the header: `schema` (version of this format), `created` (UTC), `command`, `device`, `gpu` (the one used),
 `machine`, `versions`, `git`, `source` (hash of the sources), `settings`. Each further line is an object with one key: `rows`
-(the rows of one case, see `runner.run_case`; milliseconds and bytes), `check`, `digits`, `ceiling`, or, last, `finished` (UTC).
+(the rows of one case, see `runner.run_case`; milliseconds and bytes), `check`, `digits`, `ceiling`, `lost` (peers that took the
+GPU's context with them), or, last, `finished` (UTC).
 A line without its end, left by an interruption, is ignored.
 """
 

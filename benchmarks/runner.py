@@ -6,7 +6,7 @@ What is compared are ratios of times within a round, so that a clock that drifts
 import gc
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,7 +14,7 @@ from fused_res.benchmarks import clocks, cudnn_graphs, foreign, memory, traffic 
 from fused_res.benchmarks import peers as peers_module
 from fused_res.benchmarks.agreement import compare
 from fused_res.benchmarks.clocks import Clock, Timing, clock_for
-from fused_res.benchmarks.peers import BARE, Peer, Setup
+from fused_res.benchmarks.peers import BARE, Peer, Refusal, Setup
 from fused_res.benchmarks.sums import summary
 from fused_res.environment import dtype_name, temporarily
 
@@ -55,25 +55,30 @@ def run_case(
     deadline: float | None = None,
     clock: Clock | None = None,
     advance: Callable[[str], None] = lambda label: None,
+    refused: Mapping[str, str] | None = None,
 ) -> list[dict]:
-    """Measure one case: a row per peer, also for those that cannot run. The results are compared before and after the timing.
+    """Measure one case: a row per peer, also for those that cannot run, or are wrong: results are compared before and after.
+
+    Args:
+        refused: peers that are not tried, with the reason.
 
     Raises:
-        ResultMismatchError: fused_res differs from eager beyond `tolerance`.
+        peers.DeviceLostError: a peer has taken the GPU's context with it.
+        agreement.NoOracleError: eager does not run.
     """
     names, clock = names or peers_module.usual(setup.device, setup.mode), clock or clock_for(setup.device)
     ready: dict[str, Peer] = {}
-    reasons: dict[str, str] = {}
+    refusals = {name: Refusal(reason, peers_module.is_ours(name)) for name, reason in (refused or {}).items()}
     matmul = torch.backends.cuda.matmul
     with temporarily(torch.backends.cudnn, benchmark=True), temporarily(matmul, allow_tf32=torch.backends.cudnn.allow_tf32):
-        for name in names:
+        for name in (name for name in names if name not in refusals):
             advance(f"{setup.case.name}: {name}")
             made = peers_module.make(name, setup)
-            if isinstance(made, str):
-                reasons[name] = made
+            if isinstance(made, Refusal):
+                refusals[name] = made
             else:
                 ready[name] = made
-        errors = {"before": compare(ready, reasons, setup, 0)}
+        errors = {"before": compare(ready, refusals, setup, 0)}
         used = {name: memory.measure(peer, setup) for name, peer in ready.items()}
         for i in range(WARM_UP):
             for peer in ready.values():
@@ -86,11 +91,11 @@ def run_case(
         few = max(MIN_ROUNDS, len(next(iter(timings.values()))) // 3)
         others = {column: interleave(steps, timed, few, setup.sets) for column, timed in clock.others().items()}
         graphs = _replayed(ready, setup, clock, few)
-        errors["after"] = compare(ready, reasons, setup, setup.sets - 1)
+        errors["after"] = compare(ready, refusals, setup, setup.sets - 1)
     rows = []
     for name in names:
-        row = _head(setup, name, reasons)
-        if name not in reasons:
+        row = _head(setup, name, refusals.get(name))
+        if name not in refusals:
             row |= _times(timings[name], {column: found[name] for column, found in others.items()}, graphs.get(name))
             row |= {"layout": ready[name].layout, "backend": ready[name].backend, "state": state, **used[name]}
             row["max_relative_error"] = {when: found.get(name) for when, found in errors.items()}
@@ -99,8 +104,9 @@ def run_case(
     return rows
 
 
-def _head(setup: Setup, name: str, reasons: dict[str, str]) -> dict:
-    head = {"batch": setup.batch, "dtype": dtype_name(setup.dtype), "mode": setup.mode, "peer": name, "reason": reasons.get(name)}
+def _head(setup: Setup, name: str, refusal: Refusal | None) -> dict:
+    head = {"batch": setup.batch, "dtype": dtype_name(setup.dtype), "mode": setup.mode, "peer": name}
+    head |= {"reason": None} if refusal is None else refusal._asdict()
     return setup.case.describe() | head
 
 

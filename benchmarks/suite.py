@@ -14,7 +14,7 @@ from fused_res import check, environment
 from fused_res.benchmarks import ceiling, digits, plot, results
 from fused_res.benchmarks.cases import BATCHES, SUITES
 from fused_res.benchmarks.clocks import Clock, clock_for
-from fused_res.benchmarks.peers import REGISTRY, Setup, level_peer, usual
+from fused_res.benchmarks.peers import REGISTRY, DeviceLostError, Setup, level_peer, usual
 from fused_res.benchmarks.runner import ROUNDS, run_case
 from fused_res.console import progress, require
 from fused_res.planner import LEVELS
@@ -27,7 +27,8 @@ ALL = "all"
 @dataclass(frozen=True)
 class Options:
     """`time_budget` [s] is for the timings; it may cut the rounds, never below `runner.MIN_ROUNDS`. After `stop_after` [s] no
-    further case is begun, but one. `levels` adds a peer for each, fused_res at that level. None for a default by device.
+    further case is begun, but one. `levels` adds a peer for each, fused_res at that level. `cases` leaves the others of the
+    suite to further runs, which resume this one. None for a default by device.
     """
 
     suite: str = "quick"
@@ -42,6 +43,7 @@ class Options:
     output: Path | None = None
     resume: bool = False
     stop_after: float | None = None
+    cases: Sequence[str] | None = None
 
     def resolved(self) -> "Options":
         """With every None that has a default replaced by it."""
@@ -109,7 +111,7 @@ def run(options: Options) -> dict:
 
     Raises:
         CheckFailedError: the numerical check failed.
-        agreement.ResultMismatchError: fused_res differs from eager in a measured case. Cases before it are in the file.
+        agreement.NoOracleError: eager does not run in a case. Cases before it are in the file.
         console.MissingPackageError: a package of the extra `bench` is missing.
         results.StaleResultError: the file to resume is of another run.
     """
@@ -147,8 +149,14 @@ def _prove(document: dict, options: Options) -> None:
         results.append(document, options.file, "digits", found)
 
 
+def failures(document: dict) -> list[str]:
+    """What of fused_res ought to have run and did not, or computed something else than eager."""
+    failed = (row for row in document["rows"] if row.get("failed"))
+    return [f"{row['case']}, batch {row['batch']}: {row['peer']} {row['reason']}" for row in failed]
+
+
 def _setups(document: dict, options: Options) -> list[Setup]:
-    """What is still to be measured."""
+    """What is still to be measured, of all cases of the suite."""
     dtype, done = environment.DTYPES[options.dtype], {results.row_key(row) for row in document["rows"]}
     setups = [
         Setup(case, batch, dtype, options.device, options.mode) for case in SUITES[options.suite] for batch in options.batches
@@ -156,9 +164,21 @@ def _setups(document: dict, options: Options) -> list[Setup]:
     return [s for s in setups if (s.case.name, s.batch, options.dtype, s.mode) not in done]
 
 
+def measured(document: dict, options: Options) -> bool:
+    """Whether the cases that were asked for are in the document."""
+    return not any(options.cases is None or setup.case.name in options.cases for setup in _setups(document, options))
+
+
+def _lost(document: dict, setup: Setup) -> dict[str, str]:
+    """Peers that took the GPU's context with them when this was measured before, and how."""
+    key = [setup.case.name, setup.batch]
+    return {found["peer"]: found["reason"] for found in document.get("lost", ()) if found["setup"] == key}
+
+
 def _measure(document: dict, options: Options, clock: Clock) -> bool:
     """Measure what is missing; returns whether nothing is any more."""
-    setups, dtype, start = _setups(document, options), environment.DTYPES[options.dtype], time.monotonic()
+    missing, dtype, start = _setups(document, options), environment.DTYPES[options.dtype], time.monotonic()
+    setups = [setup for setup in missing if options.cases is None or setup.case.name in options.cases]
     if setups and "ceiling" not in document:
         results.append(document, options.file, "ceiling", ceiling.measure(options.device, dtype, clock))
     end, doubted = None if options.time_budget is None else start + options.time_budget, False
@@ -168,11 +188,20 @@ def _measure(document: dict, options: Options, clock: Clock) -> bool:
             if n > 0 and options.stop_after is not None and now - start > options.stop_after:
                 return False
             deadline = None if end is None else now + max(0.0, end - now) / (len(setups) - n)
-            rows = run_case(setup, options.peers, options.rounds, deadline, clock, advance)
+            try:
+                rows = run_case(setup, options.peers, options.rounds, deadline, clock, advance, _lost(document, setup))
+            except DeviceLostError as error:
+                found = {
+                    "setup": [setup.case.name, setup.batch],
+                    "peer": error.peer,
+                    "reason": f"took the GPU with it: {error.reason}",
+                }
+                results.append(document, options.file, "lost", [*document.get("lost", ()), found])
+                return False
             setup.release()
             if not doubted and any(row["reason"] is None and ceiling.excess(row, document["ceiling"]) for row in rows):
                 doubted = True  # the ceiling may have been measured in a bad moment
                 again = ceiling.measure(options.device, dtype, clock)
                 results.append(document, options.file, "ceiling", ceiling.higher(document["ceiling"], again))
             results.append(document, options.file, "rows", rows)
-    return True
+    return len(setups) == len(missing)

@@ -1,11 +1,16 @@
 """One page about a run on a GPU: what passed, the sums of every suite, and fused_res against the others, case by case."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fused_res.benchmarks import report, results, sums
+from fused_res.benchmarks import outcomes, report, results, sums
 from fused_res.benchmarks.peers import BARE, OURS, is_ours
+from fused_res.planner import LEVELS
+
+_FIRST_LEVEL = {"conv_": "epilogue", "moment": "moment", "pointwise": "moment"}
+"""The first level that uses the kernels whose test files begin so; all levels use the others."""
 
 
 def check_line(path: Path) -> str:
@@ -69,16 +74,76 @@ def section(document: dict) -> str:
     return "\n".join(lines)
 
 
-def page(output: Path, slices: Sequence[tuple[str, str, str]]) -> str:
-    """The page of the results in a folder; `slices` are names, what became of them, and seconds."""
-    lines = ["# fused_res on this machine", "", "| slice | status | seconds |", "| --- | --- | ---: |"]
-    lines += [f"| {name} | {status} | {seconds} |" for name, status, seconds in slices]
+def levels_of(test: str) -> tuple[str, ...]:
+    """The levels whose times a failed test makes void: the one that it names, or all that use the kernels it is about."""
+    named = [level for level in LEVELS if re.search(rf"\b{level}\b", test.partition("[")[2].replace("-", " "))]
+    if named:
+        return tuple(named)
+    stem = re.search(r"test_(\w+)\.py", test)
+    first = next((level for start, level in _FIRST_LEVEL.items() if stem and stem[1].startswith(start)), LEVELS[0])
+    return LEVELS[LEVELS.index(first) :]
+
+
+def void_levels(found: dict[str, dict]) -> dict[str, list[str]]:
+    """Of the outcomes of tests: the levels that some test found wrong, and these tests."""
+    void: dict[str, list[str]] = {}
+    for test, outcome in found.items():
+        if outcome["outcome"] == "failed":
+            for level in levels_of(test):
+                void.setdefault(level, []).append(test)
+    return void
+
+
+def test_lines(output: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """What the tests found, in lines, and the levels that are void."""
+    found = {test: line for path in sorted(output.glob("*.outcomes.jsonl")) for test, line in outcomes.load(path).items()}
+    if not found:
+        return [], {}
+    count = {kind: sum(line["outcome"] == kind for line in found.values()) for kind in ("passed", "failed", "skipped")}
+    void = void_levels(found)
+    lines = ["", f"Tests: {', '.join(f'{number} {kind}' for kind, number in count.items())}.", ""]
+    lines += [f"**Level {level} is void**: {len(tests)} tests failed that use it.\n" for level, tests in void.items()]
+    lines += [f"- failed: `{test.split('/')[-1]}`" for test, line in found.items() if line["outcome"] == "failed"][:40]
+    return lines, void
+
+
+def peer_table(document: dict, void: dict[str, list[str]]) -> list[str]:
+    """A markdown table of every case: milliseconds of all peers, by events and, after a stroke, replayed as a CUDA graph."""
+    names = list(dict.fromkeys(row["peer"] for row in document["rows"]))
+
+    def head(name: str) -> str:
+        levels = {name.removeprefix(f"{OURS} ")} & set(void) if name != OURS else set(void)
+        return f"{name} (VOID)" if is_ours(name) and levels else name
+
+    lines = [f"| case | {' | '.join(map(head, names))} |", f"| --- |{' ---: |' * len(names)}"]
+    for key, everyone in report.measured(document):
+
+        def cell(name: str, everyone: dict = everyone) -> str:
+            row = everyone.get(name)
+            if row is None or row["reason"] is not None:
+                return "" if row is None else "FAILED" if row.get("failed") else "not run"
+            graph = f" / {row['graph_ms']['median']:.3f}" if "graph_ms" in row else ""
+            return f"{row['ms']['median']:.3f}{graph}"
+
+        lines.append(f"| {key[0]}, batch {key[1]} | {' | '.join(map(cell, names))} |")
+    return lines
+
+
+def page(output: Path, steps: Sequence[tuple[str, str, str, str]]) -> str:
+    """The page of the results in a folder; `steps` are names, what became of them, and seconds, as estimated and as they were."""
+    lines = ["# fused_res on this machine", "", "| step | status | estimate [s] | seconds |", "| --- | --- | ---: | ---: |"]
+    lines += [f"| {' | '.join(step)} |" for step in steps]
     if (output / "check.json").is_file():
         lines += ["", check_line(output / "check.json")]
-    for path in sorted(output.glob("*.jsonl")):
+    tests, void = test_lines(output)
+    lines += tests
+    for path in sorted(output.glob("*-*-*.jsonl")):
+        if path.name.endswith(".outcomes.jsonl"):
+            continue
         document = results.load(path)
         unfinished = "" if "finished" in document else " (unfinished)"
-        lines += ["", f"## {path.stem}{unfinished}", "", f"{report.conditions(document)}.", "", *case_lines(document)]
+        lines += ["", f"## {path.stem}{unfinished}", "", f"{report.conditions(document)}.", "", *peer_table(document, void)]
+        lines += ["", *case_lines(document)]
         notes = [*report.sum_lines(document), *report.reasons(document)]
         lines += ["", *(f"- {note}" for note in notes), "", f"`{document['command']}`"]
     lines += ["", "Every figure: `report.html`. Kernel by kernel, the worst cases: `profile.md`."]

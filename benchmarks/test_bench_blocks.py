@@ -17,8 +17,8 @@ def pytest_generate_tests(metafunc):
 def test_step(case, peer, batch, dtype, device, request, benchmark, timed):
     setup = peers.Setup(case, batch, dtype, device, request.config.getoption("mode"))
     made = peers.make(peer, setup)
-    if isinstance(made, str):
-        pytest.skip(made)
+    if isinstance(made, peers.Refusal):
+        pytest.skip(made.reason)
     benchmark.group = f"{case.name}, batch {batch}, {dtype}, {setup.mode}"
     shapes = {"x": list(setup.inputs(made.layout)[0][0].shape), "dtype": str(dtype), "mode": setup.mode}
     timed(lambda: made.step(0), **shapes, **case.describe(), backend=made.backend, **runner.work(setup, peer, made.backend))

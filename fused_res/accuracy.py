@@ -28,7 +28,6 @@ from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import Block, ConvBN
 from fused_res.tolerance import MARGIN, floor, scatter
 
-
 SEEDS = 8
 """Random problems that the rule needs."""
 

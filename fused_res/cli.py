@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--backend", nargs="+", choices=backends.NAMES, default=backends.NAMES)
     checking.add_argument("--level", nargs="+", choices=LEVELS, default=LEVELS)
     checking.add_argument(
-        "--seeds", type=_positive, default=check.SEEDS, help=f"random problems per block (default {check.SEEDS}; fewer widen the limits)"
+        "--seeds",
+        type=_positive,
+        default=check.SEEDS,
+        help=f"random problems per block (default {check.SEEDS}; fewer widen the limits)",
     )
     checking.add_argument("--all", action="store_true", help="show every quantity, not the worst of each block")
     checking.set_defaults(run=_check)

@@ -10,9 +10,9 @@ def _one_of(name: str, values: tuple[str, ...], default: str) -> str:
     return value
 
 
-def own_convolutions() -> bool:
-    """Whether convolutions may be run by kernels of our own."""
-    return _one_of("FUSED_RES_CONVOLUTIONS", ("auto", "library"), "auto") == "auto"
+def convolutions() -> str:
+    """Who runs the convolutions that a kernel of our own could run: `"library"`, `"own"`, or `"auto"`, as sizes say."""
+    return _one_of("FUSED_RES_CONVOLUTIONS", ("auto", "library", "own"), "auto")
 
 
 def tune() -> bool:

@@ -66,6 +66,12 @@ def capability(request):
     library.fused_res_set_cpu_capability(None)
 
 
+@pytest.fixture(autouse=True)
+def _every_kernel_of_triton_is_used(monkeypatch):
+    """Also where the library's convolution is taken to be faster: what is tested are the kernels."""
+    monkeypatch.setattr("fused_res.backends.triton.pays", lambda unit, pixels: True)
+
+
 @pytest.fixture
 def device():
     """Where the kernels run compiled, or else interpreted."""

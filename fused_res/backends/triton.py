@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from fused_res.geometry import Geometry
+from fused_res.spec import ConvBN
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS = {
@@ -71,6 +72,14 @@ def preference(device: torch.device) -> int:
 def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
     """The library's convolutions everywhere. Nothing has been measured on a GPU yet: deeper levels run where they are asked for."""
     return "bn_act"
+
+
+def pays(unit: ConvBN, pixels: int) -> bool:
+    """Whether a convolution with something fused into it runs in our kernel: 1x1 ones, which are bound by memory.
+
+    The library's products in a 3x3 run nearer to the tensor cores' speed than ours do with a prologue, counted in machine code.
+    """
+    return tuple(unit.weight.shape[2:]) == (1, 1)
 
 
 def tiles(primitive: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...]) -> list[tuple]:

@@ -2,7 +2,8 @@
 
 The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest.
 Where blocks are tuned, the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing
-else. FUSED_RES_CONVOLUTIONS=library leaves all to the library.
+else. FUSED_RES_CONVOLUTIONS=library leaves all to the library, FUSED_RES_CONVOLUTIONS=own leaves to the kernel
+whatever has something fused into it.
 """
 
 import functools
@@ -109,14 +110,15 @@ def choose(call: Call) -> Choice:
     imposed = _imposed.get()
     if imposed is not None:
         return imposed
-    if not settings.own_convolutions():
+    asked = settings.convolutions()
+    if asked == "library":
         return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
     if plans.remembers():
         return plans.ask(call.key(), Choice(False, why="not measured"))
     if not any(call.fused):
         return Choice(False, why="nothing fused")
     pays = getattr(backends.load(call.backend), "pays", None)
-    if pays is not None and not pays(call.unit, call.operands[0].pixels):
+    if asked != "own" and pays is not None and not pays(call.unit, call.operands[0].pixels):
         return Choice(False, why="faster at this size")
     return Choice(True)
 

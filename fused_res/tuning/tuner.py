@@ -102,7 +102,7 @@ def _tune(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geom
 def _tune_convolutions(
     levels: list[str] | tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry
 ) -> None:
-    if not settings.own_convolutions():
+    if settings.convolutions() != "auto":
         return
     block, x = synthetic.block(geometry, dtype, device, 0)
     asked = [c.call for name in levels for c in convolutions(x, None, block, name, backend, geometry.training)]
@@ -152,7 +152,7 @@ def _text(key: tuple) -> str:
 
 
 def _level_text(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
-    return _text(("level", backend, device, dtype, *switches(device), settings.own_convolutions(), geometry))
+    return _text(("level", backend, device, dtype, *switches(device), settings.convolutions(), geometry))
 
 
 def _files(device: torch.device) -> PlanFiles:
