@@ -174,6 +174,16 @@ class Tile(NamedTuple):
     warps: int
 
 
+class ProductTile(NamedTuple):
+    """What a program of a matrix product holds: rows and columns of the result, depth of a step; its warps, its loop's stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
 def tile(pixels: int, channels: int, itemsize: int, vectors: int) -> Tile:
     """The tile in which each thread of 4 warps holds `vectors` 16-byte vectors; smaller where programs would be too few.
 

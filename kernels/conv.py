@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
+    ProductTile,
     activate,
     affine,
     alignment,
@@ -249,25 +250,20 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-class _Tile(NamedTuple):
-    """A `Config` by what it is to the matrix product: rows and columns of the result, depth of a step, warps and stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
 # By preference, for 2-byte and 4-byte activations. Filters with several taps keep to 4 warps: with 8, Triton has been seen to
 # miscompile loops that run through taps and channels together (https://github.com/pytorch/pytorch/issues/173068).
 _POINTWISE = {
-    2: (_Tile(128, 128, 64, 8, 3), _Tile(128, 64, 64, 4, 3), _Tile(64, 128, 64, 4, 3), _Tile(64, 64, 64, 4, 3)),
-    4: (_Tile(128, 128, 32, 8, 3), _Tile(128, 64, 32, 4, 3), _Tile(64, 64, 32, 4, 3)),
+    2: (
+        ProductTile(128, 128, 64, 8, 3),
+        ProductTile(128, 64, 64, 4, 3),
+        ProductTile(64, 128, 64, 4, 3),
+        ProductTile(64, 64, 64, 4, 3),
+    ),
+    4: (ProductTile(128, 128, 32, 8, 3), ProductTile(128, 64, 32, 4, 3), ProductTile(64, 64, 32, 4, 3)),
 }
 _TAPS = {
-    2: (_Tile(128, 64, 32, 4, 4), _Tile(64, 64, 32, 4, 4), _Tile(64, 64, 64, 4, 3)),
-    4: (_Tile(64, 64, 32, 4, 3), _Tile(128, 64, 16, 4, 4)),
+    2: (ProductTile(128, 64, 32, 4, 4), ProductTile(64, 64, 32, 4, 4), ProductTile(64, 64, 64, 4, 3)),
+    4: (ProductTile(64, 64, 32, 4, 3), ProductTile(128, 64, 16, 4, 4)),
 }
 # Programs that occupy the largest GPUs, about.
 PROGRAMS = 264

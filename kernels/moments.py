@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_res.kernels.common import (
     STAGES,
+    ProductTile,
     Variant,
     aligned,
     alignment,
@@ -191,21 +192,21 @@ def moments_covariance_kernel(
     tl.store(covariance + e, tl.sum(square, axis=0) / P, mask=inside)
 
 
-def _blocks(channels: int, narrow_dtype: bool, precision: str) -> tuple[int, int, int]:
-    """Columns and rows of a program's blocks, and its warps: what registers allow."""
+def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
+    """Channels by channels, over the pixels: what registers allow."""
     wide = max(16, triton.next_power_of_2(channels))
     if precision == "ieee" and not narrow_dtype:
-        return min(64, wide), 64, 8
+        return ProductTile(min(64, wide), min(64, wide), 64, 8, STAGES)
     if wide <= 64:
-        return wide, 32 if narrow_dtype else 16, 4
-    return 128, 32 if wide == 128 and not narrow_dtype else 16, 8
+        return ProductTile(wide, wide, 32 if narrow_dtype else 16, 4, STAGES)
+    return ProductTile(128, 128, 32 if wide == 128 and not narrow_dtype else 16, 8, STAGES)
 
 
-def moments(z: Any) -> tuple[Tensor, Tensor]:
-    """Contract: fused_res/primitives/moments.py."""
+def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]:
+    """Contract: fused_res/primitives/moments.py. tile: by default `default_tile`; as many rows as columns."""
     read, pixels, precision = operand("z", z, z.image), z.pixels, dot_precision(z.image)
     channels, narrow_dtype = z.image.shape[1], z.image.element_size() == 2
-    block, step, warps = _blocks(channels, narrow_dtype, precision)
+    block, _, step, warps, stages = tile or default_tile(channels, narrow_dtype, precision)
     across = triton.cdiv(channels, block)
     tiles, rows = split_rows(pixels, across * (across + 1) // 2, step, least=256, most=_MOST_ROWS)
     device = z.image.device
@@ -223,7 +224,7 @@ def moments(z: Any) -> tuple[Tensor, Tensor]:
         REACH=_REACH,
         SHARE=_SHARE,
         PRECISION=precision,
-        STAGES=STAGES,
+        STAGES=stages,
         warps=warps,
     )
     mean = torch.empty(channels, dtype=torch.float64, device=device)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
+    ProductTile,
     Variant,
     add_shortcut,
     affine,
@@ -108,8 +109,14 @@ def pointwise_tail_kernel(
         tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=within(p, left, b, S))
 
 
-def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
-    """Contract: fused_res/primitives/pointwise_tail.py."""
+def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
+    """Pixels by channels, over the inner channels."""
+    widest = 128 if narrow_dtype or precision == "tf32" else 64
+    return ProductTile(64, max(16, min(widest, triton.next_power_of_2(channels))), 64 if narrow_dtype else 32, 8, 3)
+
+
+def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor | None]:
+    """Contract: fused_res/primitives/pointwise_tail.py. tile: by default `default_tile`."""
     image, weight = main.z.image, main.weight.flatten(1)
     n, _, h, w = image.shape
     pixels, channels, inner = n * h * w, *weight.shape
@@ -121,11 +128,10 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, 
         z2, weight2, vectors2 = operand("projection.z", side.z, image), side.weight.flatten(1), side.vectors
         inner2 = weight2.shape[1]
     precision, narrow_dtype = dot_precision(image), image.element_size() == 2
-    widest = 128 if narrow_dtype or precision == "tf32" else 64
-    block_p, block_c = 64, max(16, min(widest, triton.next_power_of_2(channels)))
+    tile = tile or default_tile(channels, narrow_dtype, precision)
     launch(
         pointwise_tail_kernel,
-        triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
+        triton.cdiv(pixels, tile.rows) * triton.cdiv(channels, tile.columns),
         *(
             operand("main.z", main.z, weight),
             weight,
@@ -145,12 +151,12 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool) -> tuple[Tensor, 
         ALIGN=alignment(channels),
         ALIGN_K=alignment(inner),
         ALIGN_K2=alignment(inner2),
-        BLOCK_P=block_p,
-        BLOCK_C=block_c,
-        BLOCK_K=64 if narrow_dtype else 32,
+        BLOCK_P=tile.rows,
+        BLOCK_C=tile.columns,
+        BLOCK_K=tile.depth,
         PRECISION=precision,
-        STAGES=3,
-        warps=8,
+        STAGES=tile.stages,
+        warps=tile.warps,
     )
     return to_image(out, n, h, w), signs
 

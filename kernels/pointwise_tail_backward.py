@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused_res.kernels.common import (
     STAGES,
+    ProductTile,
     Variant,
     aligned,
     alignment,
@@ -165,23 +166,25 @@ def pointwise_tail_backward_merge_kernel(
     tl.store(total + c, tl.sum(sum_g, axis=0), mask=inside & (k == 0))
 
 
-def _blocks(channels: int, inner: int, narrow_dtype: bool, precision: str) -> tuple[int, int, int, int]:
-    """Channels, columns and rows of a program's blocks, and its warps: what registers allow."""
+def default_reduce_tile(channels: int, inner: int, narrow_dtype: bool, precision: str) -> ProductTile:
+    """Channels by inner channels, over the pixels: what registers allow."""
     wide, deep = triton.next_power_of_2(channels), triton.next_power_of_2(inner)
     if narrow_dtype and wide <= 256 and deep <= 64:
-        return max(16, wide), max(16, deep), 16, 8
+        return ProductTile(max(16, wide), max(16, deep), 16, 8, STAGES)
     if narrow_dtype:
-        return max(16, min(128, wide)), max(16, min(128, deep)), 32, 8
-    return max(16, min(64, wide)), max(16, min(64, deep)), *((32, 8) if precision == "tf32" else (16, 4))
+        return ProductTile(max(16, min(128, wide)), max(16, min(128, deep)), 32, 8, STAGES)
+    depth, warps = (32, 8) if precision == "tf32" else (16, 4)
+    return ProductTile(max(16, min(64, wide)), max(16, min(64, deep)), depth, warps, STAGES)
 
 
 def pointwise_tail_backward_reduce(
-    dout: Tensor, signs: Tensor, z: Any, mean: Tensor | None, scaled: Tensor | None
+    dout: Tensor, signs: Tensor, z: Any, mean: Tensor | None, scaled: Tensor | None, *, tile: ProductTile | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Contract: fused_res/primitives/pointwise_tail_backward.py."""
+    """Contract: fused_res/primitives/pointwise_tail_backward.py. tile: by default `default_reduce_tile`."""
     pixels, channels, inner = z.pixels, dout.shape[1], z.image.shape[1]
     g, precision, device = incoming(dout, signs, pixels), dot_precision(dout), dout.device
-    block_c, block_k, step, warps = _blocks(channels, inner, g.element_size() == 2, precision)
+    tile = tile or default_reduce_tile(channels, inner, g.element_size() == 2, precision)
+    block_c, block_k, step, warps, stages = tile
     one = channels <= block_c and inner <= block_k
     through = torch.empty(pixels, inner, dtype=g.dtype, device=device) if one and scaled is not None else None
     blocks = triton.cdiv(channels, block_c) * triton.cdiv(inner, block_k)
@@ -203,7 +206,7 @@ def pointwise_tail_backward_reduce(
         REACH=_REACH,
         SHARE=_SHARE,
         PRECISION=precision,
-        STAGES=STAGES,
+        STAGES=stages,
         warps=warps,
     )
     total = torch.empty(channels, dtype=torch.float64, device=device)
@@ -288,6 +291,12 @@ def pointwise_tail_backward_apply_kernel(
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
 
+def default_apply_tile(inner: int, narrow_dtype: bool) -> ProductTile:
+    """Pixels by inner channels, over the channels and once more the inner channels."""
+    columns = max(16, min(128 if narrow_dtype else 64, triton.next_power_of_2(inner)))
+    return ProductTile(64, columns, 64 if narrow_dtype else 32, 8, 3)
+
+
 def pointwise_tail_backward_apply(
     dout: Tensor,
     signs: Tensor,
@@ -297,8 +306,10 @@ def pointwise_tail_backward_apply(
     gradients: Any,
     inner: bool,
     into: Tensor | None = None,
+    *,
+    tile: ProductTile | None = None,
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Contract: fused_res/primitives/pointwise_tail_backward.py."""
+    """Contract: fused_res/primitives/pointwise_tail_backward.py. tile: by default `default_apply_tile`."""
     g, pixels, precision = incoming(dout, signs, z.pixels), z.pixels, dot_precision(dout)
     n, channels, h, w = dout.shape
     size, narrow_dtype = scaled.shape[1], g.element_size() == 2
@@ -306,8 +317,7 @@ def pointwise_tail_backward_apply(
         dz = to_rows(check_image("into", into, z.image.shape, g))
     else:
         dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
-    block_p, depth = 64, 64 if narrow_dtype else 32
-    block_k = max(16, min(128 if narrow_dtype else 64, triton.next_power_of_2(size)))
+    block_p, block_k, depth, warps, stages = tile or default_apply_tile(size, narrow_dtype)
     tiles = triton.cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
     launch(
@@ -323,8 +333,8 @@ def pointwise_tail_backward_apply(
         BLOCK_C=depth,
         BLOCK_K=block_k,
         PRECISION=precision,
-        STAGES=3,
-        warps=8,
+        STAGES=stages,
+        warps=warps,
     )
     return to_image(dz, n, h, w) if into is None else into, partials, inner
 
