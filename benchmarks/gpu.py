@@ -119,10 +119,31 @@ def sequences(output: Path, name: str, environment: tuple[tuple[str, str], ...] 
     return Step(name, (arguments,), estimate=35, limit=90, accepted=(0, 1), needs=("smoke",), environment=environment)
 
 
+TILED = (
+    *(f"conv_{direction} {which}" for direction in ("fprop", "dgrad", "wgrad") for which in ("1x1 first", "1x1 last", "3x3")),
+    *("pointwise_tail", "moments", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply"),
+)
+
+
+def tiles(output: Path) -> list[Step]:
+    """The kernels' tiles, compiled by many processes at once, then timed."""
+    command = ("-m", "fused_res.benchmarks.tiles", "--output")
+    few = ("--compile-only", "--batch", "32", "--cases", "resnet50.3.identity", "resnet50.3.projection")
+    compile_only = tuple((*command, str(output / f"{CACHE}/compiled.jsonl"), *few, "--kernels", kernel) for kernel in TILED)
+    timed = ((*command, str(output / "tiles.jsonl")),)
+    return [
+        Step("tiles-warm", compile_only, estimate=45, limit=90, needs=("smoke",)),
+        Step("tiles", timed, estimate=40, limit=80, accepted=(0, 1), needs=("smoke",)),
+    ]
+
+
 def steps(output: Path) -> list[Step]:
     """In the order of their value: correctness, then the times that decide, then what time allows."""
     check = ("-m", "fused_res", "check", "--seeds", "1", "--dtype", "bf16")
-    smoke = [(*check, "--backend", "triton", "--level", level) for level in LEVELS] + [(*check, "--backend", "native")]
+    triton = (*check, "--backend", "triton", "--mode", "train")
+    blocks = ("Bottleneck identity", "Bottleneck projection")
+    smoke = [(*triton, "--level", level, "--block", block) for level in LEVELS for block in blocks]
+    smoke.append((*check, "--backend", "native"))
     built = (ROOT / "fused_res" / "_native.so").is_file()
     fusions = ("-m", "fused_res.benchmarks.cudnn_fusions", "--output", str(output / "cudnn-fusions.json"), "--limit", "60")
     return [
@@ -136,6 +157,7 @@ def steps(output: Path) -> list[Step]:
         Step("cudnn-fusions", (fusions,), estimate=65, limit=80, accepted=(0, 1), needs=("smoke",)),
         sequences(output, "sequences"),
         sequences(output, "sequences-own", (("FUSED_RES_CONVOLUTIONS", "own"),)),
+        *tiles(output),
         *timings(output, "resnet50", "eval", "bf16", 256, CASES, PEERS),
         Step("check", (("-m", "fused_res", "check", "--json"),), estimate=120, limit=240, needs=("smoke",)),
         sanitizer("memcheck"),
@@ -311,7 +333,7 @@ def _stopped(number: int, frame: object) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="end in time for this; default: when all is done")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/gpu/NAME-OF-THE-GPU")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: build/gpu/NAME-OF-THE-GPU, one for other sources")
     parser.add_argument("--archive", type=Path, metavar="FILE", help="a .tar.gz, the summary beside it; default: DIR.tar.gz")
     parser.add_argument("--step", action="append", metavar="NAME", help="only these, done or not; NAME* for all that begin so")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="not these; NAME* for all that begin so")
@@ -325,7 +347,7 @@ def main() -> int:
         print("no NVIDIA GPU that torch can use; --dry-run tries this script on the CPU", file=sys.stderr)
         return 2
     folder_name = "-".join(gpu.lower().split())
-    output = (options.output or ROOT / "benchmarks" / "results" / "gpu" / folder_name).resolve()
+    output = (options.output or ROOT / "build" / "gpu" / f"{folder_name}-{fingerprint()[:8]}").resolve()
     archive = (options.archive or output.with_name(f"{output.name}.tar.gz")).resolve()
     planned = dry_steps(output) if options.dry_run else steps(output)
 

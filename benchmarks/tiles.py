@@ -1,4 +1,4 @@
-"""`python -m fused_res.benchmarks.tiles`: the Triton kernels with a matrix product, at ResNet-50's shapes, with one tile after another.
+"""`python -m fused_res.benchmarks.tiles`: the Triton kernels with a matrix product, at ResNet-50's shapes, with tile after tile.
 
 Each kernel runs alone, on random operands; a tile's result is held against the default tile's. JSON lines: microseconds, and the
 share of the time that a copy of the same bytes would take; a table of the best at the end.
@@ -6,6 +6,7 @@ share of the time that a copy of the same bytes would take; a table of the best 
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -172,7 +173,7 @@ def _tail_gradients(weight: Tensor, inner: int, dtype: torch.dtype, device: torc
 
 def moment_jobs(make: _Operands) -> Iterator[Job]:
     """The moment form's kernels: of an identity block's tail, or of a projection's."""
-    case, dtype, device = make.case, make.dtype, make.device
+    case = make.case
     wide, size, pixels = case.outplanes, case.output_size, make.batch * case.output_size**2
     main = Activation(make.image(case.width, size), make.vectors(5, case.width))
     dout, signs = make.image(wide, size), make.signs(pixels, wide)
@@ -192,28 +193,31 @@ def moment_jobs(make: _Operands) -> Iterator[Job]:
         _size(main.image, dout, dout, signs) if not case.projection else _size(main.image, dout, signs) + _sampled(branches[0][1]),
     )
     for name, z in branches:
-        inner = z.image.shape[1]
-        weight, gradients = pointwise[name if name else "main"].weight, None
-        gradients = _tail_gradients(weight, inner, dtype, device)
-        scaled = weight.flatten(1).contiguous()
-        square = tuple(t for t in CHANNELS_SQUARED if t.rows == t.columns <= max(inner, 64))
-        yield Job(f"moments{name}", functools.partial(_moments, z), square, _sampled(z))
-        blocks = tuple(t for t in CHANNELS_SQUARED if t.columns <= max(inner, 64) and t.rows <= wide)
-        into = torch.zeros_like(z.image) if name else None
-        backward = pointwise_tail_backward
+        yield from _branch_jobs(name, z, pointwise[name or "main"].weight, dout, signs)
 
-        def reduce(tile: tuple | None, z: Activation = z, scaled: Tensor = scaled, gradients: TailGradients = gradients) -> object:
-            return backward.pointwise_tail_backward_reduce(dout, signs, z, gradients.mean, scaled if not name else None, tile=tile)
 
-        def apply(tile: tuple | None, z: Activation = z, scaled: Tensor = scaled, gradients: TailGradients = gradients) -> object:
-            if into is not None:
-                into.zero_()
-            ends = (z.vectors is not None, into)
-            return backward.pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, *ends, tile=tile)
+def _branch_jobs(name: str, z: Activation, weight: Tensor, dout: Tensor, signs: Tensor) -> Iterator[Job]:
+    """What runs once for each unit in the moment form; a projection's dz joins an image."""
+    wide, inner = weight.shape[:2]
+    gradients, scaled = _tail_gradients(weight, inner, weight.dtype, weight.device), weight.flatten(1).contiguous()
+    into = torch.zeros_like(z.image) if name else None
 
-        yield Job(f"pointwise_tail_backward_reduce{name}", reduce, blocks, _size(dout, signs) + _sampled(z))
-        columns = tuple(t for t in ROWS_BY_COLUMNS if t.columns <= max(inner, 64))
-        yield Job(f"pointwise_tail_backward_apply{name}", apply, columns, _size(dout, signs) + 2 * _sampled(z))
+    def reduce(tile: tuple | None) -> object:
+        wanted = None if name else scaled
+        return pointwise_tail_backward.pointwise_tail_backward_reduce(dout, signs, z, gradients.mean, wanted, tile=tile)
+
+    def apply(tile: tuple | None) -> object:
+        if into is not None:
+            into.zero_()
+        ends = (z.vectors is not None, into)
+        return pointwise_tail_backward.pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, *ends, tile=tile)
+
+    fitting = [t for t in CHANNELS_SQUARED if t.columns <= max(inner, 64)]
+    square, blocks = (t for t in fitting if t.rows == t.columns), (t for t in fitting if t.rows <= wide)
+    columns = (t for t in ROWS_BY_COLUMNS if t.columns <= max(inner, 64))
+    yield Job(f"moments{name}", functools.partial(_moments, z), tuple(square), _sampled(z))
+    yield Job(f"pointwise_tail_backward_reduce{name}", reduce, tuple(blocks), _size(dout, signs) + _sampled(z))
+    yield Job(f"pointwise_tail_backward_apply{name}", apply, tuple(columns), _size(dout, signs) + 2 * _sampled(z))
 
 
 def _moments(z: Activation, tile: tuple | None) -> object:
@@ -252,7 +256,7 @@ def microseconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
         call()
         event.record()
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def jobs(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Job]:
@@ -282,6 +286,23 @@ def measure(job: Job, copy_rate: float, compile_only: bool) -> Iterator[dict]:
         yield row
 
 
+def _copy_rate(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e6 * source.numel() / microseconds(lambda: target.copy_(source))
+
+
+def _best(case: Case, rows: list[dict]) -> str | None:
+    """A line about the fastest tile that is right."""
+    right = [row for row in rows if row.get("difference", 1.0) <= AGREE]
+    if not right:
+        return None
+    best = min(right, key=lambda row: row["us"])
+    what = f"{case.name} {rows[0]['kernel']}: {rows[0].get('us')} us"
+    return f"{what}, best {best['us']} us with {best['tile']}, {best['share']} of a copy"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.tiles", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE")
@@ -291,11 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile-only", action="store_true", help="fill the cache, time nothing")
     options = parser.parse_args(argv)
     device = environment.default_device()
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_rate = 2e6 * source.numel() / microseconds(lambda: target.copy_(source))
-    del source, target
-    wrong = 0
+    copy_rate, wrong = _copy_rate(device), 0
     with options.output.open("a") as file:
         for case in SUITES["resnet50"]:
             if options.cases and case.name not in options.cases:
@@ -307,13 +324,9 @@ def main(argv: list[str] | None = None) -> int:
                 for row in rows:
                     file.write(json.dumps({"case": case.name, "batch": options.batch, "copy": copy_rate, **row}) + "\n")
                 file.flush()
-                right = [row for row in rows if row.get("difference", 1.0) <= AGREE]
                 wrong += sum(row.get("difference", 0.0) > AGREE for row in rows)
-                if right:
-                    best = min(right, key=lambda row: row["us"])
-                    print(
-                        f"{case.name} {job.name}: {rows[0].get('us')} us, best {best['us']} with {best['tile']}, {best['share']} of copy"
-                    )
+                if line := _best(case, rows):
+                    print(line, flush=True)
                 torch.cuda.empty_cache()
     return 1 if wrong else 0
 

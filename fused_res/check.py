@@ -108,34 +108,39 @@ def judge(job: Job, device: torch.device, seeds: int = SEEDS) -> Iterator[Row]:
         yield Row(job.backend, job.dtype, job.level, str(job.shape), job.mode, v.quantity, v.error, v.eager, v.limit)
 
 
-def plan(
-    device: torch.device,
-    dtypes: Sequence[str] = CHECKED,
-    names: Sequence[str] = backends.NAMES,
-    levels: Sequence[str] = LEVELS,
-) -> tuple[list[Job], list[Row]]:
+class Selection(NamedTuple):
+    """What is checked; everything by default. shapes: by their names."""
+
+    dtypes: Sequence[str] = CHECKED
+    backends: Sequence[str] = backends.NAMES
+    levels: Sequence[str] = LEVELS
+    shapes: Sequence[str] = tuple(map(str, SHAPES))
+    modes: Sequence[str] = MODES
+
+
+def plan(device: torch.device, selection: Selection = Selection()) -> tuple[list[Job], list[Row]]:  # noqa: B008 - immutable
     """The jobs that run on a device, and a row with the reason for every backend and dtype that do not."""
     jobs, refused = [], []
+    dtypes, names, levels, wanted, modes = selection
+    shapes = [shape for shape in SHAPES if str(shape) in wanted]
     for name in names:
         for dtype in dtypes:
             reason = backends.supports(name, device, DTYPES[dtype])
             if reason is not None:
                 refused.append(Row(name, dtype, reason=reason))
                 continue
-            jobs += [Job(shape, mode, dtype, name, level) for level in levels for shape in SHAPES for mode in MODES]
+            jobs += [Job(shape, mode, dtype, name, level) for level in levels for shape in shapes for mode in modes]
     return jobs, refused
 
 
 def run(
     device: torch.device,
-    dtypes: Sequence[str] = CHECKED,
-    names: Sequence[str] = backends.NAMES,
+    selection: Selection = Selection(),  # noqa: B008 - immutable
     seeds: int = SEEDS,
     advance: Callable[[str], None] = lambda label: None,
-    levels: Sequence[str] = LEVELS,
 ) -> list[Row]:
     """The whole check on one device, fp32 being IEEE's, not TF32; calls `advance` with a label before each job of `plan`."""
-    jobs, rows = plan(device, dtypes, names, levels)
+    jobs, rows = plan(device, selection)
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     with one_thread(device), temporarily(cudnn, allow_tf32=False), temporarily(matmul, allow_tf32=False):
         for job in jobs:

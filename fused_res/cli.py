@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--dtype", nargs="+", choices=check.CHECKED, default=check.CHECKED)
     checking.add_argument("--backend", nargs="+", choices=backends.NAMES, default=backends.NAMES)
     checking.add_argument("--level", nargs="+", choices=LEVELS, default=LEVELS)
+    blocks = tuple(map(str, check.SHAPES))
+    checking.add_argument("--block", nargs="+", choices=blocks, default=blocks, metavar="BLOCK", help=f"of: {', '.join(blocks)}")
+    checking.add_argument("--mode", nargs="+", choices=check.MODES, default=check.MODES)
     checking.add_argument(
         "--seeds",
         type=_positive,
@@ -98,9 +101,9 @@ def _info(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     device = options.device or environment.default_device()
-    selected = options.dtype, options.backend
-    with progress(len(check.plan(device, *selected, options.level)[0]), "check against fp64") as advance:
-        rows = check.run(device, *selected, options.seeds, advance, options.level)
+    selection = check.Selection(options.dtype, options.backend, options.level, options.block, options.mode)
+    with progress(len(check.plan(device, selection)[0]), "check against fp64") as advance:
+        rows = check.run(device, selection, options.seeds, advance)
     summary = check.summary(rows)
     if options.json:
         _print_json({"device": str(device), "versions": environment.versions(), **summary, "rows": [row.to_dict() for row in rows]})
