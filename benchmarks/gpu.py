@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __package__:
+    from fused_res.benchmarks import kernel_cache
     from fused_res.benchmarks.steps import RUNNING, State, Step, pack, replace, run
 else:  # run as a script, perhaps without an installation: its own folder is on the path
+    import kernel_cache
     from steps import RUNNING, State, Step, pack, replace, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,7 +238,7 @@ def caches(output: Path) -> dict[str, str]:
         carried = CARRY / "triton-cache.tar.xz"
         kernels.mkdir()
         if carried.is_file():
-            shutil.unpack_archive(carried, kernels)
+            print(f"{kernel_cache.unpack(carried, kernels)} compiled kernels were carried here", flush=True)
     return {"TRITON_CACHE_DIR": str(kernels), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
 
 
