@@ -4,6 +4,7 @@ import pytest
 import torch
 from convolutions import every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.moments import moments, moments_finalize
@@ -39,6 +40,23 @@ def check(z, backend, error=32 * 2.0**-24):
 def test_matches_float64(backend, device, dtype, shape, channels, prologue):
     n, h, w = shape
     check(Draw(0, device).activation(n, channels, h, w, dtype, prologue=prologue), backend)
+
+
+class Lopsided(TorchDispatchMode):
+    """A library whose matrix products round differently above the diagonal than below."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.default:
+            upper = torch.ones_like(result, dtype=torch.bool).triu(1)
+            result = torch.where(upper, result.nextafter(torch.full_like(result, torch.inf)), result)
+        return result
+
+
+def test_symmetric_whatever_the_library_rounds_to(backend, device):
+    with Lopsided():
+        for height in (3, 30):
+            check(Draw(13, device).activation(1, 20, height, 1, torch.float32), backend)
 
 
 def test_float64_stays_float64(cpu_backend):

@@ -22,7 +22,7 @@ FEW = 16
 
 
 class Moments(NamedTuple):
-    """mean m [K] and covariance G = mean((z - m)(z - m)^T) [K, K], both float64."""
+    """mean m [K] and covariance G = mean((z - m)(z - m)^T) [K, K], symmetric to the last bit; both float64."""
 
     mean: Tensor
     covariance: Tensor
@@ -32,7 +32,9 @@ def plain(z: Activation, backend: str) -> tuple[Tensor, Tensor]:
     rows = z.rows(backend).double()
     mean = rows.mean(0)
     rows = rows - mean
-    return mean, rows.T @ rows / rows.shape[0]
+    product = rows.T @ rows
+    # Not every library's product of a matrix with its own transpose is symmetric to the last bit.
+    return mean, (product + product.T) / (2 * rows.shape[0])
 
 
 def moments(z: Activation, *, backend: str) -> Moments:
