@@ -1,9 +1,11 @@
 """Blocks under torch.compile and torch.export."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from blocks import assert_same, eager, image, make, step
 from fused_res import use_backend
@@ -29,6 +31,13 @@ def test_compiled_in_one_graph_gives_eagers_step_without_recompiling(dynamo, kin
     with dynamo.config.patch(error_on_recompile=True):
         assert_same(step(block, x + 1, call=compiled), step(peer, x + 1))
     assert graphs == [1]
+
+
+@pytest.mark.parametrize("option", ["track_running_stats", "affine", "momentum"])
+def test_compiled_in_one_graph_with_what_a_bn_may_lack(dynamo, option):
+    block = make("bottleneck", norm_layer=partial(nn.BatchNorm2d, **{option: None if option == "momentum" else False}))
+    peer, x = eager(block), image(block)
+    assert_same(step(block, x, call=torch.compile(block, backend="aot_eager", fullgraph=True)), step(peer, x))
 
 
 def test_compiled_evaluation_gives_eagers_output(dynamo):

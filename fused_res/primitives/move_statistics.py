@@ -20,7 +20,9 @@ class Move(NamedTuple):
 
 
 def plain(moves: Sequence[Move]) -> None:
-    if len({id(move.unit.running_mean) for move in moves}) < len(moves):
+    # One tensor is one object here; torch.compile before 2.13 has no id of None.
+    running = [id(move.unit.running_mean) for move in moves if move.unit.running_mean is not None]
+    if len(set(running)) < len(running):
         # Units that share a BN move its statistics one after the other.
         for move in moves:
             _move([move])
