@@ -25,11 +25,10 @@ from fused_res.benchmarks.clocks import clock_for
 from fused_res.benchmarks.cudnn_trials import Trial
 from fused_res.benchmarks.foreign import needed
 from fused_res.benchmarks.fusions import resnet50
-from fused_res.benchmarks.peers import CannotRunError
 
 UNFINISHED = 3
-LONGEST = {"planning": 40.0, "measuring": 25.0}
-"""Seconds that a fusion may spend in a stage before its process is ended; planning includes the start of the process."""
+LONGEST = {"starting": 60.0, "planning": 40.0, "measuring": 25.0}
+"""Seconds that a process may spend in a stage before it is ended."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
     device = torch.device(options.device)
     cases, clock, handle = resnet50(), None, None
     torch.backends.cudnn.benchmark = True
+    connection.send(None)
     while True:
         try:
             index = connection.recv()
@@ -68,7 +68,7 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
             trial.allocate(device)
             with torch.no_grad():
                 row |= trial.measure(clock, options.rounds) | {"reason": None}
-        except (CannotRunError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever it is, it is the row's reason, and the next fusion may do
             row["reason"] = f"{type(error).__name__}: {error}"[:500]
         trial = None
         try:
@@ -83,7 +83,10 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
 
 
 class Worker:
-    """A process of `work` and what it is at: nothing, `planning`, `waiting` for the GPU, or `measuring`."""
+    """A process of `work` and what it is at: `starting`, nothing, `planning`, `waiting` for the GPU, or `measuring`.
+
+    `index` is of the fusion, None where there is none.
+    """
 
     def __init__(self, options: Options) -> None:
         context = multiprocessing.get_context("spawn")
@@ -91,12 +94,15 @@ class Worker:
         self.process = context.Process(target=work, args=(theirs, options), daemon=True)
         self.process.start()
         theirs.close()
-        self.index, self.stage, self.since = None, None, 0.0
+        self.index = None
+        self.enter("starting")
 
-    def enter(self, stage: str | None, message: object = None) -> None:
+    def enter(self, stage: str | None) -> None:
         self.stage, self.since = stage, time.monotonic()
-        if stage in LONGEST:
-            self.connection.send(message)
+
+    def tell(self, stage: str, message: object = None) -> None:
+        self.enter(stage)
+        self.connection.send(message)
 
     def is_stuck(self) -> bool:
         return self.stage in LONGEST and time.monotonic() - self.since > LONGEST[self.stage]
@@ -118,14 +124,14 @@ class Run:
     def until(self, deadline: float) -> bool:
         """Whether all were measured. `deadline` is of `time.monotonic`."""
         try:
-            while self.left or any(worker.stage for worker in self.workers):
-                if time.monotonic() >= deadline:
+            while self.left or any(worker.index is not None for worker in self.workers):
+                if time.monotonic() >= deadline or not self.workers:
                     return False
                 self._hand_out()
                 connections = {worker.connection: worker for worker in self.workers}
                 for ready in multiprocessing.connection.wait(list(connections), timeout=0.2):
                     self._hear(connections[ready])
-                for worker in self.workers:
+                for worker in list(self.workers):
                     if worker.is_stuck():
                         self._lose(worker, f"not done after {LONGEST[worker.stage]:.0f} s of {worker.stage}")
             return True
@@ -134,7 +140,7 @@ class Run:
                 worker.end()
 
     def _hand_out(self) -> None:
-        for worker in self.workers:
+        for worker in list(self.workers):
             if worker.stage is None and self.left:
                 worker.index = self.left.popleft()
                 self._tell(worker, "planning", worker.index)
@@ -144,7 +150,7 @@ class Run:
 
     def _tell(self, worker: Worker, stage: str, message: object = None) -> None:
         try:
-            worker.enter(stage, message)
+            worker.tell(stage, message)
         except OSError:
             self._lose(worker, "the process ended")
 
@@ -156,20 +162,25 @@ class Run:
             self._lose(worker, f"the process ended (exit code {worker.process.exitcode}) while {worker.stage}")
             return
         if message is None:
-            worker.enter("waiting")
+            worker.enter(None if worker.stage == "starting" else "waiting")
             return
         row, broken = message
         self.take(worker.index, row)
+        worker.index = None
         worker.enter(None)
         if broken:
             self._lose(worker, "")
 
     def _lose(self, worker: Worker, reason: str) -> None:
-        """Another process in place of this one; the fusion that it was at, if any, gets the reason as its row."""
-        if worker.stage is not None:
+        """Another process in place of this one; the fusion that it was at, if any, gets the reason as its row.
+
+        One that never came to work is not replaced: so would be the next.
+        """
+        if worker.index is not None:
             self.take(worker.index, {"reason": reason})
         worker.end()
-        self.workers[self.workers.index(worker)] = Worker(self.options)
+        place = self.workers.index(worker)
+        self.workers[place : place + 1] = [] if worker.stage == "starting" else [Worker(self.options)]
 
 
 def table(rows: list[dict]) -> str:
@@ -205,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of timing (default %(default)s)")
     parser.add_argument("--plans", type=int, default=2, help="of how many engines a plan is timed (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=6, help="that build plans at once (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=8, help="that build plans at once (default %(default)s)")
     parser.add_argument("--only", default="", metavar="WORDS", help="fusions whose names begin so, such as 'fprop 3x3'")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help=argparse.SUPPRESS)
     return parser

@@ -22,8 +22,14 @@ SLICE = 4
 """Images at either end of the batch that are computed again in float64."""
 
 
+def _random(*shape: int, mean: float = 0.0, std: float = 1.0, **options: object) -> Tensor:
+    """Normally distributed; on the device `meta`, where arithmetic would make PyTorch import a compiler, just of this shape."""
+    found = torch.empty(shape, **options)
+    return found if found.is_meta else found.normal_(mean, std)
+
+
 def _image(n: int, c: int, h: int, **options: object) -> Tensor:
-    return torch.randn(n, h, h, c, **options).permute(0, 3, 1, 2)
+    return _random(n, h, h, c, **options).permute(0, 3, 1, 2)
 
 
 def _rows(image: Tensor) -> Tensor:
@@ -38,8 +44,9 @@ def _relu_of_affine(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _normalised(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """s x + t in x's dtype, by PyTorch's BN kernel."""
-    return F.batch_norm(x, torch.zeros_like(s), torch.ones_like(s), s, t, False, 0.0, 0.0)
+    """s x + t in x's dtype, by PyTorch's BN kernel: for a variance of 1, which has to be summed with an epsilon above 0."""
+    epsilon = 2.0**-10
+    return F.batch_norm(x, torch.zeros_like(s), torch.full_like(s, 1 - epsilon), s, t, False, 0.0, epsilon)
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,15 @@ class Fusion:
         """Random inputs; on the device `meta` their shapes alone."""
         found = {name: _image(batch, c, self.H, dtype=dtype, device=device) for name, c in self.images.items() if name != "mask"}
         if self.kind == "masked":
-            found["mask"] = (_image(batch, self.K, self.H, device=device) > 0).to(torch.uint8)
+            mask = torch.empty(batch, self.H, self.H, self.K, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+            found["mask"] = mask if mask.is_meta else mask.random_(0, 2)
         if not self.is_product:
-            found["w"] = _image(self.K, self.C, self.R, dtype=dtype, device=device) / (self.C * self.R**2) ** 0.5
+            found["w"] = _image(self.K, self.C, self.R, std=(self.C * self.R**2) ** -0.5, dtype=dtype, device=device)
         channels = self.K if self.kind == "tail" else self.C
-        found["s"] = torch.rand(channels, device=device) + 0.5
-        found["t"] = torch.randn(channels, device=device) / 2 + 0.2
+        found["s"] = _random(channels, mean=1.0, std=0.25, device=device)
+        found["t"] = _random(channels, mean=0.2, std=0.5, device=device)
         if self.kind == "dgrad":
-            found["mean"] = torch.randn(channels, device=device) / 4
+            found["mean"] = _random(channels, std=0.25, device=device)
         return found
 
     def outputs(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
