@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from fused_res import environment
 from fused_res.benchmarks import results
@@ -45,6 +46,10 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
     device = torch.device(options.device)
     cases, clock, handle = resnet50(), None, None
     torch.backends.cudnn.benchmark = True
+    if device.type == "cuda":  # loads what else would be loaded while the GPU is this process's alone
+        image = torch.zeros(1, 64, 8, 8, dtype=options.dtype, device=device).to(memory_format=torch.channels_last)
+        F.conv2d(image, torch.zeros(64, 64, 3, 3, dtype=options.dtype, device=device), padding=1)
+        torch.cuda.synchronize()
     connection.send(None)
     while True:
         try:
@@ -67,7 +72,8 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
             clock = clock or clock_for(device)
             trial.allocate(device)
             with torch.no_grad():
-                row |= trial.measure(clock, options.rounds) | {"reason": None}
+                row |= trial.times(clock, options.rounds)
+                row |= trial.judge(row["plan"]) | {"reason": None}
         except Exception as error:  # whatever it is, it is the row's reason, and the next fusion may do
             row["reason"] = f"{type(error).__name__}: {error}"[:500]
         trial = None
@@ -189,7 +195,8 @@ def table(rows: list[dict]) -> str:
     lines = [head]
     for row in rows:
         if row["reason"] is not None:
-            lines.append(f"{row['case']:34}  {row['reason'][:90]}")
+            timed = f"{row['ms']['median']:8.3f} ms" if "ms" in row else ""
+            lines.append(f"{row['case']:34}{timed}  {row['reason'][:90]}")
             continue
         ms, errors = row["ms"]["median"], list(row["error"].values())
         numbers = [
@@ -198,7 +205,7 @@ def table(rows: list[dict]) -> str:
             max(errors[1:], key=lambda e: float("inf") if e is None else e, default=None),
         ]
         says = [row["plan"]]
-        says += [] if row["overwrites"] else ["adds to its outputs"]
+        says += [] if row["overwrites"] else ["does not overwrite its outputs"]
         says += [f"runs differ: {', '.join(row['runs_differ_in'])}"] if row["runs_differ_in"] else ["repeats"]
         says += [f"NaN in {name}: {verdict}" for name, verdict in row["nan"].items() if verdict != "kept"] or ["NaN kept"]
         shown = " ".join(f"{'-' if number is None else format(number, '.1e'):>8}" for number in numbers)

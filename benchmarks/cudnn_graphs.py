@@ -167,19 +167,22 @@ class _Unit:
         outputs = {"y": _output_of(conv, z), "sum": sums[0], "squares": sums[1]}
         inputs = {"z": z, "w": conv.weight.detach()}
         if prologue:
-            inputs |= dict.fromkeys(("s", "t"), _vector(z[0, :, 0, 0]))
+            inputs |= dict.fromkeys(("s", "t"), _vector(z[0, :, 0, 0].float()))
+        data, add = data_types()[z.dtype], needed("cudnn").reduction_mode.ADD
 
+        # cuDNN's own operation for the statistics, genstats, takes fp16 alone.
         def wire(graph: object, nodes: dict) -> dict:
-            image = graph.relu(input=_affine(graph, nodes, nodes["z"], "s", "t")) if prologue else nodes["z"]
-            y = graph.conv_fprop(image=image, weight=nodes["w"], **_geometry(conv))
-            total, squares = graph.genstats(input=y)
-            return {"y": y, "sum": total, "squares": squares}
+            image = nodes["z"]
+            if prologue:
+                image = graph.relu(graph.add(graph.mul(image, nodes["s"]), nodes["t"])).set_data_type(data)
+            y = graph.conv_fprop(image=image, weight=nodes["w"], **_geometry(conv)).set_data_type(data)
+            return {"y": y, "sum": graph.reduction(y, mode=add), "squares": graph.reduction(graph.mul(y, y), mode=add)}
 
         self.graph = Graph(handle, inputs, outputs, wire)
 
     def __call__(self, z: Tensor, before: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """y, and scale and shift of the BN behind it, whose running statistics are updated."""
-        vectors = dict(zip(("s", "t"), (v.to(z.dtype) for v in before), strict=True)) if self.prologue else {}
+        vectors = dict(zip(("s", "t"), before, strict=True)) if self.prologue else {}
         found = self.graph(z=z, w=self.conv.weight.detach(), **vectors)
         y, bn = found["y"], self.bn
         count = y.numel() // y.shape[1]

@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fused_res.benchmarks.clocks import Clock
 from fused_res.benchmarks.cudnn_graphs import Graph, data_types
 from fused_res.benchmarks.foreign import needed
 from fused_res.benchmarks.fusions import SLICE, Fusion, slice_of
+from fused_res.benchmarks.peers import CannotRunError
 from fused_res.benchmarks.sums import summary
 from fused_res.environment import temporarily
 
@@ -53,18 +55,19 @@ class Trial:
         self.run(plan)
         return {name: output.clone() for name, output in self.outputs.items()}
 
-    def judge(self, plan: int) -> dict:
+    def judge(self, name: str) -> dict:
         """Everything but time about a plan. An error that is not finite is None."""
+        plan = next(index for index, other in self.graph.plans.items() if other == name)
         over_nan = self.run_on(plan, float("nan"))
         overwrites = not any(bool(t.isnan().any()) for t in over_nan.values())
         start = float("nan") if overwrites else 0.0
         got = self.run_on(plan, start)
         again = [self.run_on(plan, start) for _ in range(RUNS - 1)]
-        differ = [name for name, t in got.items() if not all(torch.equal(t, other[name]) for other in again)]
+        differ = [key for key, t in got.items() if not all(torch.equal(t, other[key]) for other in again)]
         # float64 has no part in the timing: its convolutions need not be the fastest that a search finds.
         with temporarily(torch.backends.cudnn, benchmark=False):
             errors = self._errors(got)
-            nan = {name: self._nan(plan, name, start) for name in self.fusion.images if name != "mask"}
+            nan = {image: self._nan(plan, image, start) for image in self.fusion.images if image != "mask"}
         return {
             "overwrites": overwrites,
             **errors,
@@ -111,31 +114,39 @@ class Trial:
                 verdicts.append(f"{key}: {lost} of {int(nan.sum())} lost, {more} more")
         return "; ".join(verdicts) or "kept"
 
-    def measure(self, clock: Clock, rounds: int) -> dict:
-        """The row's numbers: times of all plans and of PyTorch, and the judgement of the plan that is fastest."""
-        calls = {f"plan {plan}": functools.partial(self.run, plan) for plan in self.graph.plans}
-        calls |= {BARE: self.fusion.bare(self.inputs), UNFUSED: self.fusion.unfused(self.inputs)}
-        for _ in range(WARM_UP):
-            for call in calls.values():
-                call()
-        times = collections.defaultdict(list)
+    def times(self, clock: Clock, rounds: int) -> dict:
+        """Times of all plans and of PyTorch, interleaved; `plan` and `ms` are of the plan that is fastest."""
+        calls = {BARE: self.fusion.bare(self.inputs), UNFUSED: self.fusion.unfused(self.inputs)}
+        for call in calls.values():
+            self._warm_up(call)
+        for index, name in list(self.graph.plans.items()):
+            run = functools.partial(self.run, index)
+            try:
+                self._warm_up(run)
+            except Exception as error:
+                self.graph.failures[name] = f"it does not run: {error}"[:300]
+                del self.graph.plans[index]
+            else:
+                calls[name] = run
+        if not self.graph.plans:
+            raise CannotRunError(f"no plan runs: {self.graph.failures}")
+        samples = collections.defaultdict(list)
         for _ in range(rounds):
             for name, call in calls.items():
-                times[name].append(clock.time(call).ms)
-        found = {name: summary(values) for name, values in times.items()}
+                samples[name].append(clock.time(call).ms)
+        found = {name: summary(values) for name, values in samples.items()}
         plans = [
-            {"plan": name, "workspace": self.graph.workspace_size(index), "ms": found[f"plan {index}"]}
+            {"plan": name, "workspace": self.graph.workspace_size(index), "ms": found[name]}
             for index, name in self.graph.plans.items()
         ]
-        best = min(self.graph.plans, key=lambda index: found[f"plan {index}"]["median"])
-        return {
-            "plan": self.graph.plans[best],
-            "ms": found[f"plan {best}"],
-            "bare_ms": found[BARE],
-            "unfused_ms": found[UNFUSED],
-            "plans": plans,
-            **self.judge(best),
-        }
+        best = min(plans, key=lambda plan: plan["ms"]["median"])
+        return {"plan": best["plan"], "ms": best["ms"], "bare_ms": found[BARE], "unfused_ms": found[UNFUSED], "plans": plans}
+
+    def _warm_up(self, call: Callable[[], object]) -> None:
+        for _ in range(WARM_UP):
+            call()
+        if self.inputs["x"].is_cuda:
+            torch.cuda.synchronize()
 
 
 def _finite(value: float) -> float | None:

@@ -98,10 +98,11 @@ class Fusion:
         if self.is_product:
             return {"dw": torch.empty(1, self.K, self.C, device=device)}
         c = self.C if self.kind == "dgrad" else self.K
-        names = {"fprop": ("y", "sum", "squares"), "dgrad": ("g", "sum", "products"), "tail": ("out", "signs")}[self.kind]
-        image = torch.empty(batch, self.H, self.H, c, dtype=dtype, device=device).permute(0, 3, 1, 2)
+        names = ("y", "sum", "squares") if self.kind == "fprop" else ("g", "sum", "products")
+        shape = (batch, self.H, self.H, c)
+        image = torch.empty(shape, dtype=dtype, device=device).permute(0, 3, 1, 2)
         if self.kind == "tail":
-            return {"out": image, "signs": torch.empty_like(image, dtype=torch.uint8)}
+            return {"out": image, "signs": torch.empty(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)}
         return dict(zip(names, (image, *torch.empty(2, 1, c, 1, 1, device=device)), strict=True))
 
     def views(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

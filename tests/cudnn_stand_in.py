@@ -133,9 +133,6 @@ class pygraph:  # noqa: N801 - the package's name
         assert mode == "add"
         return Node(_sum, input)
 
-    def genstats(self, input):
-        return Node(_sum, input), Node(lambda node, y: _sum(node, y.float().square()), input)
-
     def validate(self):
         pass
 

@@ -52,7 +52,7 @@ def trial_of(fusion, dtype=torch.float32, batch=10, plans=2):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_a_right_graph_is_found_right(fusion, dtype, limit, stand_in):
     trial = trial_of(fusion, dtype)
-    judgement = trial.judge(0)
+    judgement = trial.judge("eng1_k1")
     assert judgement["overwrites"]
     assert judgement["runs_differ_in"] == []
     assert set(judgement["nan"].values()) == {"kept"}
@@ -81,7 +81,7 @@ def test_only_the_mask_and_the_prologue_are_between_the_product_and_its_inputs()
 @pytest.mark.parametrize("fusion", SMALL[:3], ids=lambda fusion: fusion.name)
 def test_sums_that_are_added_to_are_told_and_judged_from_zero(fusion, stand_in):
     stand_in.setenv("CUDNN_STAND_IN", "accumulate")
-    judgement = trial_of(fusion).judge(0)
+    judgement = trial_of(fusion).judge("eng1_k1")
     assert not judgement["overwrites"]
     assert judgement["runs_differ_in"] == []
     assert max(judgement["error"].values()) < 1e-6
@@ -90,7 +90,7 @@ def test_sums_that_are_added_to_are_told_and_judged_from_zero(fusion, stand_in):
 @pytest.mark.parametrize("fusion", [SMALL[0], SMALL[4], SMALL[6]], ids=lambda fusion: fusion.name)
 def test_a_relu_that_drops_nan_is_told(fusion, stand_in):
     stand_in.setenv("CUDNN_STAND_IN", "drop NaN")
-    nan = trial_of(fusion).judge(0)["nan"]
+    nan = trial_of(fusion).judge("eng1_k1")["nan"]
     assert "lost" in nan["x"]
 
 
@@ -115,14 +115,26 @@ def test_runs_that_differ_are_told(stand_in):
         trial.outputs["sum"].add_(1e-3 * next(calls))
 
     trial.run = noisy
-    assert trial.judge(0)["runs_differ_in"] == ["sum"]
+    assert trial.judge("eng1_k1")["runs_differ_in"] == ["sum"]
 
 
 def test_a_row_has_the_times_of_all_plans(stand_in):
-    row = trial_of(SMALL[0]).measure(CpuClock(), 3)
+    row = trial_of(SMALL[0]).times(CpuClock(), 3)
     assert [plan["plan"] for plan in row["plans"]] == ["eng1_k1", "eng2"]
     assert row["ms"] == min((plan["ms"] for plan in row["plans"]), key=lambda ms: ms["median"])
     assert min(row[name]["median"] for name in ("ms", "bare_ms", "unfused_ms")) > 0
+
+
+def test_a_plan_that_does_not_run_is_left_out(stand_in):
+    trial = trial_of(SMALL[0])
+    trial.graph.graph.built.clear()
+    trial.graph.graph.built.add(2)
+    row = trial.times(CpuClock(), 1)
+    assert [plan["plan"] for plan in row["plans"]] == ["eng2"]
+    assert "does not run" in trial.graph.failures["eng1_k1"]
+    trial.graph.graph.built.clear()
+    with pytest.raises(CannotRunError, match="no plan runs"):
+        trial.times(CpuClock(), 1)
 
 
 def test_a_plan_that_does_not_compile_is_passed_over(stand_in):
