@@ -12,7 +12,9 @@ import argparse
 import collections
 import multiprocessing
 import multiprocessing.connection
+import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ class Options:
 
 def work(connection: multiprocessing.connection.Connection, options: Options) -> None:
     """A process's life: take a fusion's index, build it, wait for the GPU, measure it, and send the row."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     device = torch.device(options.device)
     cases, clock, handle = resnet50(), None, None
     torch.backends.cudnn.benchmark = True
@@ -86,6 +89,12 @@ def work(connection: multiprocessing.connection.Connection, options: Options) ->
         connection.send((row, broken))
         if broken:
             return
+
+
+def _end_with_parent() -> None:
+    """The GPU must not be used on when the command was ended from outside."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class Worker:

@@ -5,7 +5,9 @@ cuDNN needs a GPU; here a stand-in of its package computes with torch.
 
 import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,30 @@ def test_what_the_time_did_not_suffice_for_is_named_and_done_later(package, tmp_
     code, document = command(path, "--limit", "120", "--resume")
     assert code == 0
     assert len(document["rows"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="the system does not list children")
+def test_no_process_survives_the_command(package, tmp_path):
+    package.setenv("CUDNN_STAND_IN", "hang 64")
+    path = tmp_path / "rows.json"
+    options = ("--device", "cpu", "--batch", "1", "--rounds", "1", "--processes", "1", "--limit", "120", "--only", "fprop 3x3 64")
+    ran = subprocess.Popen([sys.executable, "-m", "fused_res.benchmarks.cudnn_fusions", "--output", str(path), *options])
+    children = Path(f"/proc/{ran.pid}/task/{ran.pid}/children")
+    try:
+        until(lambda: len(children.read_text().split()) >= 2)  # multiprocessing's own, and the one that hangs
+        processes = [Path("/proc", child) for child in children.read_text().split()]
+    finally:
+        ran.kill()
+        ran.wait()
+    until(lambda: not any(process.exists() for process in processes))
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
