@@ -14,40 +14,88 @@ from fused_res.benchmarks.foreign import needed
 from fused_res.benchmarks.peers import CannotRunError, Peer, Setup, register
 
 
-class _Graph:
+def data_types() -> dict[torch.dtype, object]:
+    """cuDNN's names of PyTorch's dtypes. uint8 is a byte an element; cuDNN's boolean, which `torch.bool` maps to, is a bit."""
+    cudnn = needed("cudnn", "nvidia-cudnn-frontend")
+    kinds = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.uint8: "UINT8"}
+    return {dtype: getattr(cudnn.data_type, name) for dtype, name in kinds.items()}
+
+
+class Graph:
     """A built cuDNN graph. `wire(graph, nodes)` makes its nodes from those of the inputs, and returns the outputs by name.
 
-    `inputs` and `outputs` are tensors of the shapes, layouts and dtypes to be; the outputs are written to by every call.
+    `inputs` and `outputs` are tensors of the shapes, layouts and dtypes to be, the first input's dtype that of the data; the
+    outputs are written to by every call. On the device `meta` they are patterns of what `run` takes.
+
+    Of the plans that cuDNN proposes, those it then cannot compile are passed over (`failures` says which and why), and up to `most`
+    are built, of different engines as far as there are any; `plans` has their indices and names, cuDNN's first choice first.
+
+    Raises:
+        CannotRunError: cuDNN proposes no plan for the graph, or can build none of them.
     """
 
-    def __init__(self, handle: object, inputs: dict[str, Tensor], outputs: dict[str, Tensor], wire: Callable) -> None:
-        cudnn = needed("cudnn", "nvidia-cudnn-frontend")
-        kinds = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}
-        types = {dtype: getattr(cudnn.data_type, name) for dtype, name in kinds.items()}
-        single = types[torch.float32]
-        dtype = next(iter(inputs.values())).dtype
-        graph = cudnn.pygraph(io_data_type=types[dtype], intermediate_data_type=single, compute_data_type=single, handle=handle)
+    def __init__(
+        self, handle: object, inputs: dict[str, Tensor], outputs: dict[str, Tensor], wire: Callable, most: int = 1
+    ) -> None:
+        cudnn, types = needed("cudnn", "nvidia-cudnn-frontend"), data_types()
+        single, data = types[torch.float32], types[next(iter(inputs.values())).dtype]
+        graph = cudnn.pygraph(io_data_type=data, intermediate_data_type=single, compute_data_type=single, handle=handle)
         self.nodes = {
             name: graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=types[t.dtype])
             for name, t in inputs.items()
         }
         results = wire(graph, self.nodes)
         for name, node in results.items():
-            node.set_output(True).set_data_type(types[outputs[name].dtype])
+            like = outputs[name]
+            node.set_output(True).set_data_type(types[like.dtype]).set_dim(list(like.shape)).set_stride(list(like.stride()))
         self.nodes |= results
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        graph.check_support()
-        graph.build_plans()
-        device = next(iter(inputs.values())).device
-        self.workspace = torch.empty(max(graph.get_workspace_size(), 1), device=device, dtype=torch.uint8)
-        self.graph, self.handle, self.outputs = graph, handle, outputs
+        self.graph, self.handle, self.outputs, self.workspace = graph, handle, outputs, None
+        self.plans: dict[int, str] = {}
+        self.failures: dict[str, str] = {}
+        try:
+            graph.validate()
+            graph.build_operation_graph()
+            graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+            raise CannotRunError(f"cuDNN has no plan: {_brief(error)}") from error
+        for index, name in self._proposed():
+            if len(self.plans) == most:
+                break
+            try:
+                graph.build_plan_at_index(index)
+                self.plans[index] = name
+            except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
+                self.failures[name] = _brief(error)
+        if not self.plans:
+            raise CannotRunError(f"cuDNN proposes plans and can build none: {self.failures}")
+
+    def _proposed(self) -> list[tuple[int, str]]:
+        """Index and name of the plans: of each engine the first, in cuDNN's order, then the others."""
+        names = [self.graph.get_plan_name_at_index(i) for i in range(self.graph.get_execution_plan_count())]
+        engines = [name.split("_")[0] for name in names]
+        return sorted(enumerate(names), key=lambda plan: (engines.index(engines[plan[0]]) != plan[0], plan[0]))
+
+    def workspace_size(self, plan: int) -> int:
+        """Bytes that a plan of `plans` needs."""
+        return self.graph.get_workspace_size_plan_at_index(plan)
+
+    def run(self, tensors: dict[str, Tensor], plan: int) -> None:
+        """Run one of `plans` on all inputs and outputs, by name."""
+        if self.workspace is None:
+            size = max(1, *map(self.workspace_size, self.plans))
+            self.workspace = torch.empty(size, device=next(iter(tensors.values())).device, dtype=torch.uint8)
+        named = {self.nodes[name]: tensor for name, tensor in tensors.items()}
+        self.graph.execute_plan_at_index(named, self.workspace, plan, handle=self.handle)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        named = inputs | self.outputs
-        self.graph.execute({self.nodes[name]: tensor for name, tensor in named.items()}, self.workspace, handle=self.handle)
+        """Run the first plan, from these inputs to `outputs`."""
+        self.run(inputs | self.outputs, next(iter(self.plans)))
         return self.outputs
+
+
+def _brief(error: Exception) -> str:
+    """The innermost reason that cuDNN gives, without the places in its sources."""
+    return " ".join(str(error).split(" at: ")[0].split())[:300]
 
 
 def _vector(values: Tensor) -> Tensor:
@@ -96,7 +144,7 @@ class _Evaluation:
             return {"out": graph.relu(input=out) if relu else out}
 
         inputs = {"z": z} | fixed | ({} if skip is None else {"skip": skip})
-        return _Graph(handle, inputs, {"out": _output_of(conv, z)}, wire), fixed
+        return Graph(handle, inputs, {"out": _output_of(conv, z)}, wire), fixed
 
     def __call__(self, x: Tensor) -> Tensor:
         skip = x
@@ -119,19 +167,22 @@ class _Unit:
         outputs = {"y": _output_of(conv, z), "sum": sums[0], "squares": sums[1]}
         inputs = {"z": z, "w": conv.weight.detach()}
         if prologue:
-            inputs |= dict.fromkeys(("s", "t"), _vector(z[0, :, 0, 0]))
+            inputs |= dict.fromkeys(("s", "t"), _vector(z[0, :, 0, 0].float()))
+        data, add = data_types()[z.dtype], needed("cudnn").reduction_mode.ADD
 
+        # cuDNN's own operation for the statistics, genstats, takes fp16 alone.
         def wire(graph: object, nodes: dict) -> dict:
-            image = graph.relu(input=_affine(graph, nodes, nodes["z"], "s", "t")) if prologue else nodes["z"]
-            y = graph.conv_fprop(image=image, weight=nodes["w"], **_geometry(conv))
-            total, squares = graph.genstats(input=y)
-            return {"y": y, "sum": total, "squares": squares}
+            image = nodes["z"]
+            if prologue:
+                image = graph.relu(graph.add(graph.mul(image, nodes["s"]), nodes["t"])).set_data_type(data)
+            y = graph.conv_fprop(image=image, weight=nodes["w"], **_geometry(conv)).set_data_type(data)
+            return {"y": y, "sum": graph.reduction(y, mode=add), "squares": graph.reduction(graph.mul(y, y), mode=add)}
 
-        self.graph = _Graph(handle, inputs, outputs, wire)
+        self.graph = Graph(handle, inputs, outputs, wire)
 
     def __call__(self, z: Tensor, before: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """y, and scale and shift of the BN behind it, whose running statistics are updated."""
-        vectors = dict(zip(("s", "t"), (v.to(z.dtype) for v in before), strict=True)) if self.prologue else {}
+        vectors = dict(zip(("s", "t"), before, strict=True)) if self.prologue else {}
         found = self.graph(z=z, w=self.conv.weight.detach(), **vectors)
         y, bn = found["y"], self.bn
         count = y.numel() // y.shape[1]
@@ -159,7 +210,7 @@ class _TrainingForward:
             skip = nodes["skip"] if self.projection is None else _affine(graph, nodes, nodes["skip"], "s2", "t2")
             return {"out": graph.relu(input=graph.add(a=_affine(graph, nodes, nodes["y"], "s", "t"), b=skip))}
 
-        self.tail = _Graph(handle, inputs, {"out": torch.empty_like(z)}, wire)
+        self.tail = Graph(handle, inputs, {"out": torch.empty_like(z)}, wire)
 
     def __call__(self, x: Tensor) -> Tensor:
         z, vectors = x, None

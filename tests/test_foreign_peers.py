@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cudnn_stand_in as cudnn_stand_in_module
 from fused_res.benchmarks import peers, runner
 from fused_res.benchmarks.cases import Case, Network
 from fused_res.benchmarks.peers import Setup
@@ -101,81 +102,9 @@ def test_inplace_abn_is_compared_with_its_own_function(case, monkeypatch):
     assert "differs from plain PyTorch" in row_of("inplace_abn", case, "train")["reason"]
 
 
-class Node:
-    """A tensor of the stand-in's graph: how it is computed from others."""
-
-    def __init__(self, compute, *inputs):
-        self.compute, self.inputs, self.output, self.dtype = compute, inputs, False, None
-
-    def set_output(self, output):
-        self.output = output
-        return self
-
-    def set_data_type(self, dtype):
-        self.dtype = dtype
-        return self
-
-    def value(self, known):
-        return known[self] if self in known else self.compute(*(node.value(known) for node in self.inputs))
-
-
-class Graph:
-    """Stands for `cudnn.pygraph`: the same calls, executed with torch on the CPU in the compute type, float32."""
-
-    def __init__(self, **types):
-        assert types["compute_data_type"] == torch.float32
-
-    def tensor(self, name, dim, stride, data_type):
-        return Node(None)
-
-    def conv_fprop(self, image, weight, padding, stride, dilation):
-        def conv(x, w):
-            return F.conv2d(x.float(), w.float(), None, stride, padding, dilation, x.shape[1] // w.shape[1])
-
-        return Node(conv, image, weight)
-
-    def scale(self, input, scale):
-        return Node(torch.mul, input, scale)
-
-    def bias(self, input, bias):
-        return Node(torch.add, input, bias)
-
-    def add(self, a, b):
-        return Node(torch.add, a, b)
-
-    def relu(self, input):
-        return Node(torch.relu, input)
-
-    def genstats(self, input):
-        def total(y):
-            return y.sum((0, 2, 3), keepdim=True)
-
-        return Node(total, input), Node(lambda y: total(y.square()), input)
-
-    def validate(self):
-        pass
-
-    build_operation_graph = check_support = build_plans = validate
-
-    def create_execution_plans(self, modes):
-        assert modes
-
-    def get_workspace_size(self):
-        return 0
-
-    def execute(self, tensors, workspace, handle):
-        known = {node: tensor for node, tensor in tensors.items() if not node.output}
-        for node, tensor in tensors.items():
-            if node.output:
-                tensor.copy_(node.value(known))
-
-
 @pytest.fixture
 def cudnn_stand_in(monkeypatch):
-    types = SimpleNamespace(FLOAT=torch.float32, HALF=torch.float16, BFLOAT16=torch.bfloat16)
-    modes = SimpleNamespace(A=0, FALLBACK=1)
-    module = SimpleNamespace(pygraph=Graph, data_type=types, heur_mode=modes, create_handle=object, __version__="0")
-    monkeypatch.setitem(sys.modules, "cudnn", module)
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn_stand_in_module)
 
 
 @pytest.mark.usefixtures("cudnn_stand_in")
