@@ -9,9 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_context import pytest_runtest_teardown  # noqa: F401, a hook
 
 from fused_res import backends, use_backend
 from fused_res.backends import native
+
+# cuBLAS reads it when it starts; without it PyTorch takes no product of matrices for deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if torch.cuda.is_available():  # what runs on the CPU beside are oracles, one to each process
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 # Triton kernels run compiled where there is a GPU, and otherwise in Triton's CPU interpreter, hardened, for the whole process:
 # Triton decides once, when a kernel is defined.
@@ -23,6 +29,24 @@ if INTERPRETED:
     import interpreter
 
     interpreter.install()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in item.fixturenames and item.get_closest_marker("gpu") is None:
+            item.add_marker(pytest.mark.kernel)
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_not_tf32():
+    """torch's convolutions round float32 to TF32 on a GPU unless told not to. Tests of TF32 ask for it."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +103,12 @@ def device():
 
 
 @pytest.fixture
-def poisoned_memory():
+def poisoned_memory(device):
     """Fresh memory is full of NaN, or of the largest integer, so that what a kernel leaves unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert torch.empty(3, dtype=torch.uint8).eq(255).all()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # operators that have no such algorithm are not the matter here
+    assert torch.empty(3, device=device).isnan().all()
+    assert torch.empty(3, dtype=torch.uint8, device=device).eq(255).all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 

@@ -95,6 +95,22 @@ def _laid_out(values):
     return values.to(memory_format=torch.channels_last) if values.dim() == 4 else values
 
 
+def in_float64(operation, *images):
+    """The operation on the images in float64, on the CPU: a GPU's library may take an algorithm that rounds even integers."""
+    return operation(*(image.cpu().double().contiguous() for image in images)).to(images[0].device)
+
+
+def assert_same_sums(got, expected, rounding=2.0**-20):
+    """The same bits; on a GPU another alignment may mean another share of each thread, whose sums then round differently."""
+    if got.device.type == "cpu" or not got.is_floating_point():
+        assert torch.equal(got, expected)
+        return
+    assert got.dtype == expected.dtype
+    difference = (got.double() - expected.double()).abs()
+    limit = rounding * expected.double().abs().max() + torch.finfo(got.dtype).eps * expected.double().abs()
+    assert (difference <= limit).all()
+
+
 def misaligned(image):
     """The same channels_last image, one element off any alignment."""
     n, c, h, w = image.shape

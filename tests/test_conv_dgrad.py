@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -17,10 +17,12 @@ SMALL = GEOMETRIES["3x3, stride 2"]
 
 
 def convolve(dy, unit, size):
-    """In float64."""
-    weight, dy = unit.weight.double().contiguous(), dy.double().contiguous()
-    shape = (dy.shape[0], weight.shape[1], *size)
-    return torch.nn.grad.conv2d_input(shape, weight, dy, unit.stride, unit.padding, unit.dilation)
+    shape = (dy.shape[0], unit.weight.shape[1] * unit.groups, *size)
+
+    def conv2d_input(weight, dy):
+        return torch.nn.grad.conv2d_input(shape, weight, dy, unit.stride, unit.padding, unit.dilation, unit.groups)
+
+    return in_float64(conv2d_input, unit.weight, dy)
 
 
 def per_channel(vector):
@@ -249,7 +251,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     draw = Draw(5, device)
     unit = GEOMETRIES["3x3"].unit(draw.integers(12, 5, 3, 3))._replace(groups=4)
     dy, like = draw.integers(2, 12, 5, 5), draw.integers(2, 20, 5, 5)
-    expected = torch.nn.grad.conv2d_input(like.shape, unit.weight.double(), dy.double(), 1, 1, 1, 4)
+    expected = convolve(dy, unit, like.shape[2:])
     inner = Activation(like, torch.zeros(5, 20, device=device))
     dx, partials, masked = conv_dgrad(Gradient(dy), like, unit, inner=inner, backend=backend)
     assert torch.equal(dx.double(), expected)

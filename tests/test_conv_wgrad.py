@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -24,9 +24,10 @@ def few_parts(monkeypatch):
 
 
 def correlate(dy, x, unit):
-    """In float64."""
-    x, dy = x.double().contiguous(), dy.double().contiguous()
-    return torch.nn.grad.conv2d_weight(x, unit.weight.shape, dy, unit.stride, unit.padding, unit.dilation)
+    def conv2d_weight(x, dy):
+        return torch.nn.grad.conv2d_weight(x, unit.weight.shape, dy, unit.stride, unit.padding, unit.dilation, unit.groups)
+
+    return in_float64(conv2d_weight, x, dy)
 
 
 def per_channel(vector):
@@ -221,8 +222,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     draw = Draw(5, device)
     unit = GEOMETRIES["3x3"].unit(draw.integers(12, 5, 3, 3))._replace(groups=4)
     dy, x, vectors = draw.integers(2, 12, 5, 5), draw.integers(2, 20, 5, 5), draw.vectors(20)
-    z = activate(x, vectors).contiguous()
-    expected = torch.nn.grad.conv2d_weight(z, unit.weight.shape, dy.double().contiguous(), 1, 1, 1, 4)
+    expected = correlate(dy, activate(x, vectors), unit)
     assert torch.equal(conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend=backend).double(), expected)
 
 

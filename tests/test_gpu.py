@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fused_res import BasicBlock, Bottleneck, backends, explain, plans, use_backend
+from fused_res.planner import LEVELS
 from fused_res.primitives.bn_act import bn_act, unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply, bn_act_backward_finalize, bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize
@@ -76,6 +77,13 @@ def exact():
         yield
 
 
+@pytest.fixture(params=LEVELS)
+def level(request):
+    """Every level of fusion, in force."""
+    with use_backend("triton", request.param):
+        yield request.param
+
+
 @pytest.fixture
 def deterministic(exact):
     enabled = torch.are_deterministic_algorithms_enabled()
@@ -134,7 +142,7 @@ def test_nothing_is_measured_in_a_capture(exact, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_captured_training_step_replays_as_eager_steps_would(exact, momentum):
+def test_a_captured_training_step_replays_as_eager_steps_would(exact, level, momentum):
     model, x = network(momentum=momentum), images()
     twin = copy.deepcopy(model)
     optimizer, optimizer2 = (torch.optim.SGD(m.parameters(), lr=0.05, foreach=True) for m in (model, twin))
@@ -170,7 +178,7 @@ def test_a_captured_training_step_replays_as_eager_steps_would(exact, momentum):
     torch.testing.assert_close(torch.stack(losses), torch.stack(expected[3:]), rtol=1e-4, atol=1e-6)
 
 
-def test_a_captured_evaluation_reads_the_parameters_of_the_replay(exact):
+def test_a_captured_evaluation_reads_the_parameters_of_the_replay(exact, level):
     model, x = network().eval(), images()
     with torch.no_grad():
         for _ in range(3):
@@ -211,7 +219,7 @@ def test_compiled_for_reduced_overhead_trains_as_eager_blocks_do(exact):
 # Streams, devices, synchronisation, repeatability
 
 
-def test_kernels_run_on_the_current_stream(exact):
+def test_kernels_run_on_the_current_stream(exact, level):
     model, x = network(), images()
     expected = {
         n: g
@@ -248,7 +256,7 @@ def test_a_block_on_another_than_the_current_device_runs_there(exact):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step_does_not_wait_for_the_device(dtype, momentum):
+def test_a_training_step_does_not_wait_for_the_device(level, dtype, momentum):
     model, x = network(momentum=momentum), images().requires_grad_()
     frozen = copy.deepcopy(model)
     frozen[0].bn1.eval()
@@ -274,7 +282,7 @@ def test_a_training_step_does_not_wait_for_the_device(dtype, momentum):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_twenty_steps_from_one_state_are_bitwise_alike(deterministic, dtype):
+def test_twenty_steps_from_one_state_are_bitwise_alike(deterministic, level, dtype):
     model, x = network().to(dtype), images(n=16).to(dtype).requires_grad_()
     initial, first = copy.deepcopy(model.state_dict()), None
     for k in range(20):
@@ -303,10 +311,14 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+CASES = [(stage, None) for stage in STAGES]
+CASES += [(stage, level) for stage in ("stage 2 first", "odd sizes", "given shortcut") for level in LEVELS]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("stage", STAGES)
-def test_triton_gives_the_reference_backends_step(exact, stage, dtype, training):
+@pytest.mark.parametrize(("stage", "level"), CASES)
+def test_triton_gives_the_reference_backends_step(exact, stage, level, dtype, training):
     torch.manual_seed(0)
     block, size = STAGES[stage]()
     for m in block.modules():
@@ -320,15 +332,16 @@ def test_triton_gives_the_reference_backends_step(exact, stage, dtype, training)
     results = []
     for backend in ("triton", "reference"):
         module, leaf = copy.deepcopy(block), x.clone().requires_grad_()
-        with use_backend(backend):
+        with use_backend(backend, level):
             out = module(leaf)
             out.backward(torch.linspace(-1, 1.5, out.numel(), device="cuda").sin().view(out.shape).to(dtype))
         gradients = {"dx": leaf.grad, **{f"d{n}": p.grad for n, p in module.named_parameters()}}
         results.append(({"out": out.detach()} | dict(module.named_buffers()), gradients))
     (got, dgot), (expected, dexpected) = results
-    assert_near(got, expected, 1e-5 if dtype == torch.float32 else 2e-3)
-    # A ReLU sign that flips within rounding moves a gradient.
-    assert_near(dgot, dexpected, 3e-3 if dtype == torch.float32 else 2e-2)
+    eps = torch.finfo(dtype).eps
+    assert_near(got, expected, 1e-5 if dtype == torch.float32 else eps)
+    # A ReLU sign that flips within rounding moves a gradient. In evaluation, the library rounds what the kernels do not store.
+    assert_near(dgot, dexpected, 3e-3 if dtype == torch.float32 else 2e-2 if training else eps**0.5)
 
 
 @pytest.mark.slow
@@ -401,14 +414,14 @@ def test_grad_scaler_skips_a_step_whose_gradient_overflows_and_takes_the_next():
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_one_nonfinite_incoming_gradient_reaches_what_it_reaches_in_eager(exact, dtype, value):
-    model, x = network()[:2].to(dtype), images().to(dtype)
+def test_one_nonfinite_incoming_gradient_reaches_what_it_reaches_in_eager(exact, level, dtype, value):
+    model, x = network().to(dtype), images().to(dtype)
     with torch.no_grad():
         open_at = (model(x) > 0).nonzero()[0]
     results = []
-    for backend in ("triton", "eager"):
+    for backend, its in (("triton", level), ("eager", None)):
         leaf = x.clone().requires_grad_()
-        with use_backend(backend):
+        with use_backend(backend, its):
             out = model(leaf)
             dout = torch.ones_like(out)
             dout[tuple(open_at)] = value
@@ -419,14 +432,16 @@ def test_one_nonfinite_incoming_gradient_reaches_what_it_reaches_in_eager(exact,
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_one_nonfinite_pixel_spreads_as_in_eager(exact, value):
-    model, x = network()[:2], images()
+def test_one_nonfinite_pixel_spreads_as_in_eager(exact, level, value):
+    model, x = network(), images()
     x[0, 0, 3, 3] = value
     with torch.no_grad():
         results = []
-        for backend in ("triton", "eager"):
+        for backend, its in (("triton", level), ("eager", None)):
             module = copy.deepcopy(model)
-            with use_backend(backend):
+            with use_backend(backend, its):
                 results.append((module(x), *module.buffers()))
-    for ours, eager in zip(*results, strict=True):
-        assert torch.equal(ours.isnan(), eager.isnan())
+    (ours, *buffers), (eager, *its_buffers) = results
+    assert torch.equal(ours.isnan(), eager.isnan())
+    for buffer, its in zip(buffers, its_buffers, strict=True):
+        assert torch.equal(buffer.isfinite(), its.isfinite())

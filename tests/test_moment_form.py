@@ -50,19 +50,20 @@ class Tail:
         self.betas = [0.3 * draw(outer).float() for _ in self.weights]
         self.a, self.dout = torch.tensor(0.7), draw(n, outer, h, w)
 
-    def stored(self):
+    def stored(self, device):
         """Every tensor as the block would be given it."""
 
         def image(t):
-            return t.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+            return t.to(device, self.dtype).contiguous(memory_format=torch.channels_last)
 
         images = [image(t) for t in (self.z, self.x, self.dout)]
-        vectors = [(gamma.to(self.device), beta.to(self.device)) for gamma, beta in zip(self.gammas, self.betas, strict=True)]
-        return *images, [w.to(self.device, self.dtype) for w in self.weights], vectors, self.a.to(self.device)
+        vectors = [(gamma.to(device), beta.to(device)) for gamma, beta in zip(self.gammas, self.betas, strict=True)]
+        return *images, [w.to(device, self.dtype) for w in self.weights], vectors, self.a.to(device)
 
     def through_autograd(self, dtype, signs=None):
-        """Outputs and gradients by torch's own operators in a dtype; `signs` are imposed on the ReLU."""
-        z, x, dout, weights, vectors, a = self.stored()
+        """Outputs and gradients by torch's own operators in a dtype; `signs` are imposed on the ReLU. float64 is the CPU's."""
+        z, x, dout, weights, vectors, a = self.stored(self.device if dtype != torch.float64 else "cpu")
+        signs = None if signs is None else signs.to(z.device)
         z, x, *weights = leaves = [t.to(dtype).requires_grad_() for t in (z, x, *weights)]
         vectors = [[t.double() if dtype == torch.float64 else t.clone() for t in pair] for pair in vectors]
         a = a.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -75,7 +76,8 @@ class Tail:
         total = total + (x if len(weights) == 1 else branch(x, weights[1], vectors[1], self.stride))
         out = total.relu() if signs is None else torch.where(signs, total, 0)
         gradients = torch.autograd.grad(out, [*leaves, *flat], dout.to(dtype))
-        return self._named(out.detach(), gradients)
+        found = self._named(out.detach(), gradients)
+        return {name: value.to(self.device) for name, value in found.items()}
 
     def _named(self, out, gradients):
         names = ["dz", "dx", *(f"dw{i}" for i in range(len(self.weights))), "da"]
@@ -84,7 +86,7 @@ class Tail:
 
     def through_moments(self, backend):
         """The same by the primitives, and the signs that the ReLU took."""
-        z, x, dout, weights, vectors, a = self.stored()
+        z, x, dout, weights, vectors, a = self.stored(self.device)
         inputs = [Activation(z), Activation(x, stride=self.stride)][: len(weights)]
         scales, branches, found = [a, None], [], []
         for i, (operand, weight) in enumerate(zip(inputs, weights, strict=True)):
@@ -206,7 +208,7 @@ def test_adversity(backend, device, dtype, edit):
 def tf32():
     """float32 products round to TF32, and with them what is derived for them."""
     pytest.importorskip("triton")
-    library = torch.backends.mkldnn if not torch.cuda.is_available() else torch.backends.cudnn
+    library = torch.backends.cudnn if torch.cuda.is_available() else torch.backends.mkldnn
     before = library.conv.fp32_precision
     library.conv.fp32_precision = "tf32"
     yield
@@ -241,8 +243,9 @@ def test_tf32_is_exact_where_operands_are(device, tf32, proven_interpreter, proj
         setattr(tail, name, rounded(getattr(tail, name)).double())
     tail.weights = [rounded(w).double() for w in tail.weights]
     ours, opened = tail.through_moments("triton")
+    limit = 2e-6 if device == "cpu" else 8e-6  # tensor cores cut off what their accumulators cannot hold
     for name, want in tail.through_autograd(torch.float64, opened).items():
-        assert relative(ours[name], want) <= (2.0**-11 if name in ("dz", "dx") else 2e-6), name
+        assert relative(ours[name], want) <= (2.0**-11 if name in ("dz", "dx") else limit), name
 
 
 def test_tf32_takes_the_moments_of_what_is_multiplied(device, tf32, proven_interpreter):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from convolutions import every_dtype, misaligned
+from convolutions import assert_same_sums, every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.moments import moments, moments_finalize
+from fused_res.primitives.moments import FEW, moments, moments_finalize
 from fused_res.primitives.operands import Activation
 from fused_res.spec import ConvBN
 
@@ -31,7 +31,8 @@ def check(z, backend, error=32 * 2.0**-24):
     unit = expected.diagonal().sqrt() + 2.0**-24 * rows.abs().amax(0)
     assert ((mean - rows.mean(0)).abs() <= error * unit).all()
     assert ((covariance - expected).abs() <= error * torch.outer(unit, unit)).all()
-    assert torch.equal(covariance, covariance.T)
+    if backend != "reference" and z.pixels > FEW:  # the rest are the library's products
+        assert torch.equal(covariance, covariance.T)
 
 
 @every_dtype
@@ -132,8 +133,11 @@ def test_nan_passes_the_relu(backend, device):
 @every_dtype
 def test_misaligned_and_repeated(backend, device, dtype):
     z = Draw(9, device).activation(2, 64, 9, 7, dtype)
-    first, moved = moments(z, backend=backend), moments(Activation(misaligned(z.image), z.vectors), backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(first, moved, strict=True))
+    first, again = (moments(z, backend=backend) for _ in range(2))
+    moved = moments(Activation(misaligned(z.image), z.vectors), backend=backend)
+    for a, b, c in zip(first, again, moved, strict=True):
+        assert torch.equal(a, b)
+        assert_same_sums(c, a)
 
 
 def test_same_bits_whatever_the_threads(cpu_backend):
