@@ -23,11 +23,19 @@ def load(path: Path) -> dict[str, dict]:
     return {line.pop("test"): line for line in lines}
 
 
+_PASSED = pytest.StashKey[set[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_configure_node(node) -> None:
+    """Workers leave out the same tests, one that replaces another included: pytest-xdist gives nothing to one that differs."""
+    node.workerinput["passed"] = sorted(node.config.stash.get(_PASSED, set()))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    path = config.getoption("outcomes")
-    if path is None:
+    if config.getoption("outcomes") is None:
         return
-    passed = {name for name, found in load(path).items() if found["outcome"] in ("passed", "skipped")}
+    passed = config.stash[_PASSED]
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
     kept = [item for item in items if item.nodeid not in passed]
     items[:] = sorted(kept, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
@@ -49,5 +57,10 @@ class _Writer:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("outcomes")
-    if path is not None and not hasattr(config, "workerinput"):  # of many processes, the one that hears of all tests
-        config.pluginmanager.register(_Writer(path), "outcomes-writer")
+    if path is None:
+        return
+    if hasattr(config, "workerinput"):
+        config.stash[_PASSED] = set(config.workerinput["passed"])
+        return
+    config.stash[_PASSED] = {name for name, found in load(path).items() if found["outcome"] in ("passed", "skipped")}
+    config.pluginmanager.register(_Writer(path), "outcomes-writer")  # of many processes, the one that hears of all tests
