@@ -53,6 +53,11 @@ def kernel_tests() -> list[str]:
     return [str(ROOT / "tests" / f"test_{stem}.py") for stem in stems if (ROOT / "tests" / f"test_{stem}.py").is_file()]
 
 
+def gpu_tests() -> list[str]:
+    """The files of tests that need a GPU: named, because collecting all others takes every process many seconds."""
+    return [str(ROOT / "tests" / f"test_{name}.py") for name in ("gpu", "benchmarks_gpu")]
+
+
 def pytest(output: Path, name: str, *arguments: str, processes: int = PROCESSES) -> tuple[str, ...]:
     """pytest in many processes, each test within a minute; every outcome is written down as soon as it is known."""
     options = ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "--tb=short")
@@ -152,8 +157,13 @@ def steps(output: Path) -> list[Step]:
         *([] if built else [Step("build", (("-c", BUILD),), estimate=60, limit=150)]),
         Step("info", (("-m", "fused_res", "info"),), estimate=10, limit=60),
         Step("smoke", tuple(smoke), estimate=30, limit=90),
-        Step("kernel-tests", (pytest(output, "kernel-tests", "-k", "triton or native", *kernel_tests()),), estimate=80, limit=110),
-        Step("gpu-tests", (pytest(output, "gpu-tests", "-m", "gpu and not slow", str(ROOT / "tests")),), estimate=50, limit=90),
+        Step(
+            "kernel-tests",
+            (pytest(output, "kernel-tests", "-m", "kernel and not slow", "-k", "not reference", *kernel_tests()),),
+            estimate=80,
+            limit=110,
+        ),
+        Step("gpu-tests", (pytest(output, "gpu-tests", "-m", "gpu and not slow", *gpu_tests()),), estimate=50, limit=90),
         warm(256, ("fused_res", *(f"fused_res {level}" for level in LEVELS), "torch.compile")),
         *timings(output, "resnet50", "train", "bf16", 256, CASES, PEERS),
         Step("cudnn-fusions", (fusions,), estimate=65, limit=80, accepted=(0, 3), needs=("smoke",)),
