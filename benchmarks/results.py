@@ -9,6 +9,7 @@ A line without its end, left by an interruption, is ignored.
 
 import hashlib
 import json
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -63,9 +64,11 @@ def _line(value: object) -> str:
 
 
 def begin(document: dict, path: Path) -> None:
-    """Write the header of a new file over whatever is there."""
+    """Write the header of a new file over whatever is there; an interruption leaves that, or a whole header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_line({key: value for key, value in document.items() if key != "rows"}))
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(_line({key: value for key, value in document.items() if key != "rows"}))
+    os.replace(fresh, path)
 
 
 def append(document: dict, path: Path, key: str, value: object) -> None:
@@ -122,8 +125,8 @@ def resume(path: Path, wanted: dict) -> dict:
         raise StaleResultError(
             f"{path.name} is of another run, {', '.join(names)} differ; without --resume it is measured anew and replaced"
         )
-    text = path.read_text()
-    path.write_text(text[: text.rfind("\n") + 1])
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
     return found
 
 
