@@ -126,9 +126,9 @@ def warm(batch: int, peers: Sequence[str]) -> Step:
 def sequences(output: Path, name: str, environment: tuple[tuple[str, str], ...] = (), batch: int = 256) -> Step:
     """All kernels of all blocks of ResNet-50 at every level."""
     peers = ("eager channels_last", "bare convolutions", *(f"fused_res {level}" for level in LEVELS))
-    command = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
+    command = ("-m", "fused_res.benchmarks.profiling", "--resume", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
     arguments = (*command, "--output", str(output / f"{name}.jsonl"), "--peers", *peers)
-    return Step(name, (arguments,), estimate=35, limit=90, needs=("smoke",), environment=environment)
+    return Step(name, (arguments,), estimate=35, limit=90, resumable=True, needs=("smoke",), environment=environment)
 
 
 TILED = (
@@ -139,13 +139,13 @@ TILED = (
 
 def tiles(output: Path) -> list[Step]:
     """The kernels' tiles, compiled by many processes at once, then timed."""
-    command = ("-m", "fused_res.benchmarks.tiles", "--output")
+    command = ("-m", "fused_res.benchmarks.tiles")
     few = ("--compile-only", "--batch", "32", "--cases", "resnet50.3.identity", "resnet50.3.projection")
-    compile_only = tuple((*command, str(output / f"{CACHE}/compiled.jsonl"), *few, "--kernels", kernel) for kernel in TILED)
-    timed = ((*command, str(output / "tiles.jsonl")),)
+    compile_only = tuple((*command, *few, "--kernels", kernel) for kernel in TILED)
+    timed = ((*command, "--resume", "--output", str(output / "tiles.jsonl")),)
     return [
         Step("tiles-warm", compile_only, estimate=45, limit=90, needs=("smoke",)),
-        Step("tiles", timed, estimate=40, limit=80, needs=("smoke",)),
+        Step("tiles", timed, estimate=40, limit=80, resumable=True, needs=("smoke",)),
     ]
 
 

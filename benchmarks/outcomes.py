@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_res.benchmarks import lines
+
 _BEFORE = pytest.StashKey[dict[str, str]]()
 
 
@@ -19,10 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def load(path: Path) -> dict[str, dict]:
     """The last outcome of every test in a file: `outcome` (passed, failed or skipped), `seconds`, and `message` where it failed."""
-    if not path.is_file():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {line.pop("test"): line for line in lines}
+    return {line.pop("test"): line for line in lines.read(path)}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,9 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if workers is not None:
         config.stash[_BEFORE] = workers["outcomes"]
         return
-    if path.is_file():
-        with path.open("rb+") as file:  # a line without its end was cut off
-            file.truncate(file.read().rfind(b"\n") + 1)
+    lines.mend(path)
     config.stash[_BEFORE] = {name: found["outcome"] for name, found in load(path).items()}
     config.pluginmanager.register(_Writer(path), "outcomes-writer")
     if config.pluginmanager.hasplugin("xdist"):

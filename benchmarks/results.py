@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fused_res import environment
+from fused_res.benchmarks import lines
 
 SCHEMA = 2
 SAME_RUN = ("command", "device", "versions", "git", "source", "settings")
@@ -87,11 +88,11 @@ def _take(document: dict, key: str, value: object) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read a result file. Raises ValueError for one of another schema or with a damaged line."""
-    text = path.read_text()
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Read a result file. Raises ValueError for one of another schema or with a damaged line, FileNotFoundError for none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name}: there is no such file")
     try:
-        header, *records = [json.loads(line) for line in lines] or [{}]
+        header, *records = lines.read(path) or [{}]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: expected JSON lines: {error}") from error
     if header.get("schema") != SCHEMA:
@@ -125,8 +126,7 @@ def resume(path: Path, wanted: dict) -> dict:
         raise StaleResultError(
             f"{path.name} is of another run, {', '.join(names)} differ; without --resume it is measured anew and replaced"
         )
-    with path.open("rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+    lines.mend(path)
     return found
 
 
