@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fused_res.benchmarks.peers import Peer, Refusal, Setup, is_ours
+from fused_res.benchmarks.peers import Peer, Refusal, Setup, blamed, is_ours
 
 ORACLES = ("eager channels_last", "eager NCHW")
 DRIFT, MOST = 3.0, 0.9
@@ -69,22 +69,29 @@ def compare(ready: dict[str, Peer], refusals: dict[str, Refusal], setup: Setup, 
 
     In a network roundings grow from block to block: what two right implementations may differ by is learnt from eager's two
     layouts. A peer that is wrong is taken out of `ready`, and joins the refusals: its times would mean nothing.
+
+    Raises:
+        NoOracleError: eager does not run.
+        peers.StepFailedError, peers.DeviceLostError: a peer has failed in its step.
     """
     ran = [name for name in ORACLES if name in ready]
     if not ran:
         said = {name: refusal.reason for name, refusal in refusals.items()}
         raise NoOracleError(f"{setup.case.name}: eager does not run here, so nothing can be compared with it: {said}")
     oracle, unit, errors = ran[0], unit_roundoff(setup.dtype, setup.device), {ran[0]: 0.0}
-    wanted = quantities(ready[oracle], i)
+    with blamed(oracle, setup.device):
+        wanted = quantities(ready[oracle], i)
     limits = {name: tolerance(name, unit) for name in wanted}
     if setup.case.is_network:
         if len(ran) < 2:
             raise NoOracleError(f"{setup.case.name}: a network is judged by eager in both layouts, got {ran[0]} alone")
-        other = quantities(ready[ran[1]], i)
-        errors[ran[1]] = difference(other, wanted, limits)[0]
+        with blamed(ran[1], setup.device):
+            other = quantities(ready[ran[1]], i)
+            errors[ran[1]] = difference(other, wanted, limits)[0]
         limits = network_limits(limits, {name: relative_error(other[name], wanted[name]) for name in wanted})
     for name in [name for name, peer in ready.items() if peer.comparable and name not in errors]:
-        errors[name], complaint = difference(quantities(ready[name], i), wanted, limits)
+        with blamed(name, setup.device):
+            errors[name], complaint = difference(quantities(ready[name], i), wanted, limits)
         if complaint:
             del ready[name]
             refusals[name] = Refusal(f"differs from {oracle}: {complaint}", failed=is_ours(name))

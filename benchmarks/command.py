@@ -10,10 +10,9 @@ from fused_res import check
 from fused_res.benchmarks import agreement, compare, model, report, results, suite, sums, webpage
 from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.peers import MODES, REGISTRY
+from fused_res.benchmarks.steps import UNFINISHED
 from fused_res.console import UsageError
 from fused_res.planner import LEVELS
-
-UNFINISHED = 3
 
 
 def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Callable) -> None:

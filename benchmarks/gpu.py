@@ -7,24 +7,26 @@ finished: a further call goes on. Exit codes: 0 all passed, 1 not yet or failed,
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 if __package__:
     from fused_res.benchmarks import kernel_cache
-    from fused_res.benchmarks.steps import RUNNING, State, Step, pack, replace, run
+    from fused_res.benchmarks.steps import FAILED, RUNNING, State, Step, pack, replace, run, set_aside
 else:  # run as a script, perhaps without an installation: its own folder is on the path
     import kernel_cache
-    from steps import RUNNING, State, Step, pack, replace, run
+    from steps import FAILED, RUNNING, State, Step, pack, replace, run, set_aside
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("fused_res", "kernels", "csrc", "benchmarks", "tests")
@@ -64,6 +66,14 @@ def pytest(output: Path, name: str, *arguments: str, processes: int = PROCESSES)
     spread = ("-n", str(processes), "--dist", "worksteal", "--timeout", "60", "--timeout-method", "thread")
     plugin = ("-p", "fused_res.benchmarks.outcomes", "--outcomes", str(output / f"{name}.outcomes.jsonl"))
     return ("-m", "pytest", *options, *(spread if processes > 1 else ()), *plugin, *arguments)
+
+
+def full_check() -> Step:
+    """The numerical check with all seeds, a process for each backend and dtype."""
+    parts = [(backend, dtype) for backend in ("triton", "native", "reference") for dtype in ("fp32", "fp16", "bf16")]
+    commands = tuple(("-m", "fused_res", "check", "--json", "--backend", backend, "--dtype", dtype) for backend, dtype in parts)
+    keep = tuple(f"check-{backend}-{dtype}.json" for backend, dtype in parts)
+    return Step("check", commands, estimate=60, limit=180, needs=("smoke",), keep=keep)
 
 
 def sanitizer(tool: str) -> Step:
@@ -121,9 +131,9 @@ def warm(batch: int, peers: Sequence[str]) -> Step:
 def sequences(output: Path, name: str, environment: tuple[tuple[str, str], ...] = (), batch: int = 256) -> Step:
     """All kernels of all blocks of ResNet-50 at every level."""
     peers = ("eager channels_last", "bare convolutions", *(f"fused_res {level}" for level in LEVELS))
-    command = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
+    command = ("-m", "fused_res.benchmarks.profiling", "--resume", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
     arguments = (*command, "--output", str(output / f"{name}.jsonl"), "--peers", *peers)
-    return Step(name, (arguments,), estimate=35, limit=90, accepted=(0, 1), needs=("smoke",), environment=environment)
+    return Step(name, (arguments,), estimate=35, limit=90, resumable=True, needs=("smoke",), environment=environment)
 
 
 TILED = (
@@ -134,13 +144,13 @@ TILED = (
 
 def tiles(output: Path) -> list[Step]:
     """The kernels' tiles, compiled by many processes at once, then timed."""
-    command = ("-m", "fused_res.benchmarks.tiles", "--output")
+    command = ("-m", "fused_res.benchmarks.tiles")
     few = ("--compile-only", "--batch", "32", "--cases", "resnet50.3.identity", "resnet50.3.projection")
-    compile_only = tuple((*command, str(output / f"{CACHE}/compiled.jsonl"), *few, "--kernels", kernel) for kernel in TILED)
-    timed = ((*command, str(output / "tiles.jsonl")),)
+    compile_only = tuple((*command, *few, "--kernels", kernel) for kernel in TILED)
+    timed = ((*command, "--resume", "--output", str(output / "tiles.jsonl")),)
     return [
         Step("tiles-warm", compile_only, estimate=45, limit=90, needs=("smoke",)),
-        Step("tiles", timed, estimate=40, limit=80, accepted=(0, 1), needs=("smoke",)),
+        Step("tiles", timed, estimate=40, limit=80, resumable=True, needs=("smoke",)),
     ]
 
 
@@ -171,7 +181,7 @@ def steps(output: Path) -> list[Step]:
         sequences(output, "sequences-own", (("FUSED_RES_CONVOLUTIONS", "own"),)),
         *tiles(output),
         *timings(output, "resnet50", "eval", "bf16", 256, CASES, PEERS),
-        Step("check", (("-m", "fused_res", "check", "--json"),), estimate=120, limit=240, needs=("smoke",)),
+        full_check(),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         *timings(output, "resnet50", "train", "fp16", 256, CASES, PEERS),
@@ -243,12 +253,10 @@ def caches(output: Path) -> dict[str, str]:
     folder = output / CACHE
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
-    kernels = folder / "triton"
-    if not kernels.is_dir():
-        carried = CARRY / "triton-cache.tar.xz"
-        kernels.mkdir()
-        if carried.is_file():
-            print(f"{kernel_cache.unpack(carried, kernels)} compiled kernels were carried here", flush=True)
+    kernels, carried, unpacked = folder / "triton", CARRY / "triton-cache.tar.xz", folder / "unpacked"
+    if carried.is_file() and not (unpacked.is_file() and unpacked.read_text() == str(carried.stat().st_mtime_ns)):
+        print(f"{kernel_cache.unpack(carried, kernels)} compiled kernels were carried here", flush=True)
+        unpacked.write_text(str(carried.stat().st_mtime_ns))  # afterwards: what a cut leaves half unpacked is unpacked again
     return {"TRITON_CACHE_DIR": str(kernels), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
 
 
@@ -269,7 +277,10 @@ def fingerprint() -> str:
 def gpu_name() -> str | None:
     """The GPU's name, asked of a process of its own so that none of its memory is held here."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() and not torch.version.hip else '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=90)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() or None
 
 
@@ -281,6 +292,7 @@ class Stay:
     ) -> None:
         self.output, self.planned, self.end, self.archive = output, planned, end, archive
         self.environment, self.folder = environment, folder
+        set_aside(output, fingerprint(), stays=CACHE)
         self.state = State(output / "state.json", fingerprint())
         self.ran = False
 
@@ -310,9 +322,18 @@ class Stay:
             page = summary.page(self.output, rows)
         except Exception as error:  # no summary is worth losing results for
             page = "\n".join([f"no summary: {type(error).__name__}: {error}", *(" ".join(row) for row in rows), ""])
-        replace(page, self.output / "summary.md")
-        replace(page, self.archive.with_suffix("").with_suffix(".md"))
-        pack(self.output, self.archive, leave_out=CACHE)
+        try:
+            replace(page, self.output / "summary.md")
+            replace(page, self.archive.with_suffix("").with_suffix(".md"))
+        except OSError as error:
+            print(f"no summary: {error}", flush=True)
+        self.pack()
+
+    def pack(self) -> None:
+        try:
+            pack(self.output, self.archive, leave_out=CACHE)
+        except Exception as error:  # the next one may be
+            print(f"no archive: {type(error).__name__}: {error}", flush=True)
 
     def run(self, step: Step) -> None:
         """Run a step; a resumable one again and again, as long as there is time and it gets further."""
@@ -320,12 +341,13 @@ class Stay:
         while True:
             begin = time.monotonic()
             before = self._size(results)
-            limit = min(step.limit, self.left())
-            print(f"{step.name}: at most {limit:.0f} s, {self.left():.0f} s are left", flush=True)
+            left = "" if self.end == float("inf") else f", {self.left():.0f} s are left"
+            print(f"{step.name}: about {step.estimate:.0f} s, at most {step.limit:.0f}{left}", flush=True)
             self.state.note(step, RUNNING)
-            status = run(step, self.environment, self.folder, self.output, limit, self.save)
-            if step.name == "check" and (self.output / "logs" / "check.out").is_file():
-                shutil.copyfile(self.output / "logs" / "check.out", self.output / "check.json")
+            try:
+                status = run(step, self.environment, self.folder, self.output, self.left(), self.pack)
+            except Exception as error:  # the steps after it are worth as much
+                status = f"{FAILED} with {type(error).__name__}: {error}"
             self.state.note(step, status, time.monotonic() - begin)
             print(f"{step.name}: {status}, {time.monotonic() - begin:.0f} s", flush=True)
             if status != RUNNING or not step.resumable or self._size(results) == before or self.why_not(step):
@@ -336,6 +358,12 @@ class Stay:
     def _size(self, name: str) -> int:
         path = self.output / name
         return path.stat().st_size if path.is_file() else 0
+
+
+def _load_summary() -> None:
+    """While the first step runs: the import takes seconds."""
+    with contextlib.suppress(Exception):  # whoever needs it says what is wrong
+        importlib.import_module("fused_res.benchmarks.summary")
 
 
 def _stopped(number: int, frame: object) -> None:
@@ -372,7 +400,8 @@ def main() -> int:
     chosen = [s for s in planned if (named(s, options.step) if options.step else True) and not named(s, options.skip)]
     output.mkdir(parents=True, exist_ok=True)
     end = float("inf") if options.minutes is None else started + 60 * options.minutes - RESERVE
-    signal.signal(signal.SIGTERM, _stopped)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stopped)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         environment = importable(folder) | caches(output)
@@ -381,15 +410,19 @@ def main() -> int:
         if options.list:
             print("\n".join(f"{s.name}: {stay.state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
             return 0
-        for step in chosen:
-            if not options.step and stay.state.done(step) and not (step.last and stay.ran):
-                continue
-            if reason := stay.why_not(step):
-                print(f"{step.name}: not begun, {reason}", flush=True)
-                continue
-            stay.run(step)
-        stay.save()
-        print(f"written: {archive}, {archive.stat().st_size / 1e6:.1f} MB")
+        threading.Thread(target=_load_summary, daemon=True).start()
+        try:
+            for step in chosen:
+                if not options.step and stay.state.done(step) and not (step.last and stay.ran):
+                    continue
+                if reason := stay.why_not(step):
+                    print(f"{step.name}: not begun, {reason}", flush=True)
+                    continue
+                stay.run(step)
+        finally:  # also where a signal has ended a step
+            stay.save()
+        size = archive.stat().st_size if archive.is_file() else 0
+        print(f"written: {archive}, {size / 1e6:.2f} MB")
         return 0 if all(stay.state.passed(step) for step in chosen) else 1
 
 

@@ -1,7 +1,7 @@
 """A pytest plugin for tests that may be cut off: every outcome is written down as soon as it is known, a JSON line each.
 
-`-p fused_res.benchmarks.outcomes --outcomes FILE`. Tests that passed in the run that FILE is of are left out; the others come in an
-order that mixes files, so that whatever time allows says something about all of them.
+`-p fused_res.benchmarks.outcomes --outcomes FILE`. Tests that passed by FILE are left out; those that failed come last, and the
+others in an order that mixes files, so that whatever time allows says something about all of them.
 """
 
 import hashlib
@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from fused_res.benchmarks import lines
+
+_BEFORE = pytest.StashKey[dict[str, str]]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, metavar="FILE", help="write every outcome there; leave out what passed by it")
@@ -17,28 +21,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def load(path: Path) -> dict[str, dict]:
     """The last outcome of every test in a file: `outcome` (passed, failed or skipped), `seconds`, and `message` where it failed."""
-    if not path.is_file():
-        return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    return {line.pop("test"): line for line in lines}
+    return {line.pop("test"): line for line in lines.read(path)}
 
 
-_PASSED = pytest.StashKey[set[str]]()
-
-
-@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
-def pytest_configure_node(node) -> None:
-    """Workers leave out the same tests, one that replaces another included: pytest-xdist gives nothing to one that differs."""
-    node.workerinput["passed"] = sorted(node.config.stash.get(_PASSED, set()))
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("outcomes")
+    if path is None:
+        return
+    # All processes must leave out the same tests, also one that takes a crashed one's place when more have passed.
+    workers = getattr(config, "workerinput", None)
+    if workers is not None:
+        config.stash[_BEFORE] = workers["outcomes"]
+        return
+    lines.mend(path)
+    config.stash[_BEFORE] = {name: found["outcome"] for name, found in load(path).items()}
+    config.pluginmanager.register(_Writer(path), "outcomes-writer")
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Workers(config.stash[_BEFORE]), "outcomes-workers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("outcomes") is None:
+    before = config.stash.get(_BEFORE, None)
+    if before is None:
         return
-    passed = config.stash[_PASSED]
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
-    kept = [item for item in items if item.nodeid not in passed]
-    items[:] = sorted(kept, key=lambda item: hashlib.sha256(item.nodeid.encode()).digest())
+    kept = [item for item in items if before.get(item.nodeid) not in ("passed", "skipped")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = sorted(kept, key=lambda item: (item.nodeid in before, hashlib.sha256(item.nodeid.encode()).digest()))
+
+
+class _Workers:
+    def __init__(self, before: dict[str, str]) -> None:
+        self.before = before
+
+    def pytest_configure_node(self, node: object) -> None:
+        node.workerinput["outcomes"] = self.before
 
 
 class _Writer:
@@ -54,13 +70,8 @@ class _Writer:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("outcomes")
-    if path is None:
-        return
-    if hasattr(config, "workerinput"):
-        config.stash[_PASSED] = set(config.workerinput["passed"])
-        return
-    config.stash[_PASSED] = {name for name, found in load(path).items() if found["outcome"] in ("passed", "skipped")}
-    config.pluginmanager.register(_Writer(path), "outcomes-writer")  # of many processes, the one that hears of all tests
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """No test left to run is a success where all have passed before."""
+        found = load(self.path).values()
+        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and found and all(line["outcome"] != "failed" for line in found):
+            session.exitstatus = pytest.ExitCode.OK

@@ -5,8 +5,8 @@ packages are in `foreign` and `cudnn_graphs`.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,6 +33,14 @@ class CannotRunError(RuntimeError):
 
 class DeviceLostError(RuntimeError):
     """A peer has left the GPU's context in a state in which nothing runs any more in this process."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer, self.reason = peer, reason
+
+
+class StepFailedError(RuntimeError):
+    """A peer that ran before has failed in a later step; the GPU still works."""
 
     def __init__(self, peer: str, reason: str) -> None:
         super().__init__(f"{peer}: {reason}")
@@ -306,6 +314,23 @@ def is_lost(device: torch.device) -> bool:
     return False
 
 
+@contextmanager
+def blamed(name: str, device: torch.device) -> Iterator[None]:
+    """Whatever goes wrong inside is the named peer's.
+
+    Raises:
+        DeviceLostError: and has taken the GPU's context with it.
+        StepFailedError: and has not.
+    """
+    try:
+        yield
+    except (DeviceLostError, StepFailedError):
+        raise
+    except Exception as error:
+        kind = DeviceLostError if is_lost(device) else StepFailedError
+        raise kind(name, first_line(error)) from error
+
+
 def make(name: str, setup: Setup) -> Peer | Refusal:
     """The named peer after one warm-up step, or why it cannot run here.
 
@@ -313,12 +338,11 @@ def make(name: str, setup: Setup) -> Peer | Refusal:
         DeviceLostError: its error has taken the GPU's context with it.
     """
     try:
-        peer = REGISTRY[name].make(setup)
-        peer.step(0)
-        if setup.device.type == "cuda":
-            torch.cuda.synchronize(setup.device)
-    except Exception as error:
-        if is_lost(setup.device):
-            raise DeviceLostError(name, first_line(error)) from error
-        return Refusal(first_line(error), is_ours(name) and not isinstance(error, CannotRunError))
+        with blamed(name, setup.device):
+            peer = REGISTRY[name].make(setup)
+            peer.step(0)
+            if setup.device.type == "cuda":
+                torch.cuda.synchronize(setup.device)
+    except StepFailedError as error:
+        return Refusal(error.reason, is_ours(name) and not isinstance(error.__cause__, CannotRunError))
     return peer

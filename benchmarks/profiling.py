@@ -18,9 +18,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from fused_res import environment
-from fused_res.benchmarks import peers, report, results, sums
+from fused_res.benchmarks import lines, peers, report, results, sums
 from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.peers import OURS, Setup
+from fused_res.benchmarks.steps import UNFINISHED
 
 STEPS, SHOWN = 5, 12
 
@@ -129,13 +130,20 @@ def page(documents: Sequence[dict], device: torch.device, count: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _profiled_before(path: Path) -> set[tuple[str, str]]:
+    """The cases and peers that a file has kernels of, or the reason why not."""
+    lines.mend(path)
+    return {(line["case"], line["peer"]) for line in lines.read(path)}
+
+
 def _write_sequences(options: argparse.Namespace, device: torch.device) -> int:
     """A line for every case and peer: its kernels, or why there are none."""
-    failed = 0
-    with options.output.open("w") as file, environment.temporarily(torch.backends.cudnn, benchmark=True):
+    failed, before = 0, _profiled_before(options.output) if options.resume else set()
+    mode = "a" if options.resume else "w"
+    with options.output.open(mode) as file, environment.temporarily(torch.backends.cudnn, benchmark=True):
         for case in SUITES[options.suite]:
             setup = Setup(case, options.batch, environment.DTYPES[options.dtype], device, options.mode)
-            for name in options.peers:
+            for name in (name for name in options.peers if (case.name, name) not in before):
                 line = {"case": case.name, "batch": options.batch, "dtype": options.dtype, "mode": options.mode, "peer": name}
                 try:
                     found = {"kernels": [(kernel, round(us, 1)) for kernel, us in sequence(setup, name)]}
@@ -146,11 +154,14 @@ def _write_sequences(options: argparse.Namespace, device: torch.device) -> int:
                 file.flush()
                 total = sum(us for _, us in found.get("kernels", ()))
                 print(f"{case.name}, {name}: " + (f"{total / 1e3:.3f} ms" if total else found["reason"]), flush=True)
+                if "reason" in found and peers.is_lost(device):
+                    return UNFINISHED
             setup.release()
     return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 where a peer has no kernels to show, 3 where one has taken the GPU with it: --resume goes on after that."""
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.profiling", description=__doc__)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="result files; those of another device are left out")
     parser.add_argument("--worst", type=int, default=4, help="how many cases (default %(default)s)")
@@ -159,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="with --suite (default %(default)s)")
     parser.add_argument("--dtype", choices=environment.DTYPES, default="bf16", help="with --suite (default %(default)s)")
     parser.add_argument("--mode", choices=peers.MODES, default="train", help="with --suite (default %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="with --suite: leave out what the output has lines of")
     parser.add_argument("--output", type=Path, default=Path("profile.md"), help="default %(default)s")
     options = parser.parse_args(argv)
     device = environment.default_device()

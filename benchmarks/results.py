@@ -9,12 +9,14 @@ A line without its end, left by an interruption, is ignored.
 
 import hashlib
 import json
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from fused_res import environment
+from fused_res.benchmarks import lines
 
 SCHEMA = 2
 SAME_RUN = ("command", "device", "versions", "git", "source", "settings")
@@ -63,9 +65,11 @@ def _line(value: object) -> str:
 
 
 def begin(document: dict, path: Path) -> None:
-    """Write the header of a new file over whatever is there."""
+    """Write the header of a new file over whatever is there; an interruption leaves that, or a whole header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_line({key: value for key, value in document.items() if key != "rows"}))
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(_line({key: value for key, value in document.items() if key != "rows"}))
+    os.replace(fresh, path)
 
 
 def append(document: dict, path: Path, key: str, value: object) -> None:
@@ -84,11 +88,11 @@ def _take(document: dict, key: str, value: object) -> None:
 
 
 def load(path: Path) -> dict:
-    """Read a result file. Raises ValueError for one of another schema or with a damaged line."""
-    text = path.read_text()
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """Read a result file. Raises ValueError for one of another schema or with a damaged line, FileNotFoundError for none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name}: there is no such file")
     try:
-        header, *records = [json.loads(line) for line in lines] or [{}]
+        header, *records = lines.read(path) or [{}]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: expected JSON lines: {error}") from error
     if header.get("schema") != SCHEMA:
@@ -122,8 +126,7 @@ def resume(path: Path, wanted: dict) -> dict:
         raise StaleResultError(
             f"{path.name} is of another run, {', '.join(names)} differ; without --resume it is measured anew and replaced"
         )
-    text = path.read_text()
-    path.write_text(text[: text.rfind("\n") + 1])
+    lines.mend(path)
     return found
 
 

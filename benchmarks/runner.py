@@ -29,8 +29,13 @@ def interleave(
     deadline: float | None = None,
     seed: int = 0,
     now: Callable[[], float] = time.monotonic,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
 ) -> dict[str, list[Timing]]:
-    """Timings of every step, one per round. Stops early, after at least MIN_ROUNDS rounds, once `now()` passes the deadline [s]."""
+    """Timings of every step, one per round. Stops early, after at least MIN_ROUNDS rounds, once `now()` passes the deadline [s].
+
+    Raises:
+        peers.StepFailedError, peers.DeviceLostError: a step has failed on the device.
+    """
     order, shuffle = list(steps), random.Random(seed).shuffle
     timings: dict[str, list[Timing]] = {name: [] for name in steps}
     collecting = gc.isenabled()
@@ -41,7 +46,8 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                timings[name].append(timed(lambda name=name, i=done % sets: steps[name](i)))
+                with peers_module.blamed(name, device):
+                    timings[name].append(timed(lambda name=name, i=done % sets: steps[name](i)))
     finally:
         if collecting:
             gc.enable()
@@ -59,6 +65,8 @@ def run_case(
 ) -> list[dict]:
     """Measure one case: a row per peer, also for those that cannot run, or are wrong: results are compared before and after.
 
+    Where a peer fails in the midst of it, the others are measured again without it.
+
     Args:
         refused: peers that are not tried, with the reason.
 
@@ -67,9 +75,25 @@ def run_case(
         agreement.NoOracleError: eager does not run.
     """
     names, clock = names or peers_module.usual(setup.device, setup.mode), clock or clock_for(setup.device)
-    ready: dict[str, Peer] = {}
     refusals = {name: Refusal(reason, peers_module.is_ours(name)) for name, reason in (refused or {}).items()}
-    matmul = torch.backends.cuda.matmul
+    while True:
+        try:
+            return _measured(setup, names, rounds, deadline, clock, advance, dict(refusals))
+        except peers_module.StepFailedError as error:
+            refusals[error.peer] = Refusal(error.reason, peers_module.is_ours(error.peer))
+
+
+def _measured(
+    setup: Setup,
+    names: Sequence[str],
+    rounds: int,
+    deadline: float | None,
+    clock: Clock,
+    advance: Callable[[str], None],
+    refusals: dict[str, Refusal],
+) -> list[dict]:
+    ready: dict[str, Peer] = {}
+    matmul, device = torch.backends.cuda.matmul, setup.device
     with temporarily(torch.backends.cudnn, benchmark=True), temporarily(matmul, allow_tf32=torch.backends.cudnn.allow_tf32):
         for name in (name for name in names if name not in refusals):
             advance(f"{setup.case.name}: {name}")
@@ -79,17 +103,21 @@ def run_case(
             else:
                 ready[name] = made
         errors = {"before": compare(ready, refusals, setup, 0)}
-        used = {name: memory.measure(peer, setup) for name, peer in ready.items()}
-        for i in range(WARM_UP):
-            for peer in ready.values():
-                peer.step(i % setup.sets)
+        used = {}
+        for name, peer in ready.items():
+            with peers_module.blamed(name, device):
+                used[name] = memory.measure(peer, setup)
+                for i in range(WARM_UP):
+                    peer.step(i % setup.sets)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
         advance(f"{setup.case.name}: timing")
         steps = {name: peer.step for name, peer in ready.items()}
-        before = clocks.state(setup.device)
-        timings = interleave(steps, clock.time, rounds, setup.sets, deadline)
-        state = {"before": before, "after": clocks.state(setup.device)}
+        before = clocks.state(device)
+        timings = interleave(steps, clock.time, rounds, setup.sets, deadline, device=device)
+        state = {"before": before, "after": clocks.state(device)}
         few = max(MIN_ROUNDS, len(next(iter(timings.values()))) // 3)
-        others = {column: interleave(steps, timed, few, setup.sets) for column, timed in clock.others().items()}
+        others = {column: interleave(steps, timed, few, setup.sets, device=device) for column, timed in clock.others().items()}
         graphs = _replayed(ready, setup, clock, few)
         errors["after"] = compare(ready, refusals, setup, setup.sets - 1)
     rows = []
@@ -134,9 +162,11 @@ def _replayed(ready: dict[str, Peer], setup: Setup, clock: Clock, rounds: int) -
         try:
             graphs[name] = clocks.captured(lambda peer=peer: peer.step(0))
         except RuntimeError as error:
+            if peers_module.is_lost(setup.device):
+                raise peers_module.DeviceLostError(name, peers_module.first_line(error)) from error
             found[name] = peers_module.first_line(error)
     steps = {name: lambda i, replay=replay: replay() for name, replay in graphs.items()}
-    return found | (interleave(steps, clock.time, rounds) if steps else {})
+    return found | (interleave(steps, clock.time, rounds, device=setup.device) if steps else {})
 
 
 def work(setup: Setup, name: str, backend: str | None) -> dict[str, float | None]:

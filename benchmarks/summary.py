@@ -133,14 +133,18 @@ def page(output: Path, steps: Sequence[tuple[str, str, str, str]]) -> str:
     """The page of the results in a folder; `steps` are names, what became of them, and seconds, as estimated and as they were."""
     lines = ["# fused_res on this machine", "", "| step | status | estimate [s] | seconds |", "| --- | --- | ---: | ---: |"]
     lines += [f"| {' | '.join(step)} |" for step in steps]
-    if (output / "check.json").is_file():
-        lines += ["", check_line(output / "check.json")]
+    for path in sorted(output.glob("check*.json")):
+        lines += ["", f"{path.stem}: {check_line(path)}"]
     tests, void = test_lines(output)
     lines += tests
     for path in sorted(output.glob("*-*-*.jsonl")):
         if path.name.endswith(".outcomes.jsonl"):
             continue
-        document = results.load(path)
+        try:
+            document = results.load(path)
+        except ValueError as error:
+            lines += ["", f"## {path.stem}", "", f"Not readable: {error}"]
+            continue
         unfinished = "" if "finished" in document else " (unfinished)"
         lines += ["", f"## {path.stem}{unfinished}", "", f"{report.conditions(document)}.", "", *peer_table(document, void)]
         lines += ["", *case_lines(document)]

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from fused_res import environment
+from fused_res.benchmarks import lines
 from fused_res.benchmarks.cases import SUITES, Case
+from fused_res.benchmarks.peers import is_lost
+from fused_res.benchmarks.steps import UNFINISHED
 from fused_res.kernels import conv_dgrad, conv_fprop, conv_wgrad, moments, pointwise_tail, pointwise_tail_backward
 from fused_res.kernels.common import ProductTile
 from fused_res.kernels.conv import Config, configurations
@@ -268,21 +271,20 @@ def jobs(case: Case, batch: int, dtype: torch.dtype, device: torch.device) -> It
 
 
 def measure(job: Job, copy_rate: float, compile_only: bool) -> Iterator[dict]:
-    """A row for the default tile and for every other one."""
-    wanted = _tensors(job.run(None))
+    """A row for the default tile and for every other one; the last one where that has taken the GPU's context with it."""
+    wanted = None
     for tile in (None, *job.tiles):
         row: dict = {"kernel": job.name, "tile": None if tile is None else list(tile)}
         try:
             found = job.run(tile)
-            if compile_only:
-                continue
-            row["difference"] = _differs(found, wanted)
-            del found
-            row["us"] = round(microseconds(functools.partial(job.run, tile)), 1)
-            row["share"] = round(1e6 * job.bytes / copy_rate / row["us"], 3)
+            if not compile_only:
+                wanted = _tensors(found) if wanted is None else wanted
+                row["difference"] = _differs(found, wanted)
+                del found
+                row["us"] = round(microseconds(functools.partial(job.run, tile)), 1)
+                row["share"] = round(1e6 * job.bytes / copy_rate / row["us"], 3)
         except Exception as error:  # out of shared memory, say: it is a result
             row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-            torch.cuda.synchronize()
         yield row
 
 
@@ -303,30 +305,56 @@ def _best(case: Case, rows: list[dict]) -> str | None:
     return f"{what}, best {best['us']} us with {best['tile']}, {best['share']} of a copy"
 
 
+def _measured(path: Path) -> set[tuple[str, str]]:
+    """The cases and kernels that a file has rows of."""
+    lines.mend(path)
+    return {(row["case"], row["kernel"]) for row in lines.read(path)}
+
+
+def _chosen(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Case, Job]]:
+    for case in SUITES["resnet50"]:
+        if options.cases is None or case.name in options.cases:
+            for job in jobs(case, options.batch, torch.bfloat16, device):
+                if options.kernels is None or any(f"{job.name} ".startswith(f"{name} ") for name in options.kernels):
+                    yield case, job
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 where a tile's result differs, 3 where a kernel has taken the GPU with it: --resume goes on after that."""
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.tiles", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="not with --compile-only")
     parser.add_argument("--batch", type=int, default=256, help="default %(default)s")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="of resnet50; default: all")
-    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only kernels whose name begins so")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only kernels whose name begins with these words")
     parser.add_argument("--compile-only", action="store_true", help="fill the cache, time nothing")
+    parser.add_argument("--resume", action="store_true", help="leave out the kernels that FILE has rows of")
     options = parser.parse_args(argv)
     device = environment.default_device()
+    if options.compile_only:
+        for case, job in _chosen(options, device):
+            failed = [row for row in measure(job, 0.0, compile_only=True) if "reason" in row]
+            print(f"{case.name} {job.name}: {len(job.tiles) + 1} tiles, {len(failed)} do not run", flush=True)
+        return 0
+    if options.output is None:
+        parser.error("--output: expected a file")
+    before = _measured(options.output) if options.resume else set()
     copy_rate, wrong = _copy_rate(device), 0
-    with options.output.open("a") as file:
-        for case in SUITES["resnet50"]:
-            if options.cases and case.name not in options.cases:
+    with options.output.open("a" if options.resume else "w") as file:
+        for case, job in _chosen(options, device):
+            if (case.name, job.name) in before:
                 continue
-            for job in jobs(case, options.batch, torch.bfloat16, device):
-                if options.kernels and not job.name.startswith(tuple(options.kernels)):
-                    continue
-                rows = list(measure(job, copy_rate, options.compile_only))
-                for row in rows:
-                    file.write(json.dumps({"case": case.name, "batch": options.batch, "copy": copy_rate, **row}) + "\n")
+            rows = []
+            for row in measure(job, copy_rate, compile_only=False):
+                rows.append(row)
+                file.write(json.dumps({"case": case.name, "batch": options.batch, "copy": copy_rate, **row}) + "\n")
                 file.flush()
-                wrong += sum(row.get("difference", 0.0) > AGREE for row in rows)
-                if line := _best(case, rows):
-                    print(line, flush=True)
+                if "reason" in row and is_lost(device):
+                    print(f"{case.name} {job.name}: {row['tile']} took the GPU with it: {row['reason']}", flush=True)
+                    return UNFINISHED
+            wrong += sum(not row.get("difference", 0.0) <= AGREE for row in rows)
+            if line := _best(case, rows):
+                print(line, flush=True)
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
     return 1 if wrong else 0
 
