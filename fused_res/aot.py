@@ -23,7 +23,9 @@ from fused_res import aot_table
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Shared memory that one block may use, in bytes, by compute capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Of these a sample takes one for each kind of matrix instruction, and the newest of those with little shared memory.
+_SAMPLE = (80, 90, 100, 120)
 # Local memory that does not count as a spill where no loop uses it, in bytes.
 PARKED = 32
 _POINTERS = {
@@ -54,12 +56,19 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def variants(dtype: torch.dtype, what: str = "aot_variants") -> Iterator[tuple[str, object]]:
-    """Name of the file and variant, for all files of `fused_res.kernels` that have `aot_variants`, or `aot_tiles`."""
-    for module in pkgutil.iter_modules(fused_res.kernels.__path__):
-        found = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), what, None)
-        for variant in found(dtype) if found else ():
-            yield module.name, variant
+def variants(dtype: torch.dtype, arch: int, what: str = "aot_variants") -> list[tuple[str, object]]:
+    """Name of the file and variant, for all files of `fused_res.kernels` that have `aot_variants`, or `aot_tiles`.
+
+    Their tiles are those that the launchers choose on such a GPU.
+    """
+    from fused_res.kernels.common import compiling_for
+
+    found = []
+    with compiling_for(SHARED[arch]):
+        for module in pkgutil.iter_modules(fused_res.kernels.__path__):
+            make = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), what, None)
+            found += [(module.name, variant) for variant in make(dtype)] if make else []
+    return found
 
 
 def _specialise(value, path: tuple[int, ...], constants: dict, attributes: dict):
@@ -218,12 +227,12 @@ def inspect(variant, dtype: torch.dtype, arch: int) -> Row:
 def table(sample: bool, only: Collection[str] = (), tiles: bool = False) -> Iterator[tuple[str, Row]]:
     """File and row of all variants for all architectures, or of those in some files only; or of the convolutions' tiles.
 
-    A sample has the variants marked so, in two dtypes, and one newer or older target.
+    A sample has the variants marked so, in two dtypes, and some architectures.
     """
     for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
-        for file, variant in variants(dtype, "aot_tiles" if tiles else "aot_variants"):
-            if (variant.sample or not sample) and (not only or file in only):
-                for arch in (90,) if sample and dtype == torch.float32 else SHARED:
+        for arch in SHARED if not sample else (90,) if dtype == torch.float32 else _SAMPLE:
+            for file, variant in variants(dtype, arch, "aot_tiles" if tiles else "aot_variants"):
+                if (variant.sample or not sample) and (not only or file in only):
                     yield file, inspect(variant, dtype, arch)
 
 
@@ -233,7 +242,7 @@ def stale(text: str) -> list[str]:
     here = {
         (file, kernel_name(variant), variant.name, str(dtype).removeprefix("torch."))
         for dtype in DTYPES
-        for file, variant in variants(dtype)
+        for file, variant in variants(dtype, next(iter(SHARED)))
     }
     return [
         *(f"missing: {', '.join(line)}" for line in sorted(here - there)),

@@ -1,6 +1,9 @@
 """What the kernels share: device helpers, tile shapes, and launching."""
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -8,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 
 @triton.jit
@@ -242,6 +246,31 @@ class Launch(NamedTuple):
 
 
 _recorders: list[list[Launch]] = []
+_budgets: list[int] = []
+
+
+@contextmanager
+def compiling_for(shared: int) -> Iterator[None]:
+    """Inside, launchers choose their tiles for a GPU that gives a block so many bytes of shared memory."""
+    _budgets.append(shared)
+    try:
+        yield
+    finally:
+        _budgets.pop()
+
+
+@functools.cache
+def _optin(index: int) -> int:
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def shared_memory(device: torch.device) -> float:
+    """Bytes of shared memory that a block may have there; infinite in the interpreter, and where launches are only recorded."""
+    if _budgets:
+        return _budgets[-1]
+    if _recorders or device.type == "cpu":
+        return math.inf
+    return _optin(driver.active.get_current_device() if device.index is None else device.index)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:

@@ -4,7 +4,7 @@ All three directions are one implicit matrix product over NHWC images: rows are 
 over runs through the taps of the filter and the channels of the other side (fprop, dgrad) or through the pixels (wgrad).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from fused_res.kernels.common import (
     load_rows,
     meta,
     narrow,
+    shared_memory,
     through_bn,
 )
 from fused_res.spec import ConvBN
@@ -272,7 +273,8 @@ PROGRAMS = 264
 def configurations(
     direction: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...], *, area: int = 128 * 128
 ) -> list[Config]:
-    """The tiles worth measuring for a convolution in this direction ("fprop", "dgrad" or "wgrad"); the first is the default.
+    """The tiles worth measuring for a convolution in this direction ("fprop", "dgrad" or "wgrad"); the first that is `fitting` is
+    the default.
 
     pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. area: tiles of at most this many results come
     first, for kernels that need many registers beside them.
@@ -294,6 +296,44 @@ def configurations(
             programs = PROGRAMS
         fitted.setdefault(config, (tile.rows * tile.columns > area, -min(programs, PROGRAMS)))
     return sorted(fitted, key=fitted.get)
+
+
+def _side(operand: Any, rows: int, columns: int, itemsize: int, stages: int) -> int:
+    """Shared memory of one side of the product, of which a step takes [rows, columns]: an operand, or None for the weight.
+
+    What it follows from is copied ahead, for every step but the one at work. What is computed from that passes through shared
+    memory once more.
+    """
+    images, bits, vectors = 1, 0, 0
+    if getattr(operand, "coefficients", None) is not None:
+        by_y = not operand.masked and operand.signs is None
+        images, bits = 1 + (operand.training or by_y), int(not operand.masked and not by_y)
+        vectors = 5 if by_y else 3
+    elif getattr(operand, "vectors", None) is not None:
+        vectors = 2
+    block = rows * columns * itemsize
+    ahead = images * block + bits * rows * columns // 8 + vectors * columns * 4
+    return (stages - 1) * ahead + (block if vectors else 0)
+
+
+def shared_bytes(direction: str, config: Config, itemsize: int, *operands: Any) -> int:
+    """Shared memory that a block of a convolution's kernel takes at most, on GPUs that multiply in `mma` instructions.
+
+    Those with `wgmma` or `tcgen05` keep up to one step more on each side, and have the room.
+    """
+    p, k, c = config[:3]
+    sides = {
+        "fprop": ((operands[0], p, c), (None, c, k)),
+        "dgrad": ((operands[0], p, k), (None, k, c)),
+        "wgrad": ((operands[0], p, k), (operands[-1], p, c)),
+    }
+    return sum(_side(*side, itemsize, config.stages) for side in sides[direction])
+
+
+def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: Any) -> list[Config]:
+    """Those of the tiles for which the weight's GPU has enough shared memory, with these operands: x, dy, or dy and x."""
+    room = shared_memory(weight.device)
+    return [c for c in configs if shared_bytes(direction, c, weight.element_size(), *operands) <= room]
 
 
 def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
@@ -352,13 +392,21 @@ def meta_cases(dtype: torch.dtype) -> Iterator[MetaCase]:
         yield MetaCase(unit, meta_image(n, c, size, size, dtype=dtype), dy, at, c % 16 == 0, main)
 
 
-def meta_tiles(direction: str, dtype: torch.dtype) -> Iterator[tuple[MetaCase, Config, str]]:
-    """Every tile worth measuring for the `main` cases, and a variant's name."""
+def meta_tiles(
+    direction: str, dtype: torch.dtype, operands: Callable[[MetaCase], tuple]
+) -> Iterator[tuple[MetaCase, tuple, Config, str]]:
+    """The `main` cases, what `operands` makes of each, every tile worth measuring for that, and a variant's name."""
     for case in meta_cases(dtype):
         if case.main:
-            image = case.x if direction == "dgrad" else case.dy
-            for config in configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape):
-                yield case, config, f"{' '.join(map(str, config))} {case.at}"
+            made, weight, image = operands(case), case.unit.weight, case.x if direction == "dgrad" else case.dy
+            configs = configurations(direction, dtype, image.numel() // image.shape[1], weight.shape)
+            for config in fitting(direction, configs, weight, *made):
+                yield case, made, config, f"{' '.join(map(str, config))} {case.at}"
+
+
+def meta_activated(case: MetaCase) -> Any:
+    """The case's x without data, with BN and ReLU still to be applied."""
+    return SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
 
 
 def meta_gradient(dy: Tensor, mask: str) -> Any:

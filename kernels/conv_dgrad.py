@@ -27,10 +27,12 @@ from fused_res.kernels.conv import (
     configurations,
     constants,
     decode,
+    fitting,
     geometry,
     gradient,
     implicit_gemm,
     load_signs,
+    meta_activated,
     meta_cases,
     meta_gradient,
     meta_image,
@@ -163,7 +165,8 @@ def conv_dgrad(
     pixels = n * triton.cdiv(height, g.stride_h) * triton.cdiv(width, g.stride_w)
     if config is None:
         area = 64 * 64 if source.coefficients is not None or g.stride_h * g.stride_w > 1 else 128 * 128
-        config = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)[0]
+        able = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)
+        config = fitting("dgrad", able, weight, dy)[0]
     config = Config(*config)
     tiles = triton.cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
     y, vectors, partials = None, None, None
@@ -201,7 +204,7 @@ def _checked(add: Any, like: Tensor, weight: Tensor) -> Addition:
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for case in meta_cases(dtype):
         n, c, h, w = case.x.shape
-        inner = SimpleNamespace(image=case.x, vectors=meta(5, c))
+        inner = meta_activated(case)
         addend = SimpleNamespace(image=case.x, signs=meta(n * h * w, triton.cdiv(c, 8), dtype=torch.uint8), stride=(1, 1))
         half = meta_image(n, c, triton.cdiv(h, 2), triton.cdiv(w, 2), dtype=dtype)
 
@@ -222,6 +225,6 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
     """The variant that needs the most registers, with every tile that tuning tries."""
-    for case, config, name in meta_tiles("dgrad", dtype):
-        dy, inner = meta_gradient(case.dy, "signs"), SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
+    for case, (dy,), config, name in meta_tiles("dgrad", dtype, lambda case: (meta_gradient(case.dy, "signs"),)):
+        inner = meta_activated(case)
         yield variant(name, conv_dgrad, dy, case.x, case.unit, inner, None, config=config, loads=True, stores=True, matrix=True)

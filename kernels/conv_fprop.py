@@ -31,8 +31,10 @@ from fused_res.kernels.conv import (
     configurations,
     constants,
     decode,
+    fitting,
     geometry,
     implicit_gemm,
+    meta_activated,
     meta_cases,
     meta_tiles,
     taps_first,
@@ -137,7 +139,7 @@ def conv_fprop(
     pixels = n * g.out_height * g.out_width
     if config is None:
         area = 64 * 64 if output is not None and output.y2 is not None else 128 * 128
-        config = configurations("fprop", weight.dtype, pixels, weight.shape, area=area)[0]
+        config = fitting("fprop", configurations("fprop", weight.dtype, pixels, weight.shape, area=area), weight, x)[0]
     config = Config(*config)
     tiles = triton.cdiv(pixels, config.block_p)
     shape = (n, channels_out, g.out_height, g.out_width)
@@ -163,8 +165,8 @@ def _output(vectors: Tensor, skip: Tensor | None = None, y2: Tensor | None = Non
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for case in meta_cases(dtype):
-        c, k = case.x.shape[1], case.dy.shape[1]
-        plain, activated = (SimpleNamespace(image=case.x, vectors=vectors) for vectors in (None, meta(5, c)))
+        k = case.dy.shape[1]
+        plain, activated = SimpleNamespace(image=case.x, vectors=None), meta_activated(case)
 
         def fprop(name, *arguments, sample=False, case=case):
             wide = {"loads": case.wide, "stores": case.wide}
@@ -180,6 +182,5 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
     """The variant that needs the most registers, with every tile that tuning tries."""
-    for case, config, name in meta_tiles("fprop", dtype):
-        activated = SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
-        yield variant(name, conv_fprop, activated, case.unit, True, None, config=config, loads=True, stores=True, matrix=True)
+    for case, (x,), config, name in meta_tiles("fprop", dtype, lambda case: (meta_activated(case),)):
+        yield variant(name, conv_fprop, x, case.unit, True, None, config=config, loads=True, stores=True, matrix=True)

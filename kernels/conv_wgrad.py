@@ -10,14 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels import conv
-from fused_res.kernels.common import Variant, aligned, first_row, launch, meta, offset, variant
+from fused_res.kernels.common import Variant, aligned, first_row, launch, offset, variant
 from fused_res.kernels.conv import (
     Config,
+    MetaCase,
     activation,
     configurations,
     constants,
+    fitting,
     geometry,
     gradient,
+    meta_activated,
     meta_cases,
     meta_gradient,
     meta_tiles,
@@ -143,7 +146,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
         sampled = (r, s) == (1, 1) and (g.out_height, g.out_width) != (height, width)
         if left.coefficients is not None and right.vectors is not None and sampled:
             area = 64 * 64  # two operands to compute, and their places
-        config = configurations("wgrad", weight.dtype, pixels, weight.shape, area=area)[0]
+        config = fitting("wgrad", configurations("wgrad", weight.dtype, pixels, weight.shape, area=area), weight, dy, x)[0]
     config = Config(*config)
     programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s
     parts, rows = split(pixels, programs, config.block_p)
@@ -174,7 +177,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for case in meta_cases(dtype):
-        raw, activated = (SimpleNamespace(image=case.x, vectors=vectors) for vectors in (None, meta(5, case.x.shape[1])))
+        raw, activated = SimpleNamespace(image=case.x, vectors=None), meta_activated(case)
 
         def wgrad(name, mask, x, sample=False, case=case):
             arguments, wide = (meta_gradient(case.dy, mask), x, case.unit), {"loads": case.wide, "stores": case.wide}
@@ -192,6 +195,9 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:
     """The variant that needs the most registers, with every tile that tuning tries."""
-    for case, config, name in meta_tiles("wgrad", dtype):
-        dy, activated = meta_gradient(case.dy, "signs"), SimpleNamespace(image=case.x, vectors=meta(5, case.x.shape[1]))
-        yield variant(name, conv_wgrad, dy, activated, case.unit, config=config, loads=True, stores=True, matrix=True)
+
+    def operands(case: MetaCase) -> tuple:
+        return meta_gradient(case.dy, "signs"), meta_activated(case)
+
+    for case, made, config, name in meta_tiles("wgrad", dtype, operands):
+        yield variant(name, conv_wgrad, *made, case.unit, config=config, loads=True, stores=True, matrix=True)

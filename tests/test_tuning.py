@@ -55,7 +55,7 @@ class Planted:
     def level(self, device, dtype, geometry):
         return "bn_act"
 
-    def tiles(self, primitive, dtype, pixels, weight_shape):
+    def tiles(self, primitive, weight, pixels, operands):
         return [(16, 4), (32, 4)]
 
     def tile(self, pixels, warps):

@@ -10,8 +10,8 @@ A backend module has four functions:
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
 It may have three more. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
-pixels; without it, all of them do. `tiles(primitive, dtype, pixels, weight_shape)`: the tiles of its convolution that are worth
-trying, and `tile(*numbers)`: one of them from its numbers.
+pixels; without it, all of them do. `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth
+trying and that the weight's device can run, and `tile(*numbers)`: one of them from its numbers.
 """
 
 import functools

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fused_res.geometry import Geometry
 from fused_res.spec import ConvBN
@@ -82,10 +83,13 @@ def pays(unit: ConvBN, pixels: int) -> bool:
     return tuple(unit.weight.shape[2:]) == (1, 1)
 
 
-def tiles(primitive: str, dtype: torch.dtype, pixels: int, weight_shape: tuple[int, ...]) -> list[tuple]:
-    """The tiles worth trying for a convolution: pixels of its result (for conv_wgrad, of dy), weight [K, C, R, S]."""
-    conv = importlib.import_module("fused_res.kernels.conv")
-    return conv.configurations(primitive.removeprefix("conv_"), dtype, pixels, weight_shape)
+def tiles(primitive: str, weight: Tensor, pixels: int, operands: tuple) -> list[tuple]:
+    """The tiles worth trying for a convolution: weight [K, C, R, S] on the device, pixels of its result (for conv_wgrad, of dy),
+    and the arguments of its kernel's launcher, less the unit.
+    """
+    conv, direction = importlib.import_module("fused_res.kernels.conv"), primitive.removeprefix("conv_")
+    able = conv.configurations(direction, weight.dtype, pixels, tuple(weight.shape))
+    return conv.fitting(direction, able, weight, *operands[: 2 if direction == "wgrad" else 1])
 
 
 def tile(*numbers: int) -> tuple:

@@ -81,7 +81,7 @@ def tiles(call: Call) -> Sequence[tuple]:
     n, _, height, width = first.shape if call.primitive != "conv_dgrad" else call.operands[1].shape
     if call.primitive == "conv_fprop":
         height, width = call.unit.output_size(height, width)
-    return found(call.primitive, call.unit.weight.dtype, n * height * width, tuple(call.unit.weight.shape))
+    return found(call.primitive, call.unit.weight, n * height * width, call.operands)
 
 
 def choices(call: Call) -> dict[str, Choice]:

@@ -1,0 +1,164 @@
+"""Blocks on a GPU that launches nothing: Triton's real run time, compiler and checks, over a driver of our own, on meta tensors.
+
+A program of its own, since a test's process has Triton interpret its kernels. It writes one JSON object a line.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import nn
+
+from fused_res.aot import SHARED, compile_launch
+
+
+def _load_driver(folder: Path) -> ctypes.CDLL:
+    """Build the driver and have Triton link against it."""
+    library, headers = folder / "libcuda.so.1", Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).with_name("fake_driver.c")
+    command = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}", "-o", library, source]
+    subprocess.run(command, check=True)
+    (folder / "libcuda.so").symlink_to(library)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _become(capability: int) -> None:
+    """Make Triton believe that there is one such GPU."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    class Driver(nvidia.CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+            self.set_current_device = lambda device: None
+            self.get_device_capability = lambda device=0: divmod(capability, 10)
+
+    driver.set_active(Driver())
+
+
+def _stop_at_shared_memory() -> None:
+    """Nothing runs, so no machine code is needed. Shared memory is laid out before LLVM."""
+    os.environ["DISABLE_LLVM_OPT"] = "1"
+
+    def ptx(source, metadata):
+        metadata["name"] = "none"
+        return ""
+
+    def change(backend=None, stages=None, options=None, language=None, capability=None):
+        if backend is None:
+            return "no machine code", "no machine code"
+        return stages.update(ptx=ptx, cubin=lambda source, metadata: b"none")
+
+    triton.knobs.runtime.add_stages_inspection_hook = change
+
+
+def _blocks(names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    from fused_res.benchmarks.cases import SUITES, convert
+
+    cases = {case.name: case for suite in SUITES.values() for case in suite}
+    for name in names:
+        case = cases[name]
+        block = convert(case.module(), dtype, torch.channels_last, torch.device("meta"))
+        x = torch.empty(64, case.inplanes, case.size, case.size, dtype=dtype, device="meta")
+        yield name, block, x.contiguous(memory_format=torch.channels_last)
+
+
+def _step(block: nn.Module, x: torch.Tensor, training: bool) -> None:
+    block.train(training)
+    if not training:
+        with torch.no_grad():
+            block(x)
+        return
+    x = x.detach().requires_grad_()
+    out = block(x)
+    torch.autograd.grad(out, [x, *block.parameters()], torch.empty_like(out))
+
+
+def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
+    """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any."""
+    import fused_res
+    from fused_res.backends import triton as backend
+
+    kernels: list[tuple[str, int]] = []
+
+    def compiled(*, src, metadata, **_):
+        kernels.append((src.name, metadata["shared"]))
+
+    triton.knobs.compilation.listener = compiled
+    autocast = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else autocast(*device)
+    backend.supports = lambda device, dtype: None
+    for name, block, x in _blocks(options.cases, getattr(torch, options.dtype)):
+        for level in options.levels:
+            for training in (True, False):
+                before, known, error = library.fake_launches(), len(kernels), None
+                try:
+                    with fused_res.use_backend("triton", level):
+                        _step(block, x, training)
+                except triton.runtime.errors.OutOfResources as found:
+                    error = str(found)
+                row = {"case": name, "level": level, "training": training, "error": error}
+                yield row | {"launches": library.fake_launches() - before, "kernels": kernels[known:]}
+
+
+def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:
+    """The convolutions with every tile, whether it fits or not: shared memory as told from the tile, and as compiled."""
+    from fused_res.kernels import conv
+    from fused_res.kernels.common import variant
+    from fused_res.kernels.conv_dgrad import conv_dgrad
+    from fused_res.kernels.conv_fprop import conv_fprop
+    from fused_res.kernels.conv_wgrad import conv_wgrad
+
+    dtype = getattr(torch, options.dtype)
+    for case in conv.meta_cases(dtype):
+        if not case.main:
+            continue
+        x = conv.meta_activated(case)
+        for direction, launcher, image, mask, arguments in (
+            ("fprop", conv_fprop, case.dy, None, (x, case.unit, True, None)),
+            ("dgrad", conv_dgrad, case.x, "y", (case.x, case.unit, x, None)),
+            ("dgrad", conv_dgrad, case.x, "signs", (case.x, case.unit, x, None)),
+            ("wgrad", conv_wgrad, case.dy, "signs", (x, case.unit)),
+        ):
+            dy = () if mask is None else (conv.meta_gradient(case.dy, mask),)
+            read = {"fprop": (x,), "dgrad": dy, "wgrad": (*dy, x)}[direction]
+            pixels = image.numel() // image.shape[1]
+            for config in conv.configurations(direction, dtype, pixels, case.unit.weight.shape):
+                launch = variant("", launcher, *dy, *arguments, config=config).launch
+                shared = compile_launch(launch, options.capability).metadata.shared
+                told = conv.shared_bytes(direction, config, dtype.itemsize, *read)
+                yield {"direction": direction, "at": case.at, "config": config, "mask": mask, "told": told, "shared": shared}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("blocks", "tiles"))
+    parser.add_argument("capability", type=int, choices=SHARED)
+    parser.add_argument("dtype")
+    parser.add_argument("--precision", default="tf32", choices=("tf32", "ieee"), help="of float32")
+    parser.add_argument("--levels", nargs="+")
+    parser.add_argument("--cases", nargs="+")
+    options = parser.parse_args()
+    torch.backends.cudnn.conv.fp32_precision = options.precision
+    os.environ["FAKE_SHARED"] = str(SHARED[options.capability])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        library = _load_driver(Path(folder))
+        _become(options.capability)
+        _stop_at_shared_memory()
+        for row in _run_blocks(options, library) if options.what == "blocks" else _compile_tiles(options):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Every block runs on every GPU, with little shared memory or much: over a driver that launches nothing (`fake_gpu.py`)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_res.aot import SHARED
+from fused_res.backends import triton as backend
+from fused_res.benchmarks.cases import SUITES
+from fused_res.block.levels import LEVELS
+
+pytest.importorskip("triton")
+
+from fused_res.kernels import conv
+from fused_res.kernels.common import compiling_for
+
+DIRECTIONS = ("fprop", "dgrad", "wgrad")
+
+
+def fake_gpu(*arguments):
+    """Its lines. It leaves the convolutions to our own kernels."""
+    environment = {**os.environ, "FUSED_RES_CONVOLUTIONS": "own", "FUSED_RES_TUNE": "0"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, Path(__file__).with_name("fake_gpu.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def check_blocks(capability, dtype, levels, cases):
+    rows = fake_gpu("blocks", capability, dtype, "--levels", *levels, "--cases", *cases)
+    assert [(row["case"], row["level"]) for row in rows] == [(case, level) for case in cases for level in levels for _ in "te"]
+    for row in rows:
+        assert row["error"] is None, row
+        assert row["launches"] > 0, row
+    kernels = [kernel for row in rows for kernel in row["kernels"]]
+    assert max(shared for _, shared in kernels) <= SHARED[capability]
+    return {name for name, _ in kernels}
+
+
+def test_a_block_runs_with_little_shared_memory():
+    kernels = check_blocks(86, "bfloat16", ["prologue"], ["resnet50.1.identity"])
+    assert kernels >= {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_partial_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_block_runs_on_every_gpu(capability):
+    blocks = list(dict.fromkeys(case.name for case in SUITES["resnet50"]))
+    assert len(blocks) == 8
+    check_blocks(capability, "bfloat16", LEVELS, blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_block_runs_in_float32():
+    blocks = list(dict.fromkeys(case.name for case in SUITES["resnet50"]))
+    check_blocks(86, "float32", LEVELS, blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_shared_memory_is_known_from_the_tile(dtype):
+    """What compiled kernels take is what is said of their tiles, or a little less."""
+    rows = fake_gpu("tiles", 86, dtype)
+    assert {row["direction"] for row in rows} == set(DIRECTIONS)
+    for row in rows:
+        assert 0.9 * row["told"] <= row["shared"] <= row["told"], row
+
+
+def operands(direction, case):
+    """Of a call in which all that can be computed on the way is."""
+    x, dy = conv.meta_activated(case), conv.meta_gradient(case.dy, "signs")
+    return {"fprop": (x, True, None), "dgrad": (dy, case.x, x, None), "wgrad": (dy, x)}[direction]
+
+
+def tiles(direction, case, capability):
+    image = case.x if direction == "dgrad" else case.dy
+    with compiling_for(SHARED[capability]):
+        pixels = image.numel() // image.shape[1]
+        return backend.tiles(f"conv_{direction}", case.unit.weight, pixels, operands(direction, case))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tiles_to_try_fit(direction):
+    left_out = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for case in conv.meta_cases(dtype):
+            some, more, all_ = (tiles(direction, case, capability) for capability in (86, 80, 90))
+            assert len(some) >= 1
+            assert set(some) <= set(more) <= set(all_)
+            left_out += len(all_) - len(some)
+            image = case.x if direction == "dgrad" else case.dy
+            assert all_ == conv.configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape)
+    assert left_out > 0 or direction == "fprop"
