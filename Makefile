@@ -18,7 +18,7 @@ help:
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
-	@echo "make aot     compile every Triton kernel variant for sm_80, sm_90 and sm_100, no GPU needed"
+	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
 	@echo "make kernels  the same, and its tables in docs/kernels.md; ARGS='--only conv_fprop' for one file of kernels"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: tests, check and benchmark in resumable slices"

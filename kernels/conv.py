@@ -321,19 +321,18 @@ def shared_bytes(direction: str, config: Config, itemsize: int, *operands: Any) 
 
     Those with `wgmma` or `tcgen05` keep up to one step more on each side, and have the room.
     """
-    p, k, c = config[:3]
-    sides = {
-        "fprop": ((operands[0], p, c), (None, c, k)),
-        "dgrad": ((operands[0], p, k), (None, k, c)),
-        "wgrad": ((operands[0], p, k), (operands[-1], p, c)),
-    }
-    return sum(_side(*side, itemsize, config.stages) for side in sides[direction])
+    p, k, c, _, stages = config
+    if direction == "wgrad":
+        dy, x = operands
+        return _side(dy, p, k, itemsize, stages) + _side(x, p, c, itemsize, stages)
+    depth, columns = (c, k) if direction == "fprop" else (k, c)
+    return _side(operands[0], p, depth, itemsize, stages) + _side(None, depth, columns, itemsize, stages)
 
 
-def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: Any) -> list[Config]:
+def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: Any) -> Iterator[Config]:
     """Those of the tiles for which the weight's GPU has enough shared memory, with these operands: x, dy, or dy and x."""
     room = shared_memory(weight.device)
-    return [c for c in configs if shared_bytes(direction, c, weight.element_size(), *operands) <= room]
+    return (c for c in configs if shared_bytes(direction, c, weight.element_size(), *operands) <= room)
 
 
 def constants(config: Config, unit: ConvBN) -> dict[str, Any]:

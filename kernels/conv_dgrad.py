@@ -154,7 +154,7 @@ def conv_dgrad_kernel(
 def conv_dgrad(
     dy: Any, like: Tensor, unit: ConvBN, inner: Any, add: Any, *, config: tuple | None = None
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Contract: fused_res/primitives/conv_dgrad.py. config: the fields of a `Config`; by default chosen by the shape."""
+    """Contract: fused_res/primitives/conv_dgrad.py. config: the fields of a `Config`; by default chosen by shape and GPU."""
     weight, (n, _, height, width) = unit.weight, like.shape
     channels = weight.shape[1]
     if like.shape[1] != channels:
@@ -166,7 +166,7 @@ def conv_dgrad(
     if config is None:
         area = 64 * 64 if source.coefficients is not None or g.stride_h * g.stride_w > 1 else 128 * 128
         able = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)
-        config = fitting("dgrad", able, weight, dy)[0]
+        config = next(fitting("dgrad", able, weight, dy))
     config = Config(*config)
     tiles = triton.cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
     y, vectors, partials = None, None, None

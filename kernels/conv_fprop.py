@@ -132,14 +132,14 @@ def _checked(output: Any, shape: tuple[int, ...], weight: Tensor) -> tuple[Tenso
 def conv_fprop(
     x: Any, unit: ConvBN, statistics: bool, output: Any, *, config: tuple | None = None
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Contract: fused_res/primitives/conv_fprop.py. config: the fields of a `Config`; by default chosen by the shape."""
+    """Contract: fused_res/primitives/conv_fprop.py. config: the fields of a `Config`; by default chosen by shape and GPU."""
     weight, source = unit.weight, activation(x, unit.weight)
     (channels_out, channels), (n, _, height, width) = weight.shape[:2], source.image.shape
     g = geometry(height, width, unit)
     pixels = n * g.out_height * g.out_width
     if config is None:
         area = 64 * 64 if output is not None and output.y2 is not None else 128 * 128
-        config = fitting("fprop", configurations("fprop", weight.dtype, pixels, weight.shape, area=area), weight, x)[0]
+        config = next(fitting("fprop", configurations("fprop", weight.dtype, pixels, weight.shape, area=area), weight, x))
     config = Config(*config)
     tiles = triton.cdiv(pixels, config.block_p)
     shape = (n, channels_out, g.out_height, g.out_width)

@@ -135,7 +135,7 @@ def split(pixels: int, programs: int, block_p: int) -> tuple[int, int]:
 
 
 def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) -> Tensor:
-    """Contract: fused_res/primitives/conv_wgrad.py. config: the fields of a `Config`; by default chosen by the shape."""
+    """Contract: fused_res/primitives/conv_wgrad.py. config: the fields of a `Config`; by default chosen by shape and GPU."""
     weight, right = unit.weight, activation(x, unit.weight)
     (k, c, r, s), (n, _, height, width) = weight.shape, right.image.shape
     g = geometry(height, width, unit)
@@ -146,7 +146,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
         sampled = (r, s) == (1, 1) and (g.out_height, g.out_width) != (height, width)
         if left.coefficients is not None and right.vectors is not None and sampled:
             area = 64 * 64  # two operands to compute, and their places
-        config = fitting("wgrad", configurations("wgrad", weight.dtype, pixels, weight.shape, area=area), weight, dy, x)[0]
+        config = next(fitting("wgrad", configurations("wgrad", weight.dtype, pixels, weight.shape, area=area), weight, dy, x))
     config = Config(*config)
     programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s
     parts, rows = split(pixels, programs, config.block_p)

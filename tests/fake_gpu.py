@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("what", choices=("blocks", "tiles"))
     parser.add_argument("capability", type=int, choices=SHARED)
     parser.add_argument("dtype")
-    parser.add_argument("--precision", default="tf32", choices=("tf32", "ieee"), help="of float32")
+    parser.add_argument("precision", nargs="?", default="tf32", choices=("tf32", "ieee"), help="of float32")
     parser.add_argument("--levels", nargs="+")
     parser.add_argument("--cases", nargs="+")
     options = parser.parse_args()

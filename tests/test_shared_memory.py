@@ -33,7 +33,7 @@ def fake_gpu(*arguments):
 
 
 def check_blocks(capability, dtype, levels, cases):
-    rows = fake_gpu("blocks", capability, dtype, "--levels", *levels, "--cases", *cases)
+    rows = fake_gpu("blocks", capability, *dtype.split(), "--levels", *levels, "--cases", *cases)
     assert [(row["case"], row["level"]) for row in rows] == [(case, level) for case in cases for level in levels for _ in "te"]
     for row in rows:
         assert row["error"] is None, row
@@ -48,24 +48,25 @@ def test_a_block_runs_with_little_shared_memory():
     assert kernels >= {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_partial_kernel"}
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        pytest.param(86, "bfloat16", marks=pytest.mark.slow),
+        *(pytest.param(other, "bfloat16", marks=pytest.mark.long) for other in SHARED if other != 86),
+        *(pytest.param(86, dtype, marks=pytest.mark.long) for dtype in ("float16", "float32", "float32 ieee")),
+    ],
+)
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("capability", SHARED)
-def test_every_block_runs_on_every_gpu(capability):
-    blocks = list(dict.fromkeys(case.name for case in SUITES["resnet50"]))
+def test_every_block_runs_on_every_gpu(capability, dtype):
+    blocks = [case.name for case in SUITES["resnet50"]]
     assert len(blocks) == 8
-    check_blocks(capability, "bfloat16", LEVELS, blocks)
+    check_blocks(capability, dtype, LEVELS, blocks)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_block_runs_in_float32():
-    blocks = list(dict.fromkeys(case.name for case in SUITES["resnet50"]))
-    check_blocks(86, "float32", LEVELS, blocks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("float32", marks=pytest.mark.long)]
+)
+@pytest.mark.timeout(1200)
 def test_shared_memory_is_known_from_the_tile(dtype):
     """What compiled kernels take is what is said of their tiles, or a little less."""
     rows = fake_gpu("tiles", 86, dtype)

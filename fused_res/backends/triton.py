@@ -89,7 +89,7 @@ def tiles(primitive: str, weight: Tensor, pixels: int, operands: tuple) -> list[
     """
     conv, direction = importlib.import_module("fused_res.kernels.conv"), primitive.removeprefix("conv_")
     able = conv.configurations(direction, weight.dtype, pixels, tuple(weight.shape))
-    return conv.fitting(direction, able, weight, *operands[: 2 if direction == "wgrad" else 1])
+    return list(conv.fitting(direction, able, weight, *operands[: 2 if direction == "wgrad" else 1]))
 
 
 def tile(*numbers: int) -> tuple:
