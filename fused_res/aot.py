@@ -224,13 +224,16 @@ def inspect(variant, dtype: torch.dtype, arch: int) -> Row:
     return row
 
 
-def table(sample: bool, only: Collection[str] = (), tiles: bool = False) -> Iterator[tuple[str, Row]]:
-    """File and row of all variants for all architectures, or of those in some files only; or of the convolutions' tiles.
+def table(
+    sample: bool, only: Collection[str] = (), tiles: bool = False, archs: Collection[int] = tuple(SHARED)
+) -> Iterator[tuple[str, Row]]:
+    """File and row of all variants for these architectures, or of those in some files only; or of the convolutions' tiles.
 
-    A sample has the variants marked so, in two dtypes, and some architectures.
+    A sample has the variants marked so, in two dtypes, and only a few of the architectures.
     """
     for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
-        for arch in SHARED if not sample else (90,) if dtype == torch.float32 else _SAMPLE:
+        sampled = (90,) if dtype == torch.float32 else _SAMPLE
+        for arch in (arch for arch in archs if arch in sampled or not sample):
             for file, variant in variants(dtype, arch, "aot_tiles" if tiles else "aot_variants"):
                 if (variant.sample or not sample) and (not only or file in only):
                     yield file, inspect(variant, dtype, arch)
@@ -272,6 +275,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="FILE", help="a file of kernels, such as conv_fprop; repeatable"
     )
+    parser.add_argument(
+        "--arch", action="append", default=[], type=int, choices=SHARED, help="for this architecture only, such as 90; repeatable"
+    )
     parser.add_argument("--tiles", action="store_true", help="instead, the convolutions with every tile that tuning tries")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write the tables of docs/kernels.md anew")
@@ -289,12 +295,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sample: expected neither --update nor --tiles with it")
     if options.update and options.tiles:
         parser.error("--tiles: expected no --update with it")
+    if options.update and options.arch:
+        parser.error("--arch: expected no --update with it")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
         print(f"{heads}  {'loads (n x bytes)':24} {'stores':14} async matrix")
     sections: dict[str, list[Row]] = {}
-    for file, row in table(options.sample, options.only, options.tiles):
+    for file, row in table(options.sample, options.only, options.tiles, options.arch or SHARED):
         sections.setdefault(file, []).append(row)
         print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
         for problem in row.problems:

@@ -121,7 +121,7 @@ def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:
 
     dtype = getattr(torch, options.dtype)
     for case in conv.meta_cases(dtype):
-        if not case.main:
+        if not case.main or case.unit.stride != (1, 1):
             continue
         x = conv.meta_activated(case)
         for direction, launcher, image, mask, arguments in (
