@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
+    MERGE_STAGES,
     STAGES,
     Variant,
     affine,
@@ -127,6 +128,7 @@ def bn_act_backward_finalize_kernel(
     TRAINING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The sums of T tiles become one BN's coefficients, and its parameters' gradients.
 
@@ -137,7 +139,7 @@ def bn_act_backward_finalize_kernel(
     inside = c < C
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     d = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for first in range(0, T, BLOCK_T):
+    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         t = first + tl.arange(0, BLOCK_T)
         at = partials + offset(t * SUMS, C)[:, None] + c[None, :]  # [BLOCK_T, BLOCK_C]
         mask = (t < T)[:, None] & inside[None, :]
@@ -190,6 +192,7 @@ def bn_act_backward_finalize(
         TRAINING=training,
         BLOCK_T=block.rows,
         BLOCK_C=block.channels,
+        STAGES=MERGE_STAGES,
         warps=block.warps,
     )
     return coefficients

@@ -251,14 +251,17 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-# By preference, for 2-byte and 4-byte activations. Filters with several taps keep to 4 warps: with 8, Triton has been seen to
-# miscompile loops that run through taps and channels together (https://github.com/pytorch/pytorch/issues/173068).
+# By preference, for 2-byte and 4-byte activations; 1x1 of 2 bytes as measured on an H200 (benchmarks.tiles). Filters with several
+# taps keep to 4 warps: with 8, Triton has been seen to miscompile loops that run through taps and channels together
+# (https://github.com/pytorch/pytorch/issues/173068).
 _POINTWISE = {
     2: (
-        ProductTile(128, 128, 64, 8, 3),
+        ProductTile(128, 128, 64, 4, 3),
+        ProductTile(64, 128, 32, 4, 4),
         ProductTile(128, 64, 64, 4, 3),
         ProductTile(64, 128, 64, 4, 3),
         ProductTile(64, 64, 64, 4, 3),
+        ProductTile(128, 128, 64, 8, 3),
     ),
     4: (ProductTile(128, 128, 32, 8, 3), ProductTile(128, 64, 32, 4, 3), ProductTile(64, 64, 32, 4, 3)),
 }
@@ -277,24 +280,24 @@ def configurations(
     the default.
 
     pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. area: tiles of at most this many results come
-    first, for kernels that need many registers beside them.
+    first, for kernels that need many registers beside them; then tiles with no more columns than there are channels.
     """
     k, c = (max(16, triton.next_power_of_2(channels)) for channels in weight_shape[:2])
     table = _POINTWISE if tuple(weight_shape[2:]) == (1, 1) else _TAPS
-    fitted: dict[Config, tuple[bool, int]] = {}
+    fitted: dict[Config, tuple[bool, bool, int]] = {}
     for tile in table[dtype.itemsize]:
         if direction == "fprop":
             config = Config(tile.rows, min(tile.columns, k), min(tile.depth, c), *tile[3:])
-            programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(k, config.block_k)
+            programs, wide = triton.cdiv(pixels, config.block_p) * triton.cdiv(k, config.block_k), tile.columns > k
         elif direction == "dgrad":
             config = Config(tile.rows, min(tile.depth, k), min(tile.columns, c), *tile[3:])
-            programs = triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c)
+            programs, wide = triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c), tile.columns > c
         elif tile.columns > tile.rows:  # spills in float16 on compute capability 9.0, where both operands are computed
             continue
         else:  # parts of the pixels make up for few blocks
             config = Config(tile.depth, min(tile.rows, k), min(tile.columns, c), *tile[3:])
-            programs = PROGRAMS
-        fitted.setdefault(config, (tile.rows * tile.columns > area, -min(programs, PROGRAMS)))
+            programs, wide = PROGRAMS, tile.rows > k or tile.columns > c
+        fitted.setdefault(config, (tile.rows * tile.columns > area, wide, -min(programs, PROGRAMS)))
     return sorted(fitted, key=fitted.get)
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
+    MERGE_STAGES,
     STAGES,
     ProductTile,
     Variant,
@@ -26,8 +27,10 @@ from fused_res.kernels.common import (
 )
 from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
 
-# More rows than these would leave too much to the float32 accumulators, which tensor cores truncate.
-_MOST_ROWS = 1024
+# Tensor cores truncate what they add to a float32 accumulator: after so many rows it joins a sum that is rounded.
+_ROUND = 256
+# Rows of a tile at most: that sum is float32, too.
+_MOST_ROWS = 4096
 # Channels whose mean is beyond about twice their deviation count from a pivot; the differences are multiplied in two halves.
 _REACH, _SHARE = 0.875, 7
 
@@ -71,6 +74,7 @@ def _accumulate(
     ONE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -78,23 +82,26 @@ def _accumulate(
     p = tl.arange(0, BLOCK_P)
     total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     product = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
-        total += centred
-        high_i, low_i = high, low
-        if ONE:
-            if copies_operand():
-                high_i = tl.where(left > 0, high, 0.0)
-                if SPLIT:
-                    low_i = tl.where(left > 0, low, 0.0)
-        else:
-            _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
-        product = tl.dot(tl.trans(high_i), high, product, input_precision=PRECISION)
-        if SPLIT:
-            product = tl.dot(tl.trans(high_i), low, product, input_precision=PRECISION)
-            product = tl.dot(tl.trans(low_i), high, product, input_precision=PRECISION)
-            if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
-                product = tl.dot(tl.trans(low_i), low, product, input_precision=PRECISION)
+    for begin in range(0, left, ROUND):
+        part = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+        for first in tl.range(begin, tl.minimum(begin + ROUND, left), BLOCK_P, num_stages=STAGES):
+            centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
+            total += centred
+            high_i, low_i = high, low
+            if ONE:
+                if copies_operand():
+                    high_i = tl.where(left > 0, high, 0.0)
+                    if SPLIT:
+                        low_i = tl.where(left > 0, low, 0.0)
+            else:
+                _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
+            part = tl.dot(tl.trans(high_i), high, part, input_precision=PRECISION)
+            if SPLIT:
+                part = tl.dot(tl.trans(high_i), low, part, input_precision=PRECISION)
+                part = tl.dot(tl.trans(low_i), high, part, input_precision=PRECISION)
+                if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
+                    part = tl.dot(tl.trans(low_i), low, part, input_precision=PRECISION)
+        product += part
     if SPLIT:
         DTYPE: tl.constexpr = z.data.dtype.element_ty
         product = product / tl.trans(within_reach(start_i, DTYPE)) / within_reach(start, DTYPE)
@@ -116,13 +123,14 @@ def moments_kernel(
     SPLIT: tl.constexpr,
     REACH: tl.constexpr,
     SHARE: tl.constexpr,
+    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Over tiles of `rows` rows: what the columns of z count from, their sums from there, and the products of all pairs of them.
 
     z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. vectors: [T, 2, K], products: [T, K, K], float32, of
-    which blocks below the diagonal are not written.
+    which blocks below the diagonal are not written, and those on it are symmetric to the last bit.
     """
     K = aligned(K, ALIGN)
     across = tl.cdiv(K, BLOCK_K)
@@ -138,10 +146,13 @@ def moments_kernel(
         far = 0
         if SPLIT:
             far = tl.sum((start != 0).to(tl.int32)) + tl.sum((start_i != 0).to(tl.int32))
+        columns = (k_i, k, K, start_i, start)
         if far == 0:
-            total, product = _accumulate(z, row, left, k_i, k, K, start_i, start, False, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+            total, product = _accumulate(z, row, left, *columns, False, ONE, BLOCK_P, BLOCK_K, ROUND, PRECISION, STAGES)
         else:
-            total, product = _accumulate(z, row, left, k_i, k, K, start_i, start, True, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+            total, product = _accumulate(z, row, left, *columns, True, ONE, BLOCK_P, BLOCK_K, ROUND, PRECISION, STAGES)
+        if i == j:
+            product = 0.5 * (product + tl.trans(product))
 
         at = k_i[:, None] * K + k[None, :]
         tl.store(products + offset(t, K) * K + at, product, mask=within(k_i, K, k, K))
@@ -157,14 +168,14 @@ def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr):
     """The mean over T tiles, of `rows` rows each but the last.
 
     vectors: [T, 2, K], float32, from `moments_kernel`. mean: [K], float64.
     """
     k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in range(0, T, BLOCK_T):
+    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         t, there, count = _counts(first, T, rows, last, BLOCK_T)
         at, mask = vectors + offset(t * 2, K)[:, None] + k[None, :], there & (k < K)[None, :]
         total += count * load_wide(at, mask) + load_wide(at + K, mask)
@@ -185,6 +196,7 @@ def moments_covariance_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The covariance over T tiles, of `rows` rows each but the last.
 
@@ -192,24 +204,23 @@ def moments_covariance_kernel(
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     j, k = e // K, e % K
-    inside = j < K
+    # Blocks below the diagonal were not computed: what is above it stands there, too.
+    inside, above = (j < K) & (j // BLOCK_K <= k // BLOCK_K), j // BLOCK_K < k // BLOCK_K
     mean_j = tl.load(mean + j, mask=inside, other=0.0)[None, :]
     mean_k = tl.load(mean + k, mask=inside, other=0.0)[None, :]
-    # Blocks below the diagonal were not computed; those on it need not be symmetric to the last bit.
-    below, above = j // BLOCK_K > k // BLOCK_K, j // BLOCK_K < k // BLOCK_K
-    one, other = tl.where(below, k * K + j, e), tl.where(above, e, k * K + j)
     square = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in range(0, T, BLOCK_T):
+    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         t, there, count = _counts(first, T, rows, last, BLOCK_T)
-        mask, at = there & inside[None, :], vectors + offset(t * 2, K)[:, None]
+        mask, at, share = there & inside[None, :], vectors + offset(t * 2, K)[:, None], 1.0 / count
         # The tile's mean counted from its pivot, and from the mean of all: Chan, Golub and LeVeque's formula.
-        near_j, near_k = load_wide(at + K + j[None, :], mask) / count, load_wide(at + K + k[None, :], mask) / count
+        near_j, near_k = load_wide(at + K + j[None, :], mask) * share, load_wide(at + K + k[None, :], mask) * share
         far_j = load_wide(at + j[None, :], mask) + near_j - mean_j
         far_k = load_wide(at + k[None, :], mask) + near_k - mean_k
-        at = products + (offset(t, K) * K)[:, None]
-        value = 0.5 * (load_wide(at + one[None, :], mask) + load_wide(at + other[None, :], mask))
+        value = load_wide(products + (offset(t, K) * K)[:, None] + e[None, :], mask)
         square += tl.where(mask, value + count * (far_j * far_k - near_j * near_k), 0.0)
-    tl.store(covariance + e, tl.sum(square, axis=0) / P, mask=inside)
+    found = tl.sum(square, axis=0) / P
+    tl.store(covariance + e, found, mask=inside)
+    tl.store(covariance + k * K + j, found, mask=inside & above)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
@@ -243,6 +254,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
         SPLIT=narrow_dtype or precision == "tf32",
         REACH=_REACH,
         SHARE=_SHARE,
+        ROUND=_ROUND,
         PRECISION=precision,
         STAGES=stages,
         warps=warps,
@@ -252,7 +264,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     together = min(32, triton.next_power_of_2(tiles))
     elements = 1024 // together
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
-    merge = {"BLOCK_T": together, "BLOCK_E": elements, "warps": 4}
+    merge = {"BLOCK_T": together, "BLOCK_E": elements, "STAGES": MERGE_STAGES, "warps": 4}
     launch(moments_mean_kernel, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
     launch(
         moments_covariance_kernel,

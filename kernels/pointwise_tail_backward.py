@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
+    MERGE_STAGES,
     STAGES,
     ProductTile,
     Variant,
@@ -140,6 +141,7 @@ def pointwise_tail_backward_merge_kernel(
     ALIGN_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """sum g, and M = g^T (z - mean), over T tiles.
 
@@ -154,7 +156,7 @@ def pointwise_tail_backward_merge_kernel(
     if mean is not None:
         m = tl.load(mean + k, mask=inside, other=0.0)
     sums, sum_g = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in range(0, T, BLOCK_T):
+    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         t = first + tl.arange(0, BLOCK_T)
         mask = (t < T)[:, None] & inside[None, :]
         start = load_wide(starts + offset(t, K)[:, None] + k[None, :], mask)
@@ -167,12 +169,10 @@ def pointwise_tail_backward_merge_kernel(
 
 
 def default_reduce_tile(channels: int, inner: int, narrow_dtype: bool, precision: str) -> ProductTile:
-    """Channels by inner channels, over the pixels: what registers allow."""
+    """Channels by inner channels, over the pixels: what registers allow; of 2 bytes as measured on an H200 (benchmarks.tiles)."""
     wide, deep = triton.next_power_of_2(channels), triton.next_power_of_2(inner)
-    if narrow_dtype and wide <= 256 and deep <= 64:
-        return ProductTile(max(16, wide), max(16, deep), 16, 8, STAGES)
     if narrow_dtype:
-        return ProductTile(max(16, min(128, wide)), max(16, min(128, deep)), 32, 8, STAGES)
+        return ProductTile(max(16, min(128, wide)), max(16, min(64, deep)), 32, 4, 3)
     depth, warps = (32, 8) if precision == "tf32" else (16, 4)
     return ProductTile(max(16, min(64, wide)), max(16, min(64, deep)), depth, warps, STAGES)
 
@@ -220,6 +220,7 @@ def pointwise_tail_backward_reduce(
         ALIGN_K=alignment(inner),
         BLOCK_T=together,
         BLOCK_E=1024 // together,
+        STAGES=MERGE_STAGES,
         warps=4,
     )
     return total, product, through
@@ -293,8 +294,8 @@ def pointwise_tail_backward_apply_kernel(
 
 def default_apply_tile(inner: int, narrow_dtype: bool) -> ProductTile:
     """Pixels by inner channels, over the channels and once more the inner channels."""
-    columns = max(16, min(128 if narrow_dtype else 64, triton.next_power_of_2(inner)))
-    return ProductTile(64, columns, 64 if narrow_dtype else 32, 8, 3)
+    columns = max(16, min(64, triton.next_power_of_2(inner)))
+    return ProductTile(128, columns, 64, 4, 3) if narrow_dtype else ProductTile(64, columns, 32, 8, 3)
 
 
 def pointwise_tail_backward_apply(
