@@ -285,8 +285,8 @@ def pointwise_tail_backward_apply_kernel(
             result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
         result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
-        if z.sampling is not None:
-            at = (sampled(z.sampling, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
+        if z.step is not None:
+            at = (sampled(z, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
         result += load_rows(dz, at, mask)
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
