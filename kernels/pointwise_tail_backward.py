@@ -348,6 +348,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         (32, 256, 512, 28, 2),
         (4, 20, 36, 9, 3),
         (1, 3, 5, 1, 1),
+        (1, 3, 5, 1, 3),
     ):
         z, wide, inner = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), k % 16 == 0, stride == 1
         dout, signs = meta_image(n, c, size, size, dtype=dtype), meta(n * size * size, -(-c // 8), dtype=torch.uint8)
