@@ -40,8 +40,17 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float(torch.linalg.vector_norm(value - truth) / size.clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def quantities(peer: Peer, i: int) -> dict[str, Tensor]:
-    """What a step returns, and the module's running statistics as they are after it."""
+def buffers(peer: Peer) -> dict[str, Tensor]:
+    """A copy of the module's running statistics."""
+    return {} if peer.module is None else {name: buffer.clone() for name, buffer in peer.module.named_buffers()}
+
+
+def quantities(peer: Peer, i: int, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a step returns that starts from the given running statistics, and what they are after it."""
+    if peer.module is not None and peer.module.training:
+        for name, buffer in peer.module.named_buffers():
+            if name in start:
+                buffer.copy_(start[name])
     found = peer.step(i)
     if peer.module is not None and peer.module.training:
         found |= {name: buffer for name, buffer in peer.module.named_buffers() if buffer.is_floating_point()}
@@ -65,7 +74,9 @@ def network_limits(limits: dict[str, float], natural: dict[str, float]) -> dict[
 
 
 def compare(ready: dict[str, Peer], refusals: dict[str, Refusal], setup: Setup, i: int) -> dict[str, float]:
-    """Largest relative error of each whole-block peer against eager, every one having run the same steps before.
+    """Largest relative error of each whole-block peer against eager, from eager's running statistics.
+
+    How many steps a peer has run before does not matter: some warm up more often, or are replayed as graphs beside.
 
     In a network roundings grow from block to block: what two right implementations may differ by is learnt from eager's two
     layouts. A peer that is wrong is taken out of `ready`, and joins the refusals: its times would mean nothing.
@@ -79,19 +90,20 @@ def compare(ready: dict[str, Peer], refusals: dict[str, Refusal], setup: Setup, 
         said = {name: refusal.reason for name, refusal in refusals.items()}
         raise NoOracleError(f"{setup.case.name}: eager does not run here, so nothing can be compared with it: {said}")
     oracle, unit, errors = ran[0], unit_roundoff(setup.dtype, setup.device), {ran[0]: 0.0}
+    start = buffers(ready[oracle])
     with blamed(oracle, setup.device):
-        wanted = quantities(ready[oracle], i)
+        wanted = quantities(ready[oracle], i, start)
     limits = {name: tolerance(name, unit) for name in wanted}
     if setup.case.is_network:
         if len(ran) < 2:
             raise NoOracleError(f"{setup.case.name}: a network is judged by eager in both layouts, got {ran[0]} alone")
         with blamed(ran[1], setup.device):
-            other = quantities(ready[ran[1]], i)
+            other = quantities(ready[ran[1]], i, start)
             errors[ran[1]] = difference(other, wanted, limits)[0]
         limits = network_limits(limits, {name: relative_error(other[name], wanted[name]) for name in wanted})
     for name in [name for name, peer in ready.items() if peer.comparable and name not in errors]:
         with blamed(name, setup.device):
-            errors[name], complaint = difference(quantities(ready[name], i), wanted, limits)
+            errors[name], complaint = difference(quantities(ready[name], i, start), wanted, limits)
         if complaint:
             del ready[name]
             refusals[name] = Refusal(f"differs from {oracle}: {complaint}", failed=is_ours(name))

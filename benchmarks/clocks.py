@@ -107,16 +107,25 @@ class CudaClock:
 
 
 def captured(call: Call) -> Call:
-    """The step as a CUDA graph; calling it replays the graph. Raises what the capture raises."""
+    """The step as a CUDA graph; calling it replays the graph. Raises what the capture raises.
+
+    The graph has a random state of its own: a capture that fails would leave the device's generator in one, where it refuses
+    all further work.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+    untouched = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        with torch.cuda.graph(graph):
+            results = call()
+    finally:
+        generator.graphsafe_set_state(untouched)
 
     def replay() -> object:
         graph.replay()

@@ -41,8 +41,6 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
 def measure(peer: Peer, setup: Setup) -> dict[str, int | None]:
     """Both figures [bytes] of a peer's step; None where there is none: no backward, or no GPU."""
     saves = peer.forward is not None and setup.mode != "eval"
-    if peer.module is not None and peer.forward is None:
-        peer.step(0)  # running statistics stay in step with the peers whose forward is run for its saved tensors
     return {
         "saved_bytes": saved_bytes(lambda: peer.forward(0), peer.module) if saves else None,
         "peak_bytes": peak_bytes(lambda: peer.step(0), setup.device),

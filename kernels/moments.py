@@ -286,6 +286,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         (8, 1024, 7, 2),
         (4, 20, 9, 1),
         (1, 3, 1, 1),
+        (1, 3, 1, 3),
     ):
         z, wide = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), k % 16 == 0
         at = f"{n}x{k}x{size}x{size}/{stride}"

@@ -18,13 +18,17 @@ class Operand(NamedTuple):
     """An `Activation` of fused_res/primitives/operands.py as a kernel takes it.
 
     data: [rows, K] as they lie in memory. vectors: [5, K] of the BN and ReLU that are still to be applied, or None.
-    sampling: None, or, with a stride, the width and the pixels of the sampled image, and how many rows of `data` apart its
-    images, its lines and its pixels are.
+    width, pixels: of the sampled image; image, line, step: how many rows of `data` apart its images, its lines and its pixels
+    are; all None without a stride. They are no tuple of their own: Triton 3.6 cannot compare one that has a 1 in it with None.
     """
 
     data: Tensor
     vectors: Tensor | None
-    sampling: tuple[int, int, int, int, int] | None
+    width: int | None = None
+    pixels: int | None = None
+    image: int | None = None
+    line: int | None = None
+    step: int | None = None
 
 
 def operand(name: str, z: Any, like: Tensor) -> Operand:
@@ -37,12 +41,12 @@ def operand(name: str, z: Any, like: Tensor) -> Operand:
     if vectors is not None:
         check_dense(f"{name}.vectors", vectors, (5, rows.shape[1]), torch.float32, like)
     if z.stride == (1, 1):
-        return Operand(rows, vectors, None)
+        return Operand(rows, vectors)
     if z.pixels >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2^31 pixels at stride {z.stride}, got {z.pixels}")
     (height, width), (down, right) = z.image.shape[2:], z.stride
     w, h = triton.cdiv(width, right), triton.cdiv(height, down)
-    return Operand(rows, vectors, (w, h * w, height * width, down * width, right))
+    return Operand(rows, vectors, w, h * w, height * width, down * width, right)
 
 
 def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
@@ -55,10 +59,9 @@ def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
 
 
 @triton.jit
-def sampled(sampling, r):
+def sampled(z, r):
     """The rows in memory of rows r, int32, of a sampled operand; in 64 bits."""
-    w, pixels, image, line, step = sampling
-    return (r // pixels).to(tl.int64) * image + r % pixels // w * line + r % w * step
+    return (r // z.pixels).to(tl.int64) * z.image + r % z.pixels // z.width * z.line + r % z.width * z.step
 
 
 @triton.jit
@@ -67,10 +70,10 @@ def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr):
 
     Columns past the last one are 0; rows past the last one are not.
     """
-    if z.sampling is None:
+    if z.step is None:
         start, at = z.data + offset(row + first, K), p * K
     else:
-        start, at = z.data, sampled(z.sampling, row.to(tl.int32) + first + p) * K
+        start, at = z.data, sampled(z, row.to(tl.int32) + first + p) * K
     v = tl.load(start + (at[:, None] + k[None, :]), mask=within(first + p, left, k, K), other=0.0)
     if z.vectors is not None:
         v = activate(v.to(tl.float32), z.vectors, K, k)

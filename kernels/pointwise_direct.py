@@ -191,7 +191,7 @@ def pointwise_direct_sums(dout: Tensor, signs: Tensor, z: Any, weight: Tensor, m
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     # n, K, C, size, stride
-    for n, k, c, size, stride in ((32, 64, 256, 56, 1), (32, 256, 512, 28, 2), (4, 20, 36, 9, 1), (1, 3, 5, 1, 1)):
+    for n, k, c, size, stride in ((32, 64, 256, 56, 1), (32, 256, 512, 28, 2), (4, 20, 36, 9, 1), (1, 3, 5, 1, 1), (1, 3, 5, 1, 3)):
         z, weight = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), meta_image(c, k, 1, 1, dtype=dtype)
         dout, signs = meta_image(n, c, size, size, dtype=dtype), meta(n * size * size, -(-c // 8), dtype=torch.uint8)
         suspect, at = meta(c, dtype=torch.bool), f"{n}x{k}x{size}x{size}/{stride} {c}"

@@ -170,7 +170,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         (32, 128, 512, 28, 256, 2),
         (8, 512, 2048, 7, 1024, 2),
         (4, 20, 36, 9, 12, 3),
-        (1, 3, 5, 1, 1, 1),
+        (1, 3, 5, 1, 1, 3),
     ):
         z, out, wide = meta_activation(n, k, size, size, dtype), meta_image(n, c, size, size, dtype=dtype), k % 16 == 0
         main = SimpleNamespace(z=z, weight=meta_image(c, k, 1, 1, dtype=dtype), vectors=meta(5, c))

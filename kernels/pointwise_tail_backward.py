@@ -286,8 +286,8 @@ def pointwise_tail_backward_apply_kernel(
             result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
         result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
-        if z.sampling is not None:
-            at = (sampled(z.sampling, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
+        if z.step is not None:
+            at = (sampled(z, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
         result += load_rows(dz, at, mask)
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
@@ -349,6 +349,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         (32, 256, 512, 28, 2),
         (4, 20, 36, 9, 3),
         (1, 3, 5, 1, 1),
+        (1, 3, 5, 1, 3),
     ):
         z, wide, inner = meta_activation(n, k, size, size, dtype, stride, activated=stride == 1), k % 16 == 0, stride == 1
         dout, signs = meta_image(n, c, size, size, dtype=dtype), meta(n * size * size, -(-c // 8), dtype=torch.uint8)

@@ -102,6 +102,20 @@ def test_bn_stats_of_a_constant_are_exact(emulator):
         assert not squares.any()
 
 
+@pytest.mark.parametrize("row", [0, 550, 1099])
+def test_bn_stats_do_not_count_from_an_outlier(emulator, row):
+    """Of a tile's 1100 rows a thread sees nine: the digits it loses to the outlier's mean among them weigh nine rows."""
+    y = cuda.random(1100, 3)
+    y[row] = torch.tensor([1e4, -1e6, 0.0])
+    mean, squares = cuda.run_stats(emulator, y, 1100)[0]
+    truth = y.double()
+    outlier = y[row].double().abs()
+    # Welford's roundings in that thread, a few in the merge of its mean with the others', and those of values near 0.
+    assert ((mean - truth.mean(0)).abs() <= 2.0**-24 * (16 / 1100 * outlier + 8)).all()
+    expected = (truth - truth.mean(0)).square().sum(0)
+    assert ((squares - expected).abs() <= 64 * 2.0**-24 * expected).all()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("row", [0, 129])
 def test_bn_stats_not_finite_spoils_its_channel_only(emulator, poison, row):

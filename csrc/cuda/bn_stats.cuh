@@ -13,6 +13,12 @@ struct BnStats {
   Layout layout;
 };
 
+/// The middle one of three values; any of them where one is NaN.
+__device__ __forceinline__ float median(float a, float b, float c) {
+  const float low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c < high ? c : high;
+}
+
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads) bn_stats_kernel(BnStats a) {
   constexpr int kCount = kGroup<T>, kRows = kWide ? 4 : 1;
@@ -21,10 +27,18 @@ __global__ void __launch_bounds__(kThreads) bn_stats_kernel(BnStats a) {
   const std::int64_t end = first + a.rows < a.layout.rows ? first + a.rows : a.layout.rows;
   const T* y = static_cast<const T*>(a.y) + at.channel;
 
-  // Float values count from the tile's first row, which keeps the digits of a mean far from 0; narrower formats have
-  // none to lose.
+  // Float values count from the median of three of the tile's rows, which keeps the digits of a mean far from 0 and is
+  // no outlier, where one row is: all values would be that far away. Narrower formats have no digits to lose.
   float pivot[kCount] = {};
-  if constexpr (std::is_same_v<T, float>) load_vector<kWide>(pivot, y + first * C, first < end ? at.valid : 0);
+  if constexpr (std::is_same_v<T, float>) {
+    const int valid = first < end ? at.valid : 0;
+    float middle[kCount], last[kCount];
+    load_vector<kWide>(pivot, y + first * C, valid);
+    load_vector<kWide>(middle, y + (first + (end - first) / 2) * C, valid);
+    load_vector<kWide>(last, y + (end - 1) * C, valid);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) pivot[j] = median(pivot[j], middle[j], last[j]);
+  }
 
   // Welford's update: with n rows before, a row at distance delta moves the mean by delta / (n + 1) and adds
   // delta^2 * n / (n + 1) to the squares.
