@@ -160,12 +160,11 @@ def steps(output: Path) -> list[Step]:
     triton = (*check, "--backend", "triton", "--mode", "train")
     blocks = ("Bottleneck identity", "Bottleneck projection")
     smoke = [(*triton, "--level", level, "--block", block) for level in LEVELS for block in blocks]
-    smoke.append((*check, "--backend", "native"))
+    smoke += [(*check, "--backend", "native"), ("-m", "fused_res", "info")]
     built = (ROOT / "fused_res" / "_native.so").is_file()
     fusions = ("-m", "fused_res.benchmarks.cudnn_fusions", "--output", str(output / "cudnn-fusions.json"), "--limit", "60")
     return [
         *([] if built else [Step("build", (("-c", BUILD),), estimate=60, limit=150)]),
-        Step("info", (("-m", "fused_res", "info"),), estimate=10, limit=60),
         Step("smoke", tuple(smoke), estimate=30, limit=90),
         Step(
             "kernel-tests",
@@ -217,17 +216,31 @@ def dry_steps(output: Path) -> list[Step]:
     peers = ("--peers", "eager channels_last", "bare convolutions", "fused_res")
     bench = ("-m", "fused_res", "bench", "--device", "cpu", "--output", str(output), *small, *peers)
     check = ("-m", "fused_res", "check", "--json", "--dtype", "fp32", "--backend", "reference", "--seeds", "1", "--level")
-    tests = pytest(output, "tests", "-m", "gpu", str(ROOT / "tests" / "test_benchmarks_gpu.py"), processes=1)
-    sequence = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet18", "--batch", "1", "--dtype", "fp32")
+    tests = pytest(output, "tests", str(ROOT / "tests" / "test_bench_model.py"), processes=2)
+    sequence = ("-m", "fused_res.benchmarks.profiling", "--resume", "--suite", "resnet18", "--cases", "resnet18.4.identity")
+    sequence = (*sequence, "--batch", "1", "--dtype", "fp32")
     return [
-        Step("smoke", ((*check, "bn_act"), (*check, "moment"))),
-        Step("tests", (tests,), accepted=(0, 5)),
+        Step(
+            "smoke",
+            ((*check, "bn_act"), (*check, "moment")),
+            estimate=8,
+            limit=120,
+            keep=("check-bn_act.json", "check-moment.json"),
+        ),
+        Step("tests", (tests,), estimate=4, limit=120),
         Step("sanitizer", (("-m", "fused_res", "info"),), within=("compute-sanitizer-of-a-dry-run",)),
         *(
-            Step(f"resnet18-eval-fp32 {case}", ((*bench, "--cases", f"resnet18.{case}"),), resumable=True, needs=("smoke",))
+            Step(
+                f"resnet18-eval-fp32 {case}",
+                ((*bench, "--cases", f"resnet18.{case}"),),
+                estimate=8,
+                limit=120,
+                resumable=True,
+                needs=("smoke",),
+            )
             for case in ("1.identity", "2.projection")
         ),
-        Step("sequences", ((*sequence, "--output", str(output / "sequences.jsonl")),)),
+        Step("sequences", ((*sequence, "--output", str(output / "sequences.jsonl")),), estimate=8, limit=120, resumable=True),
         *finish(output, worst=1),
     ]
 
