@@ -14,7 +14,10 @@ SHOWN = 40
 
 def check_line(path: Path) -> str:
     """What `fused-res check --json` found."""
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return "Numerical check: FAILED, it wrote no result."
     worst = "not finite" if found["worst"] is None else f"at {found['worst']:.2f} of its limit"
     verdict = "passed" if found["passed"] else "FAILED"
     return f"Numerical check on {found['device']}: {verdict}, {found['compared']} comparisons, worst {worst}."
