@@ -92,16 +92,40 @@ def gpu_name() -> str | None:
 
 
 class Stay:
-    """One call of the script: the steps that are planned, what became of them, and until when [s] there is time."""
+    """One call of the script: the steps that are planned, what became of them, and until when [s] there is time.
+
+    Results of other sources are set aside.
+    """
 
     def __init__(
-        self, output: Path, planned: list[Step], end: float, archive: Path, environment: dict[str, str], folder: Path
+        self,
+        output: Path,
+        planned: Sequence[Step],
+        end: float,
+        archive: Path,
+        environment: dict[str, str],
+        folder: Path,
+        source: str,
     ) -> None:
         self.output, self.planned, self.end, self.archive = output, planned, end, archive
         self.environment, self.folder = environment, folder
-        set_aside(output, fingerprint(), stays=CACHE)
-        self.state = State(output / "state.json", fingerprint())
+        set_aside(output, source, stays=CACHE)
+        self.state = State(output / "state.json", source)
         self.ran = False
+
+    def run_all(self, chosen: Sequence[Step], again: bool = False) -> None:
+        """Run the steps, those that are done only if `again`."""
+        threading.Thread(target=_load_summary, daemon=True).start()
+        try:
+            for step in chosen:
+                if not again and self.state.done(step) and not (step.last and self.ran):
+                    continue
+                if reason := self.why_not(step):
+                    print(f"{step.name}: not begun, {reason}", flush=True)
+                    continue
+                self.run(step)
+        finally:  # also where a signal has ended a step
+            self.save()
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -173,8 +197,14 @@ def _load_summary() -> None:
         importlib.import_module("fused_res.benchmarks.summary")
 
 
-def _stopped(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+def stop_on_signals() -> None:
+    """End in order, with an archive, where a machine that is taken away says so."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 def main() -> int:
@@ -193,8 +223,8 @@ def main() -> int:
     if gpu is None:
         print("no NVIDIA GPU that torch can use; --dry-run tries this script on the CPU", file=sys.stderr)
         return 2
-    folder_name = "-".join(gpu.lower().split())
-    output = (options.output or ROOT / "build" / "gpu" / f"{folder_name}-{fingerprint()[:8]}").resolve()
+    folder_name, source = "-".join(gpu.lower().split()), fingerprint()
+    output = (options.output or ROOT / "build" / "gpu" / f"{folder_name}-{source[:8]}").resolve()
     archive = (options.archive or output.with_name(f"{output.name}.tar.gz")).resolve()
     planned = dry_steps(output) if options.dry_run else steps(output)
 
@@ -205,29 +235,19 @@ def main() -> int:
         if not any(named(step, [pattern]) for step in planned):
             parser.error(f"--step: expected one of {', '.join(step.name for step in planned)}, got {pattern}")
     chosen = [s for s in planned if (named(s, options.step) if options.step else True) and not named(s, options.skip)]
+    if options.list:
+        state = State(output / "state.json", source)
+        print("\n".join(f"{s.name}: {state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
+        return 0
     output.mkdir(parents=True, exist_ok=True)
     end = float("inf") if options.minutes is None else started + 60 * options.minutes - RESERVE
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stopped)
+    stop_on_signals()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         environment = importable(folder) | caches(output)
         sys.path.insert(0, str(folder))
-        stay = Stay(output, planned, end, archive, environment, folder)
-        if options.list:
-            print("\n".join(f"{s.name}: {stay.state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
-            return 0
-        threading.Thread(target=_load_summary, daemon=True).start()
-        try:
-            for step in chosen:
-                if not options.step and stay.state.done(step) and not (step.last and stay.ran):
-                    continue
-                if reason := stay.why_not(step):
-                    print(f"{step.name}: not begun, {reason}", flush=True)
-                    continue
-                stay.run(step)
-        finally:  # also where a signal has ended a step
-            stay.save()
+        stay = Stay(output, planned, end, archive, environment, folder, source)
+        stay.run_all(chosen, again=bool(options.step))
         size = archive.stat().st_size if archive.is_file() else 0
         print(f"written: {archive}, {size / 1e6:.2f} MB")
         return 0 if all(stay.state.passed(step) for step in chosen) else 1
