@@ -21,7 +21,7 @@ help:
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
 	@echo "make kernels  the same, and its tables in docs/kernels.md; ARGS='--only conv_fprop' for one file of kernels"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
-	@echo "make gpu     on a machine with an NVIDIA GPU, without network: tests, check and benchmark in resumable slices"
+	@echo "make gpu     on a machine with an NVIDIA GPU, without network: proof in minutes; ARGS='--minutes 9', then again"
 
 setup: $(READY)
 

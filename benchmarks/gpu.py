@@ -23,213 +23,20 @@ from pathlib import Path
 
 if __package__:
     from fused_res.benchmarks import kernel_cache
+    from fused_res.benchmarks.gpu_plan import ROOT, dry_steps, steps
     from fused_res.benchmarks.steps import FAILED, RUNNING, State, Step, pack, replace, run, set_aside
 else:  # run as a script, perhaps without an installation: its own folder is on the path
     import kernel_cache
+    from gpu_plan import ROOT, dry_steps, steps
     from steps import FAILED, RUNNING, State, Step, pack, replace, run, set_aside
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("fused_res", "kernels", "csrc", "benchmarks", "tests")
-LEVELS = ("bn_act", "epilogue", "prologue", "moment")
-CASES = ("1.identity", "2.identity", "3.identity", "4.identity", "1.projection", "2.projection", "3.projection", "4.projection")
-"""Of ResNet-50, by the time that they take together in the network."""
 RESERVE = 12.0
 """Seconds kept for the summary and the archive."""
-PROCESSES = 14
 CACHE = "cache"
 """Folder of compiled kernels beside the results."""
 CARRY = ROOT / "build" / "carry"
 """Where `make gpu-carry` leaves what was compiled beforehand."""
-BUILD = f"""
-import os, runpy, sys, torch
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{{}}.{{}}".format(*torch.cuda.get_device_capability()))
-os.chdir({str(ROOT)!r})
-sys.argv = ["setup.py", "build_ext", "--inplace"]
-runpy.run_path("setup.py", run_name="__main__")
-"""
-
-
-def kernel_tests() -> list[str]:
-    """The test files that mirror the kernels' stems, and the moment form's, which chains them."""
-    stems = [path.stem for path in sorted((ROOT / "kernels").glob("*.py"))] + ["moment_form"]
-    return [str(ROOT / "tests" / f"test_{stem}.py") for stem in stems if (ROOT / "tests" / f"test_{stem}.py").is_file()]
-
-
-def gpu_tests() -> list[str]:
-    """The files of tests that need a GPU: named, because collecting all others takes every process many seconds."""
-    return [str(ROOT / "tests" / f"test_{name}.py") for name in ("gpu", "benchmarks_gpu")]
-
-
-def pytest(output: Path, name: str, *arguments: str, processes: int = PROCESSES) -> tuple[str, ...]:
-    """pytest in many processes, each test within a minute; every outcome is written down as soon as it is known."""
-    options = ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "-q", "--tb=short")
-    spread = ("-n", str(processes), "--dist", "worksteal", "--timeout", "60", "--timeout-method", "thread")
-    plugin = ("-p", "fused_res.benchmarks.outcomes", "--outcomes", str(output / f"{name}.outcomes.jsonl"))
-    return ("-m", "pytest", *options, *(spread if processes > 1 else ()), *plugin, *arguments)
-
-
-def full_check() -> Step:
-    """The numerical check with all seeds, a process for each backend and dtype."""
-    parts = [(backend, dtype) for backend in ("triton", "native", "reference") for dtype in ("fp32", "fp16", "bf16")]
-    commands = tuple(("-m", "fused_res", "check", "--json", "--backend", backend, "--dtype", dtype) for backend, dtype in parts)
-    keep = tuple(f"check-{backend}-{dtype}.json" for backend, dtype in parts)
-    return Step("check", commands, estimate=60, limit=180, needs=("smoke",), keep=keep)
-
-
-def sanitizer(tool: str) -> Step:
-    """The numerical check, one seed of every block, under compute-sanitizer; memory errors and races make it fail."""
-    within = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20")
-    small = ("--dtype", "bf16", "--seeds", "1", "--backend", "native")
-    return Step(
-        f"sanitizer-{tool}",
-        (("-m", "fused_res", "check", *small),),
-        estimate=60,
-        limit=150,
-        accepted=(0, 1),  # 1 is the check's own: numbers are judged by the step `check`
-        within=within,
-        # Under a sanitizer every tensor has memory of its own, so that reading past one shows.
-        environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-    )
-
-
-def timings(output: Path, suite: str, mode: str, dtype: str, batch: int, cases: Sequence[str], peers: Sequence[str]) -> list[Step]:
-    """A suite's cases, each a step and a process of its own, all into one result file."""
-    common = ("-m", "fused_res", "bench", "--output", str(output), "--resume", "--suite", suite, "--mode", mode, "--dtype", dtype)
-    name = f"{suite}-{mode}-{dtype}"
-    return [
-        Step(
-            f"{name} {case}",
-            ((*common, "--batch", str(batch), "--rounds", "30", "--peers", *peers, "--cases", f"{suite}.{case}"),),
-            estimate=15,
-            limit=60,
-            resumable=True,
-            needs=("smoke",),
-        )
-        for case in cases
-    ]
-
-
-PEERS = (
-    "eager NCHW",
-    "eager channels_last",
-    "torch.compile",
-    "bare convolutions",
-    "fused_res",
-    *(f"fused_res {x}" for x in LEVELS),
-)
-
-
-def warm(batch: int, peers: Sequence[str]) -> Step:
-    """Everything that the timings compile, compiled by many processes at once."""
-    common = ("-m", "fused_res.benchmarks.warm", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
-    commands = [(*common, "--cases", f"resnet50.{case}", "--peers", peer) for case in CASES for peer in peers]
-    return Step(
-        "warm", tuple(commands), estimate=45, limit=100, needs=("smoke",), environment=(("TORCHINDUCTOR_COMPILE_THREADS", "1"),)
-    )
-
-
-def sequences(output: Path, name: str, environment: tuple[tuple[str, str], ...] = (), batch: int = 256) -> Step:
-    """All kernels of all blocks of ResNet-50 at every level."""
-    peers = ("eager channels_last", "bare convolutions", *(f"fused_res {level}" for level in LEVELS))
-    command = ("-m", "fused_res.benchmarks.profiling", "--resume", "--suite", "resnet50", "--batch", str(batch), "--dtype", "bf16")
-    arguments = (*command, "--output", str(output / f"{name}.jsonl"), "--peers", *peers)
-    return Step(name, (arguments,), estimate=35, limit=90, resumable=True, needs=("smoke",), environment=environment)
-
-
-TILED = (
-    *(f"conv_{direction} {which}" for direction in ("fprop", "dgrad", "wgrad") for which in ("1x1 first", "1x1 last", "3x3")),
-    *("pointwise_tail", "moments", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply"),
-)
-
-
-def tiles(output: Path) -> list[Step]:
-    """The kernels' tiles, compiled by many processes at once, then timed."""
-    command = ("-m", "fused_res.benchmarks.tiles")
-    few = ("--compile-only", "--batch", "32", "--cases", "resnet50.3.identity", "resnet50.3.projection")
-    compile_only = tuple((*command, *few, "--kernels", kernel) for kernel in TILED)
-    timed = ((*command, "--resume", "--output", str(output / "tiles.jsonl")),)
-    return [
-        Step("tiles-warm", compile_only, estimate=45, limit=90, needs=("smoke",)),
-        Step("tiles", timed, estimate=40, limit=80, resumable=True, needs=("smoke",)),
-    ]
-
-
-def steps(output: Path) -> list[Step]:
-    """In the order of their value: correctness, then the times that decide, then what time allows."""
-    check = ("-m", "fused_res", "check", "--seeds", "1", "--dtype", "bf16")
-    triton = (*check, "--backend", "triton", "--mode", "train")
-    blocks = ("Bottleneck identity", "Bottleneck projection")
-    smoke = [(*triton, "--level", level, "--block", block) for level in LEVELS for block in blocks]
-    smoke.append((*check, "--backend", "native"))
-    built = (ROOT / "fused_res" / "_native.so").is_file()
-    fusions = ("-m", "fused_res.benchmarks.cudnn_fusions", "--output", str(output / "cudnn-fusions.json"), "--limit", "60")
-    return [
-        *([] if built else [Step("build", (("-c", BUILD),), estimate=60, limit=150)]),
-        Step("info", (("-m", "fused_res", "info"),), estimate=10, limit=60),
-        Step("smoke", tuple(smoke), estimate=30, limit=90),
-        Step(
-            "kernel-tests",
-            (pytest(output, "kernel-tests", "-m", "kernel and not slow", "-k", "not reference", *kernel_tests()),),
-            estimate=80,
-            limit=110,
-        ),
-        Step("gpu-tests", (pytest(output, "gpu-tests", "-m", "gpu and not slow", *gpu_tests()),), estimate=50, limit=90),
-        warm(256, ("fused_res", *(f"fused_res {level}" for level in LEVELS), "torch.compile")),
-        *timings(output, "resnet50", "train", "bf16", 256, CASES, PEERS),
-        Step("cudnn-fusions", (fusions,), estimate=65, limit=80, accepted=(0, 3), needs=("smoke",)),
-        sequences(output, "sequences"),
-        sequences(output, "sequences-own", (("FUSED_RES_CONVOLUTIONS", "own"),)),
-        *tiles(output),
-        *timings(output, "resnet50", "eval", "bf16", 256, CASES, PEERS),
-        full_check(),
-        sanitizer("memcheck"),
-        sanitizer("racecheck"),
-        *timings(output, "resnet50", "train", "fp16", 256, CASES, PEERS),
-        *timings(output, "resnet50", "train", "fp32", 64, CASES, PEERS),
-        *timings(output, "resnet18", "train", "bf16", 256, ("1.identity", "2.identity", "3.identity", "4.identity"), PEERS),
-        *finish(output),
-    ]
-
-
-def finish(output: Path, worst: int = 4) -> list[Step]:
-    """What is made of the result files, which must be there."""
-    code = (
-        "import sys; from pathlib import Path; from {module} import main; files = sorted(str(p) for p in Path(sys.argv[1])"
-        ".glob('*-*-*.jsonl') if '.outcomes' not in p.name); sys.exit(main([*{before!r}, *files, *sys.argv[2:]]) if files else 0)"
-    )
-    profile = code.format(module="fused_res.benchmarks.profiling", before=[])
-    report = code.format(module="fused_res.cli", before=["bench", "report"])
-    return [
-        Step(
-            "profile",
-            (("-c", profile, str(output), "--worst", str(worst), "--output", str(output / "profile.md")),),
-            40,
-            90,
-            last=True,
-        ),
-        Step("report", (("-c", report, str(output), "--output", str(output / "report.html")),), 8, 40, last=True),
-    ]
-
-
-def dry_steps(output: Path) -> list[Step]:
-    """Each kind of step in miniature, on the CPU."""
-    small = ("--suite", "resnet18", "--mode", "eval", "--dtype", "fp32", "--batch", "1", "--rounds", "1", "--resume")
-    peers = ("--peers", "eager channels_last", "bare convolutions", "fused_res")
-    bench = ("-m", "fused_res", "bench", "--device", "cpu", "--output", str(output), *small, *peers)
-    check = ("-m", "fused_res", "check", "--json", "--dtype", "fp32", "--backend", "reference", "--seeds", "1", "--level")
-    tests = pytest(output, "tests", "-m", "gpu", str(ROOT / "tests" / "test_benchmarks_gpu.py"), processes=1)
-    sequence = ("-m", "fused_res.benchmarks.profiling", "--suite", "resnet18", "--batch", "1", "--dtype", "fp32")
-    return [
-        Step("smoke", ((*check, "bn_act"), (*check, "moment"))),
-        Step("tests", (tests,), accepted=(0, 5)),
-        Step("sanitizer", (("-m", "fused_res", "info"),), within=("compute-sanitizer-of-a-dry-run",)),
-        *(
-            Step(f"resnet18-eval-fp32 {case}", ((*bench, "--cases", f"resnet18.{case}"),), resumable=True, needs=("smoke",))
-            for case in ("1.identity", "2.projection")
-        ),
-        Step("sequences", ((*sequence, "--output", str(output / "sequences.jsonl")),)),
-        *finish(output, worst=1),
-    ]
 
 
 def importable(folder: Path) -> dict[str, str]:
@@ -285,16 +92,40 @@ def gpu_name() -> str | None:
 
 
 class Stay:
-    """One call of the script: the steps that are planned, what became of them, and until when [s] there is time."""
+    """One call of the script: the steps that are planned, what became of them, and until when [s] there is time.
+
+    Results of other sources are set aside.
+    """
 
     def __init__(
-        self, output: Path, planned: list[Step], end: float, archive: Path, environment: dict[str, str], folder: Path
+        self,
+        output: Path,
+        planned: Sequence[Step],
+        end: float,
+        archive: Path,
+        environment: dict[str, str],
+        folder: Path,
+        source: str,
     ) -> None:
         self.output, self.planned, self.end, self.archive = output, planned, end, archive
         self.environment, self.folder = environment, folder
-        set_aside(output, fingerprint(), stays=CACHE)
-        self.state = State(output / "state.json", fingerprint())
+        set_aside(output, source, stays=CACHE)
+        self.state = State(output / "state.json", source)
         self.ran = False
+
+    def run_all(self, chosen: Sequence[Step], again: bool = False) -> None:
+        """Run the steps, those that are done only if `again`."""
+        threading.Thread(target=_load_summary, daemon=True).start()
+        try:
+            for step in chosen:
+                if not again and self.state.done(step) and not (step.last and self.ran):
+                    continue
+                if reason := self.why_not(step):
+                    print(f"{step.name}: not begun, {reason}", flush=True)
+                    continue
+                self.run(step)
+        finally:  # also where a signal has ended a step
+            self.save()
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -366,8 +197,14 @@ def _load_summary() -> None:
         importlib.import_module("fused_res.benchmarks.summary")
 
 
-def _stopped(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+def stop_on_signals() -> None:
+    """End in order, with an archive, where a machine that is taken away says so."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
 
 
 def main() -> int:
@@ -386,8 +223,8 @@ def main() -> int:
     if gpu is None:
         print("no NVIDIA GPU that torch can use; --dry-run tries this script on the CPU", file=sys.stderr)
         return 2
-    folder_name = "-".join(gpu.lower().split())
-    output = (options.output or ROOT / "build" / "gpu" / f"{folder_name}-{fingerprint()[:8]}").resolve()
+    folder_name, source = "-".join(gpu.lower().split()), fingerprint()
+    output = (options.output or ROOT / "build" / "gpu" / f"{folder_name}-{source[:8]}").resolve()
     archive = (options.archive or output.with_name(f"{output.name}.tar.gz")).resolve()
     planned = dry_steps(output) if options.dry_run else steps(output)
 
@@ -398,29 +235,19 @@ def main() -> int:
         if not any(named(step, [pattern]) for step in planned):
             parser.error(f"--step: expected one of {', '.join(step.name for step in planned)}, got {pattern}")
     chosen = [s for s in planned if (named(s, options.step) if options.step else True) and not named(s, options.skip)]
+    if options.list:
+        state = State(output / "state.json", source)
+        print("\n".join(f"{s.name}: {state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
+        return 0
     output.mkdir(parents=True, exist_ok=True)
     end = float("inf") if options.minutes is None else started + 60 * options.minutes - RESERVE
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stopped)
+    stop_on_signals()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         environment = importable(folder) | caches(output)
         sys.path.insert(0, str(folder))
-        stay = Stay(output, planned, end, archive, environment, folder)
-        if options.list:
-            print("\n".join(f"{s.name}: {stay.state.status(s)}; about {s.estimate:g} s, at most {s.limit:g}" for s in planned))
-            return 0
-        threading.Thread(target=_load_summary, daemon=True).start()
-        try:
-            for step in chosen:
-                if not options.step and stay.state.done(step) and not (step.last and stay.ran):
-                    continue
-                if reason := stay.why_not(step):
-                    print(f"{step.name}: not begun, {reason}", flush=True)
-                    continue
-                stay.run(step)
-        finally:  # also where a signal has ended a step
-            stay.save()
+        stay = Stay(output, planned, end, archive, environment, folder, source)
+        stay.run_all(chosen, again=bool(options.step))
         size = archive.stat().st_size if archive.is_file() else 0
         print(f"written: {archive}, {size / 1e6:.2f} MB")
         return 0 if all(stay.state.passed(step) for step in chosen) else 1

@@ -141,7 +141,7 @@ def _write_sequences(options: argparse.Namespace, device: torch.device) -> int:
     failed, before = 0, _profiled_before(options.output) if options.resume else set()
     mode = "a" if options.resume else "w"
     with options.output.open(mode) as file, environment.temporarily(torch.backends.cudnn, benchmark=True):
-        for case in SUITES[options.suite]:
+        for case in (case for case in SUITES[options.suite] if options.cases is None or case.name in options.cases):
             setup = Setup(case, options.batch, environment.DTYPES[options.dtype], device, options.mode)
             for name in (name for name in options.peers if (case.name, name) not in before):
                 line = {"case": case.name, "batch": options.batch, "dtype": options.dtype, "mode": options.mode, "peer": name}
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="result files; those of another device are left out")
     parser.add_argument("--worst", type=int, default=4, help="how many cases (default %(default)s)")
     parser.add_argument("--suite", choices=SUITES, help="the kernels of every case of it, instead of files")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="with --suite: only these of it")
     parser.add_argument("--peers", nargs="+", choices=peers.REGISTRY, default=[OURS], metavar="NAME", help="with --suite")
     parser.add_argument("--batch", type=int, default=64, help="with --suite (default %(default)s)")
     parser.add_argument("--dtype", choices=environment.DTYPES, default="bf16", help="with --suite (default %(default)s)")

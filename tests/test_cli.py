@@ -164,8 +164,8 @@ def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch,
     monkeypatch.setitem(peers.REGISTRY, "fused_res", peers.REGISTRY["fused_res"]._replace(make=wrong))
     assert cli.main([*small_suite, "--output", str(tmp_path), "--peers", "eager channels_last", "fused_res"]) == 1
     captured = capsys.readouterr()
-    assert "FAILED: small.identity" in captured.err
-    assert not captured.out
+    assert "FAILED: small.identity, batch 2: fused_res differs from eager channels_last" in captured.err
+    assert "fused_res not run anywhere: differs from eager" in " ".join(captured.out.split())
 
 
 def test_missing_module_of_an_installed_package_is_not_hidden():

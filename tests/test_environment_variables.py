@@ -55,4 +55,4 @@ def test_the_values_documented_are_those_that_are_taken():
 def test_values_that_mean_nothing_are_refused(monkeypatch):
     monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "mine")
     with pytest.raises(ValueError, match="FUSED_RES_CONVOLUTIONS: expected one of auto, library, own, got 'mine'"):
-        settings.own_convolutions()
+        settings.convolutions()

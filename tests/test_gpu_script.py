@@ -1,107 +1,113 @@
-"""`make gpu` as far as a CPU goes: its slices resume, stop in time and are told apart; a dry run of each kind; the profile."""
+"""`make gpu` as far as a CPU goes: its plan, kills at any moment, a dry run of each kind of step."""
 
+import json
 import os
+import random
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from fused_res.benchmarks import gpu, profiling
-from fused_res.benchmarks.cases import Case
-from fused_res.benchmarks.gpu import Slice, State
-from fused_res.benchmarks.peers import Setup
+from fused_res.benchmarks import gpu, gpu_plan
+from fused_res.benchmarks.cases import SUITES
+from fused_res.benchmarks.gpu import RESERVE
 
 ROOT = Path(__file__).resolve().parents[1]
 # conftest.py may have switched this process to Triton's interpreter; a user's has not.
 VARIABLES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-ADDS_A_LINE = """
-import sys
+MANY_STEPS = """
+import os, sys, time
 from pathlib import Path
-path = Path(sys.argv[1])
-lines = path.read_text() if path.is_file() and "--resume" in sys.argv else ""
-path.write_text(lines + "line\\n")
-sys.exit(0 if lines.count("line") == 2 else 3)
+sys.path.insert(0, sys.argv[1])
+sys.modules["fused_res"] = None  # no summary, and so no seconds to import torch
+import gpu, gpu_plan
+output = Path(sys.argv[2])
+output.mkdir(exist_ok=True)
+work = "import sys, time; open(sys.argv[1], 'a').write('begun '); time.sleep(0.4); open(sys.argv[1], 'a').write('ended ')"
+fails = "import sys; open(sys.argv[1], 'a').write('begun '); sys.exit(1)"
+planned = [
+    gpu_plan.Step(f"step {i}", (("-c", fails if i == 2 else work, str(output / f"{i}.txt")),), limit=60) for i in range(8)
+]
+stay = gpu.Stay(output, planned, time.monotonic() + 300, output.with_name("all.tar.gz"), dict(os.environ), output, "sources")
+stay.run_all(planned)
 """
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST", 0)
-
-    def run(chosen, source="sources", seconds=60.0):
-        state = State(tmp_path / "state.json", source)
-        gpu.run_to_end(chosen, dict(os.environ), tmp_path, tmp_path, state, time.monotonic() + seconds)
-        return state
-
-    return run
+def whole(archive):
+    """The names in an archive, all of which can be read to their end."""
+    with tarfile.open(archive) as packed:
+        return {name: packed.extractfile(name).read() for name in packed.getnames()}
 
 
-def adding(tmp_path, *more):
-    return Slice("bench", ("-c", ADDS_A_LINE, str(tmp_path / "bench.jsonl"), *more), resumable=True)
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_goes_on_where_it_was(tmp_path, seed):
+    output, archive, moments, kills = tmp_path / "results", tmp_path / "all.tar.gz", random.Random(seed), 0
+    command = [sys.executable, "-c", MANY_STEPS, str(ROOT / "benchmarks"), str(output)]
+    while True:
+        script = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if kills == 5:
+            assert script.wait(120) == 0
+            break
+        time.sleep(moments.uniform(0.3, 2.0))
+        script.kill()
+        kills += script.wait() != 0
+        done = json.loads((output / "state.json").read_text())["steps"] if (output / "state.json").is_file() else {}
+        passed = {name for name, step in done.items() if step["status"] == "passed"}
+        assert all((output / f"{name.split()[1]}.txt").read_text().endswith("ended ") for name in passed)
+        if archive.is_file():
+            assert "results/state.json" in whole(archive)
+        if script.returncode == 0:
+            break
+    assert kills > 0
+    ran = [(output / f"{i}.txt").read_text().split() for i in range(8)]
+    assert ran[2] == ["begun"]
+    ended = [steps.count("ended") for i, steps in enumerate(ran) if i != 2]
+    # A kill after the step's end and before that is noted makes it run again, and only then.
+    assert all(1 <= count <= 2 for count in ended)
+    assert sum(steps.count("begun") for steps in ran) <= 8 + kills
+    done = json.loads((output / "state.json").read_text())["steps"]
+    assert {step["status"] for step in done.values()} == {
+        "passed",
+        "failed with exit code 1",
+    }
+    assert {f"results/{i}.txt" for i in range(8)} <= whole(archive).keys()
 
 
-def test_a_benchmark_is_run_until_it_is_done(run, tmp_path):
-    chosen = adding(tmp_path)
-    assert run(chosen).finished(chosen)
-    assert (tmp_path / "bench.jsonl").read_text() == 3 * "line\n"
-
-
-def test_other_options_and_sources_start_anew(run, tmp_path):
-    state = run(adding(tmp_path))
-    other = adding(tmp_path, "--batch")
-    assert not state.finished(other)
-    assert state.status(other) == "passed, with other sources or options"
-    run(other)
-    assert (tmp_path / "bench.jsonl").read_text() == 3 * "line\n"
-    assert not State(tmp_path / "state.json", "other sources").finished(other)
-
-
-def test_a_benchmark_that_gets_no_further_is_left(run):
-    chosen = Slice("bench", ("-c", "import sys; sys.exit(3)"), resumable=True)
-    assert run(chosen).status(chosen) == "unfinished"
-
-
-def test_a_slice_ends_in_time_with_all_it_started(run, tmp_path):
-    code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
-    chosen = Slice("long", ("-c", code))
-    begin = time.monotonic()
-    assert run(chosen, seconds=3.0).status(chosen) == "unfinished"
-    assert time.monotonic() - begin < 30
-    child = int((tmp_path / "logs" / "long.out").read_text())
-    status = Path(f"/proc/{child}/status")
-    assert not status.exists() or "State:\tZ" in status.read_text()
-
-
-def test_failures_and_missing_programs(run, capsys):
-    failing = Slice("tests", ("-c", "import sys; print('what went wrong'); sys.exit(7)"))
-    assert run(failing).status(failing) == "failed with exit code 7"
-    assert "what went wrong" in capsys.readouterr().out
-    skipped = Slice("sanitizer", ("-c", ""), within=("no-such-program",))
-    assert run(skipped).finished(skipped)
-    within = Slice("within", ("-c", "import os, sys; sys.exit(int(os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING']))"), (1,), ("env",))
-    assert run(within).finished(within)
-
-
-def test_slices_are_complete(tmp_path):
-    names = [chosen.name for chosen in gpu.slices(tmp_path, ())]
-    assert names[:6] == ["build", "tests", "kernels", "check", "sanitizer-memcheck", "sanitizer-racecheck"]
-    assert {"resnet50-train-bf16", "resnet18-train-fp32", "resnet50-eval-bf16", "networks-train-bf16"} < set(names)
+def test_the_plan_is_in_order_and_fits_the_stay(tmp_path):
+    planned = gpu_plan.steps(tmp_path)
+    names = [step.name for step in planned if step.name != "build"]
+    assert names[:4] == ["smoke", "kernel-tests", "gpu-tests", "warm"]
+    assert names[4].startswith("resnet50-train-bf16 ")
     assert names[-2:] == ["profile", "report"]
     assert len(set(names)) == len(names)
-    assert all(chosen.arguments[-2:] == ("--batch", "64") for chosen in gpu.benches(tmp_path, ("--batch", "64")))
+    known = {case.name for suite in SUITES.values() for case in suite}
+    for step in planned:
+        assert step.estimate <= step.limit <= 9 * 60 - RESERVE
+        assert set(step.needs) <= set(names)
+        for command in step.commands:
+            assert all(part in known for part in command if part.startswith(("resnet50.", "resnet18.")))
+    timed = [step for step in planned if step.name.startswith("resnet")]
+    assert all(step.needs == ("smoke",) and step.resumable for step in timed)
+    assert sum(step.estimate for step in planned[: names.index("cudnn-fusions") + 1]) < 9 * 60
+    for name in ("kernel-tests", "gpu-tests"):
+        files = [part for step in planned if step.name == name for part in step.commands[0] if part.endswith(".py")]
+        assert files
+        assert all(Path(file).is_file() for file in files)
 
 
-def test_profile_lists_what_takes_the_time():
-    case = Case("small", "bottleneck", 16, 4, 6)
-    found = profiling.kernels(Setup(case, 2, torch.float32, torch.device("cpu")), "fused_res", steps=2)
-    assert any("convolution_backward" in kernel.name for kernel in found)
-    assert [kernel.ms for kernel in found] == sorted((kernel.ms for kernel in found), reverse=True)
-    lines = profiling.table(found, shown=3)
-    assert len(lines) == 2 + 3 + 1
-    assert f"`{len(found) - 3} more`" in lines[-1]
+def test_every_kernel_that_tiles_times_is_compiled_before(tmp_path):
+    tiles = pytest.importorskip("fused_res.benchmarks.tiles")
+    before = {step.name: step for step in gpu_plan.steps(tmp_path)}["tiles-warm"]
+    kernels = [command[command.index("--kernels") + 1] for command in before.commands]
+    cases = [case for case in SUITES["resnet50"] if case.name in before.commands[0]]
+    jobs = {job.name for case in cases for job in tiles.jobs(case, 1, torch.bfloat16, torch.device("cpu"))}
+    assert len(cases) == 2
+    for job in jobs:
+        assert sum(f"{job} ".startswith(f"{kernel} ") for kernel in kernels) == 1, job
 
 
 def test_without_a_gpu_it_says_so():
@@ -112,19 +118,58 @@ def test_without_a_gpu_it_says_so():
     assert "no NVIDIA GPU" in done.stderr
 
 
+def test_carried_kernels_are_unpacked_once_and_again_after_a_cut(tmp_path, monkeypatch):
+    carried = tmp_path / "carry" / "triton-cache.tar.xz"
+    carried.parent.mkdir()
+    carried.write_bytes(b"stands for an archive")
+    unpacked = []
+    monkeypatch.setattr(gpu, "CARRY", carried.parent)
+    monkeypatch.setattr(gpu.kernel_cache, "unpack", lambda archive, cache: unpacked.append(cache) or 1)
+    for _ in range(2):
+        environment = gpu.caches(tmp_path)
+    assert unpacked == [Path(environment["TRITON_CACHE_DIR"])]
+
+    def cut(archive, cache):
+        raise KeyboardInterrupt
+
+    os.utime(carried, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.kernel_cache, "unpack", cut)
+        with pytest.raises(KeyboardInterrupt):
+            gpu.caches(tmp_path)
+    gpu.caches(tmp_path)
+    assert len(unpacked) == 2
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_dry_run(tmp_path):
-    """Without an installation: only the standard library and torch are given, the script finds the rest."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(tmp_path)]
+    """Without an installation: only the standard library, torch and pytest are given, the script finds the rest. Killed twice."""
+    output, archive = tmp_path / "results", tmp_path / "all.tar.gz"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--output", str(output), "--archive", str(archive)]
+    timed, moments = output / "resnet18-eval-fp32.jsonl", random.Random()
+    for _ in range(2):
+        script = subprocess.Popen(command, env=VARIABLES, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(5, 60))
+        script.kill()
+        script.wait()
+        lines = timed.read_text().splitlines(keepends=True) if timed.is_file() else []
+        if archive.is_file():
+            whole(archive)
     done = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    summary = (tmp_path / "summary.md").read_text()
-    assert "| resnet18.1.identity | 1 |" in summary
+    kept = [line for line in lines if line.endswith("\n")]
+    assert timed.read_text().splitlines(keepends=True)[: len(kept)] == kept
+    summary = whole(archive)["results/summary.md"].decode()
+    assert "| resnet18.1.identity, batch 1 |" in summary
     assert "| sanitizer | skipped" in summary
-    assert "aten::mkldnn_convolution" in (tmp_path / "profile.md").read_text()
-    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert "Tests: 10 passed" in summary
+    assert "aten::" in (output / "profile.md").read_text()
+    assert "</html>" in (output / "report.html").read_text()
+    (sequence,) = [json.loads(line) for line in (output / "sequences.jsonl").read_text().splitlines()]
+    assert any("convolution" in name for name, _ in sequence["kernels"])
     again = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, check=False)
     assert again.returncode == 0
-    assert "..." not in again.stdout
+    assert "at most" not in again.stdout
     listed = subprocess.run([*command, "--list"], env=VARIABLES, capture_output=True, text=True, check=False)
-    assert "resnet18-eval-fp32: passed" in listed.stdout
+    assert "resnet18-eval-fp32 2.projection: passed" in listed.stdout
