@@ -16,6 +16,7 @@ _KERNELS = {
     "conv_dgrad": "conv_dgrad",
     "conv_wgrad": "conv_wgrad",
     "masked_add": "masked_add",
+    "move_statistics": "move_statistics",
     "multiplied": "operands",
     "moments": "moments",
     "pointwise_direct_stats": "pointwise_direct",
