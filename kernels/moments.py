@@ -137,22 +137,7 @@ def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The mean over T tiles, of `rows` rows each but the last.
-
-    vectors: [T, 2, K], float32, from `moments_kernel`. mean: [K], float64.
-    """
-    k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in range(0, T, BLOCK_T):
-        t, there, count = _counts(first, T, rows, last, BLOCK_T)
-        at, mask = vectors + offset(t * 2, K)[:, None] + k[None, :], there & (k < K)[None, :]
-        total += count * load_wide(at, mask) + load_wide(at + K, mask)
-    tl.store(mean + k, tl.sum(total, axis=0) / P, mask=k < K)
-
-
-@triton.jit
-def moments_covariance_kernel(
+def moments_merge_kernel(
     vectors,
     products,
     mean,
@@ -166,15 +151,21 @@ def moments_covariance_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The covariance over T tiles, of `rows` rows each but the last.
+    """Mean and covariance over T tiles, of `rows` rows each but the last.
 
     vectors: [T, 2, K], products: [T, K, K], float32, from `moments_kernel`. mean: [K], covariance: [K, K], float64.
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     j, k = e // K, e % K
     inside = j < K
-    mean_j = tl.load(mean + j, mask=inside, other=0.0)[None, :]
-    mean_k = tl.load(mean + k, mask=inside, other=0.0)[None, :]
+    # Every program sums the means that it needs, in the same order and so to the same bits.
+    total_j, total_k = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in range(0, T, BLOCK_T):
+        t, there, count = _counts(first, T, rows, last, BLOCK_T)
+        mask, at = there & inside[None, :], vectors + offset(t * 2, K)[:, None]
+        total_j += count * load_wide(at + j[None, :], mask) + load_wide(at + K + j[None, :], mask)
+        total_k += count * load_wide(at + k[None, :], mask) + load_wide(at + K + k[None, :], mask)
+    mean_j, mean_k = (tl.sum(total_j, axis=0) / P)[None, :], (tl.sum(total_k, axis=0) / P)[None, :]
     # Blocks below the diagonal were not computed; those on it need not be symmetric to the last bit.
     below, above = j // BLOCK_K > k // BLOCK_K, j // BLOCK_K < k // BLOCK_K
     one, other = tl.where(below, k * K + j, e), tl.where(above, e, k * K + j)
@@ -190,6 +181,7 @@ def moments_covariance_kernel(
         value = 0.5 * (load_wide(at + one[None, :], mask) + load_wide(at + other[None, :], mask))
         square += tl.where(mask, value + count * (far_j * far_k - near_j * near_k), 0.0)
     tl.store(covariance + e, tl.sum(square, axis=0) / P, mask=inside)
+    tl.store(mean + e, tl.sum(total_k, axis=0) / P, mask=e < K)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
@@ -232,14 +224,14 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     together = min(32, triton.next_power_of_2(tiles))
     elements = 1024 // together
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
-    merge = {"BLOCK_T": together, "BLOCK_E": elements, "warps": 4}
-    launch(moments_mean_kernel, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
     launch(
-        moments_covariance_kernel,
+        moments_merge_kernel,
         triton.cdiv(channels * channels, elements),
         *(vectors, products, mean, covariance, *counts),
         BLOCK_K=block,
-        **merge,
+        BLOCK_T=together,
+        BLOCK_E=elements,
+        warps=4,
     )
     return mean, covariance
 
@@ -260,4 +252,3 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield variant(at, moments, z, loads=wide, stores=wide, matrix=True, sample=k in (64, 1024))
         if size > 1:
             yield variant(f"merge {at}", moments, z, launched=1)
-            yield variant(f"merge {at}", moments, z, launched=2)
