@@ -117,9 +117,11 @@ def pointwise_tail_backward_finalize(
     residual_scale: Tensor | None,
     dout: Tensor,
     signs: Tensor,
+    suspect: Tensor | None,
 ) -> TailGradients:
     if not dout.is_cpu:
-        return tail_backward.plain_finalize(sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, "native")
+        given = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, suspect
+        return tail_backward.plain_finalize(*given, "native")
     z, weight, vectors = branch
     mean, covariance = (None, None) if found is None else found
     arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled

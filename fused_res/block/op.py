@@ -69,8 +69,13 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
     if save:
-        stores = Level.of(level, block).stores
-        saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, stores, strict=True) if stored]
+        depth = Level.of(level, block)
+        saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, depth.stores, strict=True) if stored]
+        for unit, kept in zip(block.units, depth.keeps_moments(block), strict=True):
+            if kept:
+                c, k = unit.weight.shape[:2]
+                saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
+                saved.append(x.new_empty(c, dtype=torch.bool))
         saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
     return out, saved
 
