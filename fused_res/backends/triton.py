@@ -29,6 +29,7 @@ _KERNELS = {
     "scaled_weight": "pointwise_tail_backward_finalize",
     "bn_stats": "bn_stats",
     "bn_finalize": "bn_finalize",
+    "bn_running": "bn_finalize",
     "bn_act": "bn_act",
     "bn_act_backward_reduce": "bn_act_backward",
     "bn_act_backward_finalize": "bn_act_backward",

@@ -10,7 +10,7 @@ from torch import Tensor
 from fused_res.block.levels import Level
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
-from fused_res.primitives.bn_finalize import bn_finalize
+from fused_res.primitives.bn_finalize import bn_finalize, bn_running
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop
@@ -68,15 +68,9 @@ class Saved(NamedTuple):
 
 
 def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, backend: str) -> Tensor:
-    """The unit's [5, K] vectors from its running statistics.
-
-    The convolution's output lacks its bias: under batch statistics the bias cancels, under running ones it moves the mean.
-    """
-    dtype = statistics_dtype(dtype)
-    mean = unit.running_mean.to(dtype)
-    mean = mean if unit.bias is None else mean - unit.bias
-    partials = torch.stack((mean, unit.running_var.to(dtype))).unsqueeze(0)
-    return bn_finalize(partials, 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    """The unit's [5, K] vectors from its running statistics."""
+    statistics = unit.running_mean, unit.running_var, unit.bias, unit.gamma, unit.beta, unit.eps, residual_scale
+    return bn_running(*statistics, dtype=statistics_dtype(dtype), backend=backend)
 
 
 def conv_bn(
