@@ -35,6 +35,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.int64: "*i64",
 }
 
 
@@ -192,9 +193,10 @@ def problems(row: Row, compiled, variant) -> Iterator[str]:
         yield f"drops NaN: {', '.join(sorted(set(drops)))}"
     if racy := re.findall(r"\b(?:atom|red)\.\S+", ptx):
         yield f"atomics: {', '.join(sorted(set(racy)))}"
-    # The one tile of partial results begins at 0.
-    single = dict(zip(variant.launch.kernel.arg_names, variant.launch.arguments, strict=False)).get("T") == 1
-    if not single and not re.search(r"arith\.muli .*\bi64\b|arith\.muli .*xi64>", ttir):
+    # The one tile of partial results begins at 0, as vectors do, of kernels that know no rows.
+    arguments = dict(zip(variant.launch.kernel.arg_names, variant.launch.arguments, strict=False))
+    rows = arguments.get("T") != 1 and not {"P", "T", "K", "N"}.isdisjoint(arguments)
+    if rows and not re.search(r"arith\.muli .*\bi64\b|arith\.muli .*xi64>", ttir):
         yield "row offsets: no 64-bit multiplication"
 
 

@@ -73,16 +73,16 @@ def empty_like_parameter(parameter: Tensor) -> Tensor:
     return torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=parameter.device)
 
 
-def as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+def as_parameter(gradient: Tensor, parameter: Tensor, apart: bool = True) -> Tensor:
     """The gradient in the dtype and strides of `empty_like_parameter(parameter)`.
 
     Weights are not copied where that can be helped. Equal strides matter: DistributedDataParallel copies, and warns, where they
-    differ only in dimensions of size 1. Vectors are copied: they are rows of one tensor, and an operator's outputs may not
-    share memory.
+    differ only in dimensions of size 1. Vectors are rows of one tensor; `apart`, they are copied, because an operator's outputs
+    may not share memory.
     """
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
-    elif gradient.dim() == 1:
+    elif apart and gradient.dim() == 1:
         gradient = gradient.clone()
     strides = _parameter_strides(parameter)
     if gradient.stride() == strides:

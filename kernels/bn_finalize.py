@@ -11,6 +11,23 @@ from fused_res.kernels.common import MERGE_STAGES, Variant, launch, meta, offset
 
 
 @triton.jit
+def _store_affine(vectors, mean, var, gamma, beta, residual_scale, eps, C, c):
+    """Mean and variance of the channels c, and the invstd, scale and shift that follow from them."""
+    inside = c < C
+    invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = invstd
+    if gamma is not None:
+        scale = invstd * tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32)
+    shift = -scale * mean
+    if beta is not None:
+        shift += tl.load(beta + c, mask=inside, other=0.0).to(tl.float32)
+    if residual_scale is not None:
+        a = tl.load(residual_scale).to(tl.float32)
+        scale, shift = scale * a, shift * a
+    store_vectors(vectors, (mean, var, invstd, scale, shift), C, c)
+
+
+@triton.jit
 def bn_finalize_kernel(
     partials,
     gamma,
@@ -55,19 +72,21 @@ def bn_finalize_kernel(
     total = tl.div_rn(tl.sum(mean * count, axis=0), P * 1.0)
     mean -= total[None, :]
     var = tl.div_rn(tl.sum(squares + count * mean * mean, axis=0), P * 1.0)
-    mean = pivot + total
+    _store_affine(vectors, pivot + total, var, gamma, beta, residual_scale, eps, C, c)
 
-    invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    scale = invstd
-    if gamma is not None:
-        scale = invstd * tl.load(gamma + c, mask=inside, other=0.0).to(tl.float32)
-    shift = -scale * mean
-    if beta is not None:
-        shift += tl.load(beta + c, mask=inside, other=0.0).to(tl.float32)
-    if residual_scale is not None:
-        a = tl.load(residual_scale).to(tl.float32)
-        scale, shift = scale * a, shift * a
-    store_vectors(vectors, (mean, var, invstd, scale, shift), C, c)
+
+@triton.jit
+def bn_running_kernel(running_mean, running_var, bias, gamma, beta, residual_scale, vectors, C, eps, BLOCK: tl.constexpr):
+    """Running statistics become mean, variance, invstd, scale and shift of a BN behind a convolution without its bias.
+
+    running_mean, running_var: [C]. bias, gamma, beta: [C], residual_scale: [1], each or None. vectors: [5, C], float32.
+    """
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.load(running_mean + c, mask=c < C, other=0.0).to(tl.float32)
+    var = tl.load(running_var + c, mask=c < C, other=0.0).to(tl.float32)
+    if bias is not None:
+        mean -= tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    _store_affine(vectors, mean, var, gamma, beta, residual_scale, eps, C, c)
 
 
 def bn_finalize(
@@ -90,6 +109,29 @@ def bn_finalize(
     return vectors
 
 
+def bn_running(
+    mean: Tensor,
+    var: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Contract: fused_res/primitives/bn_finalize.py. dtype: float32."""
+    vectors, block = torch.empty(5, len(mean), dtype=dtype, device=mean.device), 128
+    launch(
+        bn_running_kernel,
+        triton.cdiv(len(mean), block),
+        *(None if t is None else t.contiguous() for t in (mean, var, bias, gamma, beta, residual_scale)),
+        *(vectors, len(mean), eps),
+        BLOCK=block,
+        warps=4,
+    )
+    return vectors
+
+
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     parameter, scale = meta(256, dtype=dtype), meta(dtype=dtype)
     for tiles in (1, 50, 512, 1000):
@@ -98,3 +140,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
             f"affine T={tiles}", bn_finalize, partials, 100, 100 * tiles, parameter, parameter, 1e-5, scale, sample=tiles == 512
         )
         yield variant(f"plain T={tiles}", bn_finalize, partials, 1, tiles, None, None, 1e-5, None)
+    yield variant(
+        "running, affine 256", bn_running, meta(256), meta(256), parameter, meta(256), meta(256), 1e-5, scale, torch.float32
+    )
+    yield variant("running, plain 20", bn_running, meta(20), meta(20), None, None, None, 1e-5, None, torch.float32)

@@ -275,12 +275,21 @@ def shared_memory(device: torch.device) -> float:
     return _optin(driver.active.get_current_device() if device.index is None else device.index)
 
 
+def _tensors(arguments: tuple) -> Iterator[Tensor]:
+    """The tensors among arguments and tuples of them."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _tensors(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
     """Run the kernel on the current stream of the device of the first tensor among the arguments."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
         return
-    with torch.cuda.device_of(next(a for a in arguments if isinstance(a, Tensor))):
+    with torch.cuda.device_of(next(_tensors(arguments))):
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
 
 

@@ -168,22 +168,7 @@ def _counts(first, T, rows, last, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def moments_mean_kernel(vectors, mean, T, rows, last, P, K, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr):
-    """The mean over T tiles, of `rows` rows each but the last.
-
-    vectors: [T, 2, K], float32, from `moments_kernel`. mean: [K], float64.
-    """
-    k = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
-        t, there, count = _counts(first, T, rows, last, BLOCK_T)
-        at, mask = vectors + offset(t * 2, K)[:, None] + k[None, :], there & (k < K)[None, :]
-        total += count * load_wide(at, mask) + load_wide(at + K, mask)
-    tl.store(mean + k, tl.sum(total, axis=0) / P, mask=k < K)
-
-
-@triton.jit
-def moments_covariance_kernel(
+def moments_merge_kernel(
     vectors,
     products,
     mean,
@@ -198,7 +183,7 @@ def moments_covariance_kernel(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The covariance over T tiles, of `rows` rows each but the last.
+    """Mean and covariance over T tiles, of `rows` rows each but the last.
 
     vectors: [T, 2, K], products: [T, K, K], float32, from `moments_kernel`. mean: [K], covariance: [K, K], float64.
     """
@@ -206,8 +191,14 @@ def moments_covariance_kernel(
     j, k = e // K, e % K
     # Blocks below the diagonal were not computed: what is above it stands there, too.
     inside, above = (j < K) & (j // BLOCK_K <= k // BLOCK_K), j // BLOCK_K < k // BLOCK_K
-    mean_j = tl.load(mean + j, mask=inside, other=0.0)[None, :]
-    mean_k = tl.load(mean + k, mask=inside, other=0.0)[None, :]
+    # Every program sums the means that it needs, in the same order and so to the same bits.
+    total_j, total_k = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+        t, there, count = _counts(first, T, rows, last, BLOCK_T)
+        mask, at = there & inside[None, :], vectors + offset(t * 2, K)[:, None]
+        total_j += count * load_wide(at + j[None, :], mask) + load_wide(at + K + j[None, :], mask)
+        total_k += count * load_wide(at + k[None, :], mask) + load_wide(at + K + k[None, :], mask)
+    mean_j, mean_k = (tl.sum(total_j, axis=0) / P)[None, :], (tl.sum(total_k, axis=0) / P)[None, :]
     square = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
     for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         t, there, count = _counts(first, T, rows, last, BLOCK_T)
@@ -221,6 +212,7 @@ def moments_covariance_kernel(
     found = tl.sum(square, axis=0) / P
     tl.store(covariance + e, found, mask=inside)
     tl.store(covariance + k * K + j, found, mask=inside & above)
+    tl.store(mean + e, tl.sum(total_k, axis=0) / P, mask=e < K)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
@@ -264,14 +256,15 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     together = min(32, triton.next_power_of_2(tiles))
     elements = 1024 // together
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
-    merge = {"BLOCK_T": together, "BLOCK_E": elements, "STAGES": MERGE_STAGES, "warps": 4}
-    launch(moments_mean_kernel, triton.cdiv(channels, elements), vectors, mean, *counts, **merge)
     launch(
-        moments_covariance_kernel,
+        moments_merge_kernel,
         triton.cdiv(channels * channels, elements),
         *(vectors, products, mean, covariance, *counts),
         BLOCK_K=block,
-        **merge,
+        BLOCK_T=together,
+        BLOCK_E=elements,
+        STAGES=MERGE_STAGES,
+        warps=4,
     )
     return mean, covariance
 
@@ -293,4 +286,3 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield variant(at, moments, z, loads=wide, stores=wide, matrix=True, sample=k in (64, 1024))
         if size > 1:
             yield variant(f"merge {at}", moments, z, launched=1)
-            yield variant(f"merge {at}", moments, z, launched=2)

@@ -1,7 +1,7 @@
 """Triton kernels of `pointwise_direct`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -111,16 +111,11 @@ def pointwise_direct_kernel(
 
 
 @triton.jit
-def pointwise_direct_merge_kernel(
-    partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """For suspect channels, mean and biased variance over T tiles, of `rows` rows each but the last; or the sum of sums.
+def merge_direct(partials, suspects, T, rows, last, P, C, c, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and biased variance, [BLOCK_C] in float64, of the suspects among channels c; without STATS the sums, and 0.
 
-    partials: [T, 3, C], without STATS [T, C], float64. suspect: [C], bool. out: [2, C], without STATS [C], float64; 0 where not
-    suspect.
+    partials: of `pointwise_direct_kernel`. Other channels get 0.
     """
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    suspects = tl.load(suspect + c, mask=c < C, other=0) != 0
     total, squares = tl.zeros((BLOCK_C,), tl.float64), tl.zeros((BLOCK_C,), tl.float64)
     if tl.sum(suspects.to(tl.int32)) > 0:
         for first in range(0, T, BLOCK_T):
@@ -143,15 +138,42 @@ def pointwise_direct_merge_kernel(
                 square = load_wide(at + C, mask) + count * (far * far - near * near)
                 squares += tl.sum(tl.where(mask, square, 0.0), axis=0)
             squares = tl.where(squares < 0, 0.0, squares) / P
+    return total, squares
+
+
+@triton.jit
+def pointwise_direct_merge_kernel(
+    partials, suspect, out, T, rows, last, P, C, STATS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """For suspect channels, mean and biased variance over T tiles, of `rows` rows each but the last; or the sum of sums.
+
+    partials: [T, 3, C], without STATS [T, C], float64. suspect: [C], bool. out: [2, C], without STATS [C], float64; 0 where not
+    suspect.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    suspects = tl.load(suspect + c, mask=c < C, other=0) != 0
+    total, squares = merge_direct(partials, suspects, T, rows, last, P, C, c, STATS, BLOCK_T, BLOCK_C)
     if STATS:
         store_vectors(out, (total, squares), C, c)
     else:
         store_vectors(out, (total,), C, c)
 
 
-def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Tensor | None, mean: Tensor | None) -> Tensor:
-    weight, pixels, stats = weight.flatten(1), z.pixels, dout is None
-    channels, inner = weight.shape
+class Partials(NamedTuple):
+    """What `pointwise_direct_kernel` has left over `tiles` tiles, of `rows` rows each but the last, of `last`."""
+
+    sums: Tensor
+    tiles: int
+    rows: int
+    last: int
+    pixels: int
+
+
+def direct_partials(
+    z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None = None, signs: Tensor | None = None, mean: Tensor | None = None
+) -> Partials:
+    """The direct pass itself, for a weight [C, K] and rows of dout: for kernels that merge its tiles with `merge_direct`."""
+    pixels, stats, (channels, inner) = z.pixels, dout is None, weight.shape
     block_p, block_c = 16, 64
     tiles, rows = split_rows(pixels, triton.cdiv(channels, block_c), block_p, least=256)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
@@ -166,11 +188,16 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
         PRECISION=dot_precision(weight),
         warps=4,
     )
-    out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=weight.device)
+    return Partials(partials, tiles, rows, pixels - rows * (tiles - 1), pixels)
+
+
+def _merged(partials: Partials, suspect: Tensor, stats: bool) -> Tensor:
+    channels = len(suspect)
+    out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=suspect.device)
     launch(
         pointwise_direct_merge_kernel,
         triton.cdiv(channels, 16),
-        *(partials, suspect, out, tiles, rows, pixels - rows * (tiles - 1), pixels, channels),
+        *(partials.sums, suspect, out, *partials[1:], channels),
         STATS=stats,
         BLOCK_T=32,
         BLOCK_C=16,
@@ -181,12 +208,13 @@ def _run(z: Any, weight: Tensor, suspect: Tensor, dout: Tensor | None, signs: Te
 
 def pointwise_direct_stats(z: Any, weight: Tensor, suspect: Tensor) -> Tensor:
     """Contract: fused_res/primitives/pointwise_direct.py."""
-    return _run(z, weight, suspect, None, None, None)
+    return _merged(direct_partials(z, weight.flatten(1), suspect), suspect, True)
 
 
 def pointwise_direct_sums(dout: Tensor, signs: Tensor, z: Any, weight: Tensor, mean: Tensor, suspect: Tensor) -> Tensor:
     """Contract: fused_res/primitives/pointwise_direct.py."""
-    return _run(z, weight, suspect, incoming(dout, signs, z.pixels), signs, mean)
+    g = incoming(dout, signs, z.pixels)
+    return _merged(direct_partials(z, weight.flatten(1), suspect, g, signs, mean), suspect, False)
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from convolutions import assert_same_sums
 
-from fused_res.primitives.bn_finalize import Vectors, bn_finalize
+from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
@@ -97,6 +97,24 @@ def test_running_statistics_pass_unchanged(backend, device):
     assert torch.equal(v.scale, v.invstd)
     torch.testing.assert_close(v.invstd, 1 / (var + EPS).sqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(v.shift, -mean * v.invstd, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 20, 300])
+@pytest.mark.parametrize("given", ["all", "none"])
+def test_running_statistics(backend, device, dtype, channels, given):
+    """In the buffers' dtype, and strided; NaN stays in its channel."""
+    mean, var = (torch.stack([parameter(channels, dtype, device, seed)] * 2, 1)[:, 0] for seed in (1, 2))
+    var = var.abs()
+    mean[-1] = float("nan")
+    bias, gamma, beta = [parameter(channels, dtype, device, seed) for seed in (3, 4, 5)] if given == "all" else [None] * 3
+    a = torch.tensor(0.5, device=device) if given == "all" else None
+    before = [t.clone() for t in (mean, var)]
+    found = bn_running(mean, var, bias, gamma, beta, EPS, a, dtype=torch.float32, backend=backend)
+    assert all(torch.equal(t.nan_to_num(), b.nan_to_num()) for t, b in zip((mean, var), before, strict=True))
+    plain = torch.stack((mean.double() - (0 if bias is None else bias.double()), var.double())).unsqueeze(0)
+    expected = bn_finalize(plain, 1, 1, gamma, beta, EPS, a, backend="reference")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_infinite_running_mean(backend, device):

@@ -100,7 +100,7 @@ class Tail:
         opened = to_image(unpack_signs(signs, dout.shape[1]), dout.shape[0], *dout.shape[2:])
         images, dweights, rows = [], [], []
         for i, branch in enumerate(branches):
-            scaled = multiplied(scaled_weight(branch), backend)
+            scaled = scaled_weight(branch, backend=backend)
             sums = pointwise_tail_backward_reduce(dout, signs, branch.z, found[i].mean, scaled, backend=backend)
             gamma, beta = vectors[i]
             got = pointwise_tail_backward_finalize(

@@ -340,7 +340,7 @@ def moment_form(dtype, inner, outer, given=True, pixels=(3, 9, 7)):
     branch = Pointwise(z, weight, draw.normal(5, outer, dtype=wide))
     sums = pointwise_tail_backward.Sums(draw.normal(outer).double(), draw.normal(outer, inner).double(), None)
     dout, signs = draw.normal(n, outer, h, w, dtype=dtype), bn_act.pack_signs(draw.opened(n * h * w, outer))
-    scaled = pointwise_tail_backward.scaled_weight(branch)
+    scaled = pointwise_tail_backward.scaled_weight(branch, backend="native")
     return (found, z, unit, scale), (sums, found, branch, scaled, gamma, beta, scale, dout, signs)
 
 

@@ -62,7 +62,7 @@ def run(c, backend, *, inner=False, reread=False):
     before = c.branch.z.image.clone(), c.dout.clone()
     z = Activation(c.branch.z.image, c.branch.z.vectors, c.branch.z.stride)
     found = moments(z, backend=backend) if c.training else None
-    scaled = scaled_weight(c.branch)
+    scaled = scaled_weight(c.branch, backend=backend)
     mean = None if found is None else found.mean
     sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, backend=backend)
     assert sums.total.dtype == sums.product.dtype == torch.float64
@@ -215,7 +215,7 @@ def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride,
 def test_an_image_that_cannot_be_joined(backend, device):
     c = case(Draw(12, device), backend, (3, 5, 7), 20, 33, torch.float32)
     sums, gradients, _ = run(c, backend)
-    z, scaled, image = c.branch.z, scaled_weight(c.branch), c.branch.z.image
+    z, scaled, image = c.branch.z, scaled_weight(c.branch, backend=backend), c.branch.z.image
     for into, inner, error, message in (
         (image.clone(), True, ValueError, "into: expected None together with inner"),
         (image[:, :, 1:], False, ValueError, "into: expected shape"),
@@ -261,11 +261,11 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     opened = unpack_signs(c.signs, outer).view(n, h, w, outer).permute(0, 3, 1, 2)
     c.dout[~opened] = poison
     z = Activation(c.branch.z.image, c.branch.z.vectors)
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch), backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
     assert torch.equal(sums.total, clean[0].total)
     c.dout[1, 4, 2, 3] = float("nan")
     c.signs[1 * h * w + 2 * w + 3, 0] |= 1 << 4
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch), backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
     assert sums.total.isnan().nonzero().flatten().tolist() == [4]
     assert sums.product.isnan().any(1).nonzero().flatten().tolist() == [4]
 

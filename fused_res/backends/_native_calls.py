@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives import moments as second_moments
-from fused_res.primitives import move_statistics as running_statistics
 from fused_res.primitives import pointwise_tail as tail
 from fused_res.primitives import pointwise_tail_backward as tail_backward
 from fused_res.primitives.conv_dgrad import Inflow
@@ -118,9 +117,11 @@ def pointwise_tail_backward_finalize(
     residual_scale: Tensor | None,
     dout: Tensor,
     signs: Tensor,
+    suspect: Tensor | None,
 ) -> TailGradients:
     if not dout.is_cpu:
-        return tail_backward.plain_finalize(sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, "native")
+        given = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, suspect
+        return tail_backward.plain_finalize(*given, "native")
     z, weight, vectors = branch
     mean, covariance = (None, None) if found is None else found
     arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled
@@ -182,20 +183,20 @@ def _takes_buffer(buffer: Tensor) -> bool:
     return plain and not (buffer.requires_grad or buffer.is_inference())
 
 
-def move_statistics(moves: Sequence[Move]) -> None:
+def move_statistics(moves: Sequence[Move]) -> bool:
     tracked = [move for move in moves if move.unit.running_mean is not None]
     means, variances = [move.unit.running_mean for move in tracked], [move.unit.running_var for move in tracked]
     counts = [move.unit.num_batches_tracked for move in moves if move.unit.num_batches_tracked is not None]
     written = [*means, *variances, *counts]
     if not written:
-        return
+        return True
     takes = all(map(_takes_buffer, written)) and all(count.dtype == torch.int64 and count.dim() == 0 for count in counts)
     if not takes or not all(type(move.unit.momentum) is float and move.unit.bias is None for move in tracked):
-        running_statistics.plain(moves)
-        return
+        return False
     vectors, pixels = [move.vectors for move in tracked], [move.pixels for move in tracked]
     torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, [m.unit.momentum for m in tracked])
     torch.autograd.graph.increment_version(written)
+    return True
 
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.block.forward import Saved, projected
+from fused_res.block.forward import Found, Saved, projected
 from fused_res.block.levels import Level, is_pointwise
 from fused_res.block.pool import join_through_pool, through_pool
 from fused_res.layout import nhwc, to_image, to_rows
@@ -50,6 +50,7 @@ class _Branch(NamedTuple):
     unit: ConvBN
     y: Tensor | None
     vectors: Tensor
+    found: Found | None
     wants: ConvBN
     below: bool
     residual_scale: Tensor | None = None
@@ -148,12 +149,16 @@ def _moment_bn(
     if not branch.needs_any:
         return None, None
     pointwise = Pointwise(z, multiplied(branch.unit.weight, backend), branch.vectors)
-    found = moments(z, backend=backend) if branch.unit.training else None
-    scaled = multiplied(scaled_weight(pointwise), backend) if branch.below else None
+    found, suspect = None, None
+    if branch.unit.training:
+        kept = branch.found
+        found, suspect = (moments(z, backend=backend), None) if kept is None else (kept.moments, kept.suspect)
+    scaled = scaled_weight(pointwise, backend=backend) if branch.below else None
     mean = None if found is None else found.mean
     sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled if into is None else None, backend=backend)
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
-    gradients = pointwise_tail_backward_finalize(sums, found, pointwise, scaled, gamma, beta, a, *outer, backend=backend)
+    arguments = sums, found, pointwise, scaled, gamma, beta, a, *outer, suspect
+    gradients = pointwise_tail_backward_finalize(*arguments, backend=backend)
     inflow = None
     if branch.below:
         ends = {"inner": z.vectors is not None, "into": into}
@@ -223,7 +228,8 @@ def backward(
     units, wanted = block.units, needs.block.units
 
     def branch(i: int, below: bool, *scale) -> _Branch:
-        return _Branch(units[i], saved.ys[i], saved.vectors[i], wanted[i], below, *scale)
+        found = saved.found[i] if saved.found else None
+        return _Branch(units[i], saved.ys[i], saved.vectors[i], found, wanted[i], below, *scale)
 
     # below[i]: whether anything in front of unit i wants a gradient.
     below = [bool(needs.x)]

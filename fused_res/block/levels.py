@@ -35,6 +35,10 @@ class Level(NamedTuple):
         """The backend to ask for convolutions: below `epilogue` they are the library's."""
         return backend if self.epilogues else LIBRARY
 
+    def keeps_moments(self, block: Block) -> tuple[bool, ...]:
+        """For each of `block.units`: whether it is in the moment form and under batch statistics."""
+        return tuple(unit.training and not stored for unit, stored in zip(block.units, self.stores, strict=True))
+
     @classmethod
     def of(cls, level: str, block: Block) -> "Level":
         """Raises ValueError for an unknown level."""

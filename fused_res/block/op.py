@@ -69,8 +69,13 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
     if save:
-        stores = Level.of(level, block).stores
-        saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, stores, strict=True) if stored]
+        depth = Level.of(level, block)
+        saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, depth.stores, strict=True) if stored]
+        for unit, kept in zip(block.units, depth.keeps_moments(block), strict=True):
+            if kept:
+                c, k = unit.weight.shape[:2]
+                saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
+                saved.append(x.new_empty(c, dtype=torch.bool))
         saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
     return out, saved
 
@@ -80,7 +85,8 @@ def _requested(needs: tuple[bool, ...], spec: tuple[int, ...], eps: tuple[float,
     return Gradients(needs[0], needs[1], needs[2], unpack(needs[3:], spec, eps))
 
 
-def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
+def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend, apart=True):
+    """`apart`: whether no two gradients may share memory, as those of vectors do otherwise, as rows of one tensor."""
     block = unpack(tensors, spec, eps)
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
@@ -97,7 +103,7 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
     units = gradients.block.units
     for tensor, (u, name), needed in zip(tensors, tensor_fields(spec), needs[3:], strict=True):
         if needed:
-            found.append(as_parameter(getattr(units[u], name), tensor))
+            found.append(as_parameter(getattr(units[u], name), tensor, apart))
     return found
 
 
@@ -256,7 +262,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        call = functools.partial(_below_autograd, _backward)
+        call = functools.partial(_below_autograd, functools.partial(_backward, apart=False))
         if torch.is_grad_enabled() or is_watched(dout):
             call = torch.ops.fused_res.block_backward.default
         *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:], call)

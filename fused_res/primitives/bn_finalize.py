@@ -77,3 +77,54 @@ def bn_finalize(
     if residual_scale is not None:
         check("residual_scale", residual_scale, (), residual_scale.dtype, partials.device)
     return select("bn_finalize", backend, plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
+
+
+def plain_running(
+    mean: Tensor,
+    var: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual_scale: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    mean = mean.to(dtype) if bias is None else mean.to(dtype) - bias
+    partials = torch.stack((mean, var.to(dtype))).unsqueeze(0)
+    return bn_finalize(partials, 1, 1, gamma, beta, eps, residual_scale, backend=backend)
+
+
+def bn_running(
+    mean: Tensor,
+    var: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    residual_scale: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The vectors of a BN that uses its running statistics, behind a convolution whose output lacks its bias.
+
+    Under batch statistics the bias cancels, under running ones it moves the mean.
+
+    Args:
+        mean, var: running statistics [C], any floating-point dtype.
+        bias: of the convolution, [C], or None.
+        gamma, beta, eps, residual_scale: as in `bn_finalize`.
+        dtype: of the vectors.
+
+    Returns:
+        [5, C], as from `bn_finalize`.
+    """
+    for name, vector in (("mean", mean), ("var", var), ("bias", bias), ("gamma", gamma), ("beta", beta)):
+        if vector is not None and (vector.shape != mean.shape or vector.device != mean.device):
+            raise ValueError(
+                f"{name}: expected shape {tuple(mean.shape)} on {mean.device}, got {tuple(vector.shape)} on {vector.device}"
+            )
+    arguments = mean, var, bias, gamma, beta, eps, residual_scale, dtype
+    own = select("bn_running", backend, None)
+    return plain_running(*arguments, backend) if own is None else own(*arguments)

@@ -60,11 +60,13 @@ def _move(moves: Sequence[Move]) -> None:
 def move_statistics(moves: Sequence[Move], *, backend: str) -> None:
     """`running = (1 - momentum) * running + momentum * batch`, with the unbiased variance, as `nn.BatchNorm2d` does.
 
-    The mean is that of the convolution's output with its bias. Without a host synchronisation.
+    The mean is that of the convolution's output with its bias. Without a host synchronisation. A backend's own kernel takes plain
+    buffers, dense and of no autograd graph, and says whether it did; the formula moves all others.
 
     Args:
         moves: units in the order of their calls; at least 2 pixels each.
     """
     # Asks nobody where the formula is wanted: torch.compile cannot follow that.
-    run = plain if backend == LIBRARY else select("move_statistics", backend, plain)
-    run(moves)
+    own = None if backend == LIBRARY else select("move_statistics", backend, None)
+    if own is None or not own(moves):
+        plain(moves)

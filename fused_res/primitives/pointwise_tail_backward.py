@@ -52,12 +52,17 @@ class TailGradients(NamedTuple):
     constant: Tensor | None
 
 
-def scaled_weight(branch: Pointwise) -> Tensor:
-    """A = diag(scale) W, [C, K]: what g is multiplied by, rounded to z's dtype; in float64 for `FEW` pixels."""
+def plain_scaled_weight(branch: Pointwise) -> Tensor:
     scale, weight = Vectors(*branch.vectors).scale, branch.weight.flatten(1)
     if branch.z.pixels <= FEW:
         return scale[:, None].double() * weight
     return (scale[:, None] * weight).to(weight.dtype)
+
+
+def scaled_weight(branch: Pointwise, *, backend: str) -> Tensor:
+    """A = diag(scale) W, [C, K]: what g is multiplied by, as the backend's products multiply it; in float64 for `FEW` pixels."""
+    own = select("scaled_weight", backend, None) if branch.z.pixels > FEW else None
+    return plain_scaled_weight(branch) if own is None else own(branch)
 
 
 def _masked(dout: Tensor, signs: Tensor) -> Tensor:
@@ -103,6 +108,7 @@ def plain_finalize(
     residual_scale: Tensor | None,
     dout: Tensor,
     signs: Tensor,
+    suspect: Tensor | None,
     backend: str,
 ) -> TailGradients:
     v = Vectors(*(row.double() for row in branch.vectors))
@@ -112,7 +118,8 @@ def plain_finalize(
     if found is None:
         d = d - total * v.mean
     else:
-        _, weighted, suspect = spread(found, branch.weight)
+        _, weighted, cancelled = spread(found, branch.weight)
+        suspect = cancelled if suspect is None else suspect
         mean = Vectors(*branch.vectors).mean
         direct = pointwise_direct_sums(dout, signs, branch.z, branch.weight, mean, suspect, backend=backend)
         d = torch.where(suspect, direct, d)
@@ -147,6 +154,7 @@ def pointwise_tail_backward_finalize(
     residual_scale: Tensor | None,
     dout: Tensor,
     signs: Tensor,
+    suspect: Tensor | None = None,
     *,
     backend: str,
 ) -> TailGradients:
@@ -159,8 +167,9 @@ def pointwise_tail_backward_finalize(
         scaled: A from `scaled_weight`; None where dz is not wanted.
         gamma, beta, residual_scale: as in the forward.
         dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
+        suspect: which channels those are, [C], bool, as `moments_finalize` has found them; worked out again where not given.
     """
-    arguments = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs
+    arguments = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, suspect
     own = select("pointwise_tail_backward_finalize", backend, None) if branch.z.pixels > FEW else None
     return plain_finalize(*arguments, backend) if own is None else TailGradients(*own(*arguments))
 
