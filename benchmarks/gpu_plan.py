@@ -73,8 +73,8 @@ def timings(output: Path, suite: str, mode: str, dtype: str, batch: int, cases: 
         Step(
             f"{name} {case}",
             ((*common, "--batch", str(batch), "--rounds", "30", "--peers", *peers, "--cases", f"{suite}.{case}"),),
-            estimate=15,
-            limit=60,
+            estimate=20,
+            limit=90,
             resumable=True,
             needs=("smoke",),
         )

@@ -26,7 +26,7 @@ UNFINISHED = 3
 _POLL = 0.2
 _PACK_EVERY = 15.0
 _DIES = 10.0
-"""Seconds that a killed process may take: one that waits for a driver may never end."""
+"""Seconds that killed processes may take: one that waits for a driver may never end."""
 _MOST = 1 << 20
 """Bytes of a log that are packed, from its beginning and its end."""
 
@@ -202,9 +202,10 @@ def execute(
                     while_running()
                     pack_at = time.monotonic() + _PACK_EVERY
             codes: list[int | None] = [process.poll() for process in processes]
+        dead = time.monotonic() + _DIES
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_DIES)
+                process.wait(max(0.0, dead - time.monotonic()))
     return codes + [None] * (len(commands) - len(codes))
 
 

@@ -45,6 +45,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_crashes_and_hangs_cost_one_test_each_and_what_passed_is_left_out(run, monkeypatch):
     code, ran = run("-n", "2", "--dist", "worksteal")
     assert code == 1
