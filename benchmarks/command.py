@@ -130,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         report.print_table(document)
         print(f"written: {asked.file}")
-    failed = suite.failures(document)
+    failed = suite.failures(document, asked.cases)
     for failure in failed:
         print(f"FAILED: {failure}", file=sys.stderr)
     if "finished" not in document and not suite.measured(document, asked):

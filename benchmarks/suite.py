@@ -149,9 +149,9 @@ def _prove(document: dict, options: Options) -> None:
         results.append(document, options.file, "digits", found)
 
 
-def failures(document: dict) -> list[str]:
-    """What of fused_res ought to have run and did not, or computed something else than eager."""
-    failed = (row for row in document["rows"] if row.get("failed"))
+def failures(document: dict, cases: Sequence[str] | None = None) -> list[str]:
+    """What of fused_res ought to have run and did not, or computed something else than eager, in these cases or in all."""
+    failed = (row for row in document["rows"] if row.get("failed") and (cases is None or row["case"] in cases))
     return [f"{row['case']}, batch {row['batch']}: {row['peer']} {row['reason']}" for row in failed]
 
 

@@ -130,6 +130,7 @@ def test_a_wrong_level_is_named_as_failed_and_void(options, plant, tmp_path):
     assert suite.failures(document) == [
         f"small.0, batch 2: {WRONG} {next(row['reason'] for row in document['rows'] if row['peer'] == WRONG)}"
     ]
+    assert suite.failures(document, ["small.1"]) == []
     page = summary.page(tmp_path, [("resnet18-train-fp32 small.0", "failed with exit code 1", "15", "3")])
     table = {line.split(" | ")[0]: line.split(" | ") for line in page.splitlines() if line.startswith("| small")}
     column = next(line for line in page.splitlines() if line.startswith("| case | eager")).split(" | ").index(f"{WRONG} |")
@@ -167,6 +168,18 @@ def test_a_peer_that_takes_the_gpu_with_it_ends_the_process_and_is_passed_over_b
     assert rows[WRONG]["failed"]
     assert rows["fused_res"]["reason"] is None
     assert cli.main(command) == 3  # in another case it is tried again
+
+
+def test_a_failed_case_does_not_fail_the_next(options, plant, monkeypatch, capsys):
+    command = ["bench", "--suite", "resnet18", "--dtype", "fp32", "--batch", "2", "--rounds", "1", "--device", "cpu", "--resume"]
+    command += ["--output", str(options.output), "--peers", *PEERS, "--cases"]
+    right = peers.REGISTRY[WRONG]
+    plant(WRONG, lambda out: out * 1.01)
+    assert cli.main([*command, "small.0"]) == 1
+    monkeypatch.setitem(peers.REGISTRY, WRONG, right)
+    capsys.readouterr()
+    assert cli.main([*command, "small.1"]) == 0
+    assert "FAILED" not in capsys.readouterr().err
 
 
 def test_a_header_that_was_cut_off_is_never_there(tmp_path, monkeypatch):
