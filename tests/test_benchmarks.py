@@ -204,6 +204,20 @@ def test_a_peer_that_cannot_run_says_why(setup, monkeypatch):
     assert "| torch.compile |" not in text
 
 
+def test_a_peer_may_have_run_more_often_than_the_others(setup, monkeypatch):
+    """As one that warms up by itself, or that was replayed as a graph: its running statistics are further on."""
+
+    def make(setup):
+        peer = peers.eager_channels_last(setup)
+        for _ in range(5):
+            peer.step(0)
+        return peer
+
+    spoiled(monkeypatch, "torch.compile", make)
+    rows = runner.run_case(setup, ("torch.compile", *FAST), rounds=1)
+    assert rows[0]["reason"] is None
+
+
 def test_saved_bytes_counts_each_storage_once_without_parameters_and_output():
     linear = torch.nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True)

@@ -60,6 +60,18 @@ class Tail:
         vectors = [(gamma.to(device), beta.to(device)) for gamma, beta in zip(self.gammas, self.betas, strict=True)]
         return *images, [w.to(device, self.dtype) for w in self.weights], vectors, self.a.to(device)
 
+    def of_constant_outputs(self):
+        """The squared error of `out` that is due to one float32 rounding of the products in the channels where W z is constant.
+
+        Eager stores W z, and a rounding that is the same in every pixel leaves with the mean. The moment form takes the exact mean
+        off: what the products lose to rounding is multiplied by the scale, and without a variance that is 1 / sqrt(eps).
+        """
+        z, _, _, weights, vectors, a = self.stored("cpu")
+        z, weight = z.double().movedim(1, -1).flatten(0, 2), weights[0].double().flatten(1)
+        constant = (z @ weight.T).var(0, correction=0) < 1e-20
+        scale = (a * vectors[0][0]).double().abs() / EPS**0.5
+        return (2.0**-24 * scale * (z.abs() @ weight.abs().T))[:, constant].square().sum().item()
+
     def through_autograd(self, dtype, signs=None):
         """Outputs and gradients by torch's own operators in a dtype; `signs` are imposed on the ReLU. float64 is the CPU's."""
         z, x, dout, weights, vectors, a = self.stored(self.device if dtype != torch.float64 else "cpu")
@@ -183,10 +195,11 @@ EDITS = [
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
 def test_adversity(backend, device, dtype, edit):
     """By the rule of accuracy, pooled over seeds, with the candidate's signs imposed on the truth of its gradients."""
-    pooled = SimpleNamespace(ours={}, eager={}, size={})
+    pooled = SimpleNamespace(ours={}, eager={}, size={}, constant=0)
     for seed in range(8 if edit is few_pixels else 4):
         tail = Tail(dtype, device, size=(9, 10), seed=seed)
         edit(tail)
+        pooled.constant += tail.of_constant_outputs()
         plain = tail.through_autograd(torch.float64)
         ours, opened = tail.through_moments(backend)
         eager = tail.through_autograd(dtype)
@@ -201,7 +214,8 @@ def test_adversity(backend, device, dtype, edit):
     for name, size in pooled.size.items():
         ours, eager = ((errors[name] / size) ** 0.5 for errors in (pooled.ours, pooled.eager))
         stored = dtype if name == "out" or name.startswith(("dz", "dx", "dw")) else torch.float32
-        assert ours <= max(MARGIN * eager, floor(stored)), (name, ours, eager)
+        constant = pooled.constant / size if name == "out" else 0
+        assert ours <= (max(MARGIN * eager, floor(stored)) ** 2 + constant) ** 0.5, (name, ours, eager, constant)
 
 
 @pytest.fixture
