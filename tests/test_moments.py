@@ -7,7 +7,7 @@ from pointwise import Draw, exact_rows, run_with_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.moments import moments, moments_finalize
+from fused_res.primitives.moments import SUSPECT, moments, moments_finalize
 from fused_res.primitives.operands import Activation
 from fused_res.spec import ConvBN
 
@@ -192,3 +192,51 @@ def test_row_orthogonal_to_the_data(backend, device, dtype, distance):
     assert suspect.nonzero().flatten().tolist() == [4]
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(("channels", "inner"), [(1, 1), (5, 130), (37, 257), (9, 2048)], ids=str)
+def test_finalize_of_every_width(backend, device, channels, inner):
+    """Rows longer than what a program holds at once, and channels that fill no block; NaN stays where it is, bits repeat."""
+    draw = Draw(13, device)
+    z, weight = (
+        draw.activation(2, inner, 3, 4, torch.float32, prologue=False),
+        draw.normal(channels, inner, 1, 1, dtype=torch.float32),
+    )
+    weight[:, 0] += 200  # of a sum of thousands of equals so much cancels that its variance is not trusted
+    found = moments(z, backend="reference")
+    unit = ConvBN(weight, gamma=draw.normal(channels, dtype=torch.float32), eps=EPS)
+    vectors, suspect = moments_finalize(found, z, unit, backend=backend)
+    mean, var = batch_norm(z, unit, backend)
+    assert not suspect.any()
+    torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(vectors[1].double(), var, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(vectors[3].double(), unit.gamma.double() / (var + EPS).sqrt(), rtol=1e-6, atol=1e-9)
+    assert torch.equal(moments_finalize(found, z, unit, backend=backend)[0], vectors)
+    weight[0, 0] = float("nan")
+    spoilt, suspect = moments_finalize(found, z, unit, backend=backend)
+    assert spoilt[:, 0].isnan().all()
+    assert not suspect.any()
+    assert torch.equal(spoilt[:, 1:], vectors[:, 1:])
+
+
+def test_every_row_orthogonal_to_the_data(backend, device):
+    """The direct pass for all channels, more than one of its blocks and tiles."""
+    draw = Draw(14, device)
+    z = draw.activation(2, 4, 20, 21, torch.float32, prologue=False, mean=3.0)
+    z.image[:, 1] = z.image[:, 0] + 1e-3 * draw.normal(2, 20, 21, dtype=torch.float32)
+    weight = torch.zeros(70, 4, 1, 1, device=device)
+    weight[:, 0, 0, 0] = torch.arange(1, 71, device=device)
+    weight[:, 1, 0, 0] = -weight[:, 0, 0, 0]
+    unit = ConvBN(weight, eps=EPS)
+    mean, var = batch_norm(z, unit, backend)
+    vectors, suspect = moments_finalize(moments(z, backend=backend), z, unit, backend=backend)
+    assert suspect.all()
+    torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)
+
+
+def test_the_kernel_suspects_what_the_formula_suspects():
+    pytest.importorskip("triton")
+    from fused_res.kernels import moments_finalize as kernels
+
+    assert kernels.SUSPECT == SUSPECT

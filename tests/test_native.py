@@ -364,7 +364,7 @@ def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_m
         for changes in ({}, {3: None}, {1: None}):
             arguments = [changes.get(i, argument) for i, argument in enumerate(backward)]
             got = pointwise_tail_backward.pointwise_tail_backward_finalize(*arguments, backend="native")
-            want = pointwise_tail_backward.plain_finalize(*arguments, "reference")
+            want = pointwise_tail_backward.plain_finalize(*arguments, None, "reference")
             for name, a, b in zip(got._fields, got, want, strict=True):
                 assert (a is None) == (b is None), name
                 if a is None:
@@ -384,7 +384,7 @@ def test_what_is_not_finite_in_the_moment_form(capability, poison):
     assert not got.vectors[1:3, 2].isfinite().all()
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, want, strict=True))
     got = pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
-    want = pointwise_tail_backward.plain_finalize(*backward, "reference")
+    want = pointwise_tail_backward.plain_finalize(*backward, None, "reference")
     assert not got.dgamma[7].isfinite()
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got[:5], want[:5], strict=True))
 

@@ -328,3 +328,30 @@ def test_row_orthogonal_to_the_data(backend, device):
     )
     assert gradients.dgamma[4] == 0
     assert gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]].all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
+@pytest.mark.parametrize(("inner", "outer"), [(1, 3), (130, 9), (257, 66)], ids=str)
+def test_finalize_of_every_width(backend, device, inner, outer, training):
+    """Rows longer than what a program holds at once, and channels that fill no block; bits repeat, and NaN spoils what it must."""
+    c = case(Draw(15, device), backend, (2, 5, 6), inner, outer, torch.float32, training=training, prologue=False)
+    check(c, backend, 1e-5)
+    found = moments(c.branch.z, backend="reference") if training else None
+    scaled = scaled_weight(c.branch, backend=backend)
+    mean = None if found is None else found.mean
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, mean, None, backend="reference")
+
+    def finalize(suspect=None):
+        given = c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, suspect
+        return pointwise_tail_backward_finalize(sums, found, *given, backend=backend)
+
+    first, suspect = finalize(), torch.zeros(outer, dtype=torch.bool, device=device)
+    for again in (finalize(), finalize(suspect if training else None)):
+        assert all(a is None or torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    sums.product[1, 0] = float("nan")
+    spoilt, others = finalize(), [0, *range(2, outer)]
+    assert spoilt.dweight[1].isnan().any()
+    assert spoilt.dgamma[1].isnan()
+    assert torch.equal(spoilt.dweight[others], first.dweight[others])
+    assert torch.equal(spoilt.dgamma[others], first.dgamma[others])
+    assert training == (spoilt.quadratic is not None and bool(spoilt.quadratic.isnan().all()))
