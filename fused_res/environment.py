@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -121,14 +122,26 @@ def checkout() -> Path | None:
     return root if (root / "benchmarks" / "cases.py").is_file() and (root / "pyproject.toml").is_file() else None
 
 
+CARRIED = Path("build") / "carry" / "commit.json"
+"""In a checkout that was copied without its history: the commit, and the fingerprint of the sources that it has."""
+
+
 def git() -> dict | None:
     """Commit of the checkout and whether its sources differ from it, or None outside a git checkout."""
     root = checkout()
     top = _output("git", "rev-parse", "--show-toplevel", cwd=root) if root else None
     if top is None or Path(top).resolve() != root:
-        return None
+        return _carried(root)
     changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", cwd=root)
     return {"commit": _output("git", "rev-parse", "--verify", "HEAD", cwd=root), "dirty": changes != ""}
+
+
+def _carried(root: Path | None) -> dict | None:
+    """The commit that a copy of a checkout was made of, where its sources are that commit's."""
+    if root is None or not (root / CARRIED).is_file():
+        return None
+    found = json.loads((root / CARRIED).read_text())
+    return {"commit": found["commit"], "dirty": False} if found["source"] == fingerprint() else None
 
 
 def fingerprint() -> str:

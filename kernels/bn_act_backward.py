@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
-    MERGE_STAGES,
     STAGES,
+    UNROLL,
     Variant,
     affine,
     aligned,
@@ -128,7 +128,7 @@ def bn_act_backward_finalize_kernel(
     TRAINING: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """The sums of T tiles become one BN's coefficients, and its parameters' gradients.
 
@@ -139,7 +139,7 @@ def bn_act_backward_finalize_kernel(
     inside = c < C
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     d = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+    for first in tl.range(0, T, BLOCK_T, loop_unroll_factor=UNROLL):
         t = first + tl.arange(0, BLOCK_T)
         at = partials + offset(t * SUMS, C)[:, None] + c[None, :]  # [BLOCK_T, BLOCK_C]
         mask = (t < T)[:, None] & inside[None, :]
@@ -192,7 +192,7 @@ def bn_act_backward_finalize(
         TRAINING=training,
         BLOCK_T=block.rows,
         BLOCK_C=block.channels,
-        STAGES=MERGE_STAGES,
+        UNROLL=UNROLL,
         warps=block.warps,
     )
     return coefficients

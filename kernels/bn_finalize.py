@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import MERGE_STAGES, Variant, launch, meta, offset, partials_tile, store_vectors, variant
+from fused_res.kernels.common import UNROLL, Variant, launch, meta, offset, partials_tile, store_vectors, variant
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def bn_finalize_kernel(
     eps,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """The statistics of T tiles, of `rows` rows each but the last, become mean, variance, invstd, scale and shift of a BN.
 
@@ -56,7 +56,7 @@ def bn_finalize_kernel(
     count = tl.zeros((BLOCK_T, 1), tl.float32)
     mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+    for first in tl.range(0, T, BLOCK_T, loop_unroll_factor=UNROLL):
         t = first + tl.arange(0, BLOCK_T)
         at = partials + offset(t * 2, C)[:, None] + c[None, :]  # [BLOCK_T, BLOCK_C]
         mask = (t < T)[:, None] & inside[None, :]
@@ -103,7 +103,7 @@ def bn_finalize(
         *(partials, gamma, beta, residual_scale, vectors, tiles, rows, last, pixels, channels, eps),
         BLOCK_T=block.rows,
         BLOCK_C=block.channels,
-        STAGES=MERGE_STAGES,
+        UNROLL=UNROLL,
         warps=block.warps,
     )
     return vectors

@@ -165,8 +165,8 @@ def unpack(signs, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
 
 # Blocks of rows in a reduction's loop: one at work, the others on their way.
 STAGES = 4
-# The same where partial results are merged: most of the time goes into waiting for them.
-MERGE_STAGES = 3
+# Steps of a merge of partial results whose loads are on their way together: most of its time goes into waiting for them.
+UNROLL = 4
 # Programs of a reduction, about: they occupy the largest GPUs, are all resident on those of 108 multiprocessors, and one block
 # of a finalize kernel holds their partial results.
 PROGRAMS = 512

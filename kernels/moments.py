@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
-    MERGE_STAGES,
     STAGES,
+    UNROLL,
     ProductTile,
     Variant,
     aligned,
@@ -27,10 +27,8 @@ from fused_res.kernels.common import (
 )
 from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
 
-# Tensor cores truncate what they add to a float32 accumulator: after so many rows it joins a sum that is rounded.
-_ROUND = 256
-# Rows of a tile at most: that sum is float32, too.
-_MOST_ROWS = 4096
+# More rows than these would leave too much to float32 sums.
+_MOST_ROWS = 1024
 # Channels whose mean is beyond about twice their deviation count from a pivot; the differences are multiplied in two halves.
 _REACH, _SHARE = 0.875, 7
 
@@ -74,7 +72,6 @@ def _accumulate(
     ONE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -82,25 +79,25 @@ def _accumulate(
     p = tl.arange(0, BLOCK_P)
     total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     product = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-    for begin in range(0, left, ROUND):
-        part = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-        for first in tl.range(begin, tl.minimum(begin + ROUND, left), BLOCK_P, num_stages=STAGES):
-            centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
-            total += centred
-            high_i, low_i = high, low
-            if ONE:
-                if copies_operand():
-                    high_i = tl.where(left > 0, high, 0.0)
-                    if SPLIT:
-                        low_i = tl.where(left > 0, low, 0.0)
-            else:
-                _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
-            part = tl.dot(tl.trans(high_i), high, part, input_precision=PRECISION)
-            if SPLIT:
-                part = tl.dot(tl.trans(high_i), low, part, input_precision=PRECISION)
-                part = tl.dot(tl.trans(low_i), high, part, input_precision=PRECISION)
-                if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
-                    part = tl.dot(tl.trans(low_i), low, part, input_precision=PRECISION)
+    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
+        centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
+        total += centred
+        high_i, low_i = high, low
+        if ONE:
+            if copies_operand():
+                high_i = tl.where(left > 0, high, 0.0)
+                if SPLIT:
+                    low_i = tl.where(left > 0, low, 0.0)
+        else:
+            _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
+        # Tensor cores truncate what they add to an accumulator: each step has one of its own, and joins a sum that is rounded.
+        # The limit on imprecise sums means nothing to these dtypes, but keeps the compiler from making the sum the accumulator.
+        part = tl.dot(tl.trans(high_i), high, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_P)
+        if SPLIT:
+            part = tl.dot(tl.trans(high_i), low, part, input_precision=PRECISION)
+            part = tl.dot(tl.trans(low_i), high, part, input_precision=PRECISION)
+            if z.data.dtype.element_ty == tl.bfloat16:  # the others' lower halves are below 2^-11 each
+                part = tl.dot(tl.trans(low_i), low, part, input_precision=PRECISION)
         product += part
     if SPLIT:
         DTYPE: tl.constexpr = z.data.dtype.element_ty
@@ -123,14 +120,13 @@ def moments_kernel(
     SPLIT: tl.constexpr,
     REACH: tl.constexpr,
     SHARE: tl.constexpr,
-    ROUND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Over tiles of `rows` rows: what the columns of z count from, their sums from there, and the products of all pairs of them.
 
     z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. vectors: [T, 2, K], products: [T, K, K], float32, of
-    which blocks below the diagonal are not written, and those on it are symmetric to the last bit.
+    which blocks below the diagonal are not written.
     """
     K = aligned(K, ALIGN)
     across = tl.cdiv(K, BLOCK_K)
@@ -148,12 +144,9 @@ def moments_kernel(
             far = tl.sum((start != 0).to(tl.int32)) + tl.sum((start_i != 0).to(tl.int32))
         columns = (k_i, k, K, start_i, start)
         if far == 0:
-            total, product = _accumulate(z, row, left, *columns, False, ONE, BLOCK_P, BLOCK_K, ROUND, PRECISION, STAGES)
+            total, product = _accumulate(z, row, left, *columns, False, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
         else:
-            total, product = _accumulate(z, row, left, *columns, True, ONE, BLOCK_P, BLOCK_K, ROUND, PRECISION, STAGES)
-        if i == j:
-            product = 0.5 * (product + tl.trans(product))
-
+            total, product = _accumulate(z, row, left, *columns, True, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
         at = k_i[:, None] * K + k[None, :]
         tl.store(products + offset(t, K) * K + at, product, mask=within(k_i, K, k, K))
         if i == j:
@@ -178,10 +171,9 @@ def moments_merge_kernel(
     last,
     P,
     K,
-    BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Mean and covariance over T tiles, of `rows` rows each but the last.
 
@@ -189,30 +181,29 @@ def moments_merge_kernel(
     """
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     j, k = e // K, e % K
-    # Blocks below the diagonal were not computed: what is above it stands there, too.
-    inside, above = (j < K) & (j // BLOCK_K <= k // BLOCK_K), j // BLOCK_K < k // BLOCK_K
-    # Every program sums the means that it needs, in the same order and so to the same bits.
+    # What is above the diagonal stands below it, too: symmetric whatever is rounded on the way.
+    inside = j <= k
+    # Means and products count from the first tile's pivots, which keeps the digits of a mean far from 0.
+    from_j = tl.load(vectors + j, mask=inside, other=0.0).to(tl.float64)[None, :]
+    from_k = tl.load(vectors + k, mask=inside, other=0.0).to(tl.float64)[None, :]
     total_j, total_k = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+    square = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
+    for first in tl.range(0, T, BLOCK_T, loop_unroll_factor=UNROLL):
         t, there, count = _counts(first, T, rows, last, BLOCK_T)
         mask, at = there & inside[None, :], vectors + offset(t * 2, K)[:, None]
-        total_j += count * load_wide(at + j[None, :], mask) + load_wide(at + K + j[None, :], mask)
-        total_k += count * load_wide(at + k[None, :], mask) + load_wide(at + K + k[None, :], mask)
-    mean_j, mean_k = (tl.sum(total_j, axis=0) / P)[None, :], (tl.sum(total_k, axis=0) / P)[None, :]
-    square = tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
-        t, there, count = _counts(first, T, rows, last, BLOCK_T)
-        mask, at, share = there & inside[None, :], vectors + offset(t * 2, K)[:, None], 1.0 / count
-        # The tile's mean counted from its pivot, and from the mean of all: Chan, Golub and LeVeque's formula.
-        near_j, near_k = load_wide(at + K + j[None, :], mask) * share, load_wide(at + K + k[None, :], mask) * share
-        far_j = load_wide(at + j[None, :], mask) + near_j - mean_j
-        far_k = load_wide(at + k[None, :], mask) + near_k - mean_k
+        sum_j, sum_k = load_wide(at + K + j[None, :], mask), load_wide(at + K + k[None, :], mask)
+        start_j = tl.where(mask, load_wide(at + j[None, :], mask) - from_j, 0.0)
+        start_k = tl.where(mask, load_wide(at + k[None, :], mask) - from_k, 0.0)
+        # sum (z_j - from_j) (z_k - from_k), where the tile has the product and the sums of what z is from its own pivots.
         value = load_wide(products + (offset(t, K) * K)[:, None] + e[None, :], mask)
-        square += tl.where(mask, value + count * (far_j * far_k - near_j * near_k), 0.0)
-    found = tl.sum(square, axis=0) / P
+        square += value + start_j * sum_k + start_k * (sum_j + count * start_j)
+        total_j += sum_j + count * start_j
+        total_k += sum_k + count * start_k
+    far_j, far_k = tl.sum(total_j, axis=0) / P, tl.sum(total_k, axis=0) / P
+    found = tl.sum(square, axis=0) / P - far_j * far_k
     tl.store(covariance + e, found, mask=inside)
-    tl.store(covariance + k * K + j, found, mask=inside & above)
-    tl.store(mean + e, tl.sum(total_k, axis=0) / P, mask=e < K)
+    tl.store(covariance + k * K + j, found, mask=inside)
+    tl.store(mean + e, tl.sum(from_k, axis=0) + far_k, mask=e < K)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
@@ -246,7 +237,6 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
         SPLIT=narrow_dtype or precision == "tf32",
         REACH=_REACH,
         SHARE=_SHARE,
-        ROUND=_ROUND,
         PRECISION=precision,
         STAGES=stages,
         warps=warps,
@@ -260,10 +250,9 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
         moments_merge_kernel,
         triton.cdiv(channels * channels, elements),
         *(vectors, products, mean, covariance, *counts),
-        BLOCK_K=block,
         BLOCK_T=together,
         BLOCK_E=elements,
-        STAGES=MERGE_STAGES,
+        UNROLL=UNROLL,
         warps=4,
     )
     return mean, covariance

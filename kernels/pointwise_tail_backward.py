@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.common import (
-    MERGE_STAGES,
     STAGES,
+    UNROLL,
     ProductTile,
     Variant,
     aligned,
@@ -141,7 +141,7 @@ def pointwise_tail_backward_merge_kernel(
     ALIGN_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """sum g, and M = g^T (z - mean), over T tiles.
 
@@ -156,7 +156,7 @@ def pointwise_tail_backward_merge_kernel(
     if mean is not None:
         m = tl.load(mean + k, mask=inside, other=0.0)
     sums, sum_g = tl.zeros((BLOCK_T, BLOCK_E), tl.float64), tl.zeros((BLOCK_T, BLOCK_E), tl.float64)
-    for first in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+    for first in tl.range(0, T, BLOCK_T, loop_unroll_factor=UNROLL):
         t = first + tl.arange(0, BLOCK_T)
         mask = (t < T)[:, None] & inside[None, :]
         start = load_wide(starts + offset(t, K)[:, None] + k[None, :], mask)
@@ -220,7 +220,7 @@ def pointwise_tail_backward_reduce(
         ALIGN_K=alignment(inner),
         BLOCK_T=together,
         BLOCK_E=1024 // together,
-        STAGES=MERGE_STAGES,
+        UNROLL=UNROLL,
         warps=4,
     )
     return total, product, through

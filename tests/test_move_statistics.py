@@ -131,11 +131,12 @@ def test_buffers_of_every_kind(backend, device, monkeypatch, given):
     torch.testing.assert_close(move.unit.running_mean, theirs.running_mean)
     torch.testing.assert_close(move.unit.running_var, theirs.running_var)
     assert move.unit.num_batches_tracked == 1
-    assert (len(calls) == 0) == (backend != "reference" and given == "plain")
+    own = backend == "triton" or (backend == "native" and device == "cpu")
+    assert (len(calls) == 0) == (own and given == "plain")
 
 
 def test_infinite_statistics_stay_infinite(backend, device):
-    if backend == "reference":
+    if backend == "reference" or (backend == "native" and device != "cpu"):
         pytest.skip("torch's own interpolation makes NaN of an infinity")
     bn = bn_of(device)
     bn.running_mean[0], bn.running_var[1] = float("inf"), float("nan")

@@ -62,7 +62,10 @@ class Case:
         assert sums.isfinite().all()
         # A division by a number is, on a GPU, a product with its rounded reciprocal; the CPU divides.
         mean = (y.sum(0).cpu() / len(y)).to(y.device)
-        assert torch.equal(stats[0, self.suspect], mean[self.suspect])
+        if y.is_cuda and backend != "triton":  # the formula's own division is such a product
+            torch.testing.assert_close(stats[0, self.suspect], mean[self.suspect], rtol=2.0**-51, atol=0)
+        else:
+            assert torch.equal(stats[0, self.suspect], mean[self.suspect])
         variance = (y - mean).square().mean(0)
         torch.testing.assert_close(stats[1, self.suspect], variance[self.suspect], rtol=1e-13, atol=1e-13)
         g = torch.where(unpack_signs(self.signs, len(self.suspect)), to_rows(self.dout), 0).double()

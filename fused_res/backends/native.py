@@ -201,6 +201,6 @@ def takes(primitive: str, unit: ConvBN, pixels: int) -> bool:
     return _is_filtered(unit)
 
 
-def pays(unit: ConvBN, pixels: int) -> bool:
+def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
     """Whether a convolution that it takes, with something fused into it, is no slower than the library's and what that leaves."""
     return unit.weight.dtype != torch.float32 or _pays(tuple(unit.weight.shape), pixels)

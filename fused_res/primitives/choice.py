@@ -118,7 +118,7 @@ def choose(call: Call) -> Choice:
     if not any(call.fused):
         return Choice(False, why="nothing fused")
     pays = getattr(backends.load(call.backend), "pays", None)
-    if asked != "own" and pays is not None and not pays(call.unit, call.operands[0].pixels):
+    if asked != "own" and pays is not None and not pays(call.primitive, call.unit, call.operands[0].pixels):
         return Choice(False, why="faster at this size")
     return Choice(True)
 

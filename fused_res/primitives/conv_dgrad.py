@@ -52,7 +52,7 @@ def conv_dgrad(
         raise ValueError("add: expected None together with inner")
     own = convolution("conv_dgrad", backend, unit, dy, like, inner, add)
     if own is not None:
-        return Inflow(*own(dy, like, unit, inner, add))
+        return Inflow(*own(dy.ready(), like, unit, inner, add))
     dx = nhwc(plain(dy.values(backend), like, unit))
     if add is not None:
         masked_add(dx, add, backend=backend)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fused_res.backends import LIBRARY
@@ -20,22 +19,10 @@ class Move(NamedTuple):
 
 
 def plain(moves: Sequence[Move]) -> None:
-    # One tensor is one object here; torch.compile before 2.13 has no id of None.
-    running = [id(move.unit.running_mean) for move in moves if move.unit.running_mean is not None]
-    if len(set(running)) < len(running):
-        # Units that share a BN move its statistics one after the other.
-        for move in moves:
-            _move([move])
-    else:
-        _move(moves)
-
-
-def _move(moves: Sequence[Move]) -> None:
-    counts = [unit.num_batches_tracked for unit, _, _ in moves if unit.num_batches_tracked is not None]
-    if counts:
-        torch._foreach_add_(counts, 1)
-    found: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    # One by one: on a GPU torch's operators on lists leave the tensors' versions as they were.
     for unit, vectors, pixels in moves:
+        if unit.num_batches_tracked is not None:
+            unit.num_batches_tracked.add_(1)
         if unit.running_mean is None:
             continue
         batch_mean, batch_var = vectors[:2].unbind()
@@ -47,14 +34,8 @@ def _move(moves: Sequence[Move]) -> None:
         for running, value in ((unit.running_mean, mean), (unit.running_var, var)):
             if running.dtype != value.dtype:
                 running.copy_(running.to(value.dtype).lerp(value, weight))
-            elif isinstance(weight, Tensor):
-                running.lerp_(value, weight)
             else:
-                buffers, values = found.setdefault(weight, ([], []))
-                buffers.append(running)
-                values.append(value)
-    for weight, (buffers, values) in found.items():
-        torch._foreach_lerp_(buffers, values, weight)
+                running.lerp_(value, weight)
 
 
 def move_statistics(moves: Sequence[Move], *, backend: str) -> None:

@@ -88,6 +88,10 @@ class Gradient:
         """N * H' * W'."""
         return self.image.numel() // self.image.shape[1]
 
+    def ready(self) -> "Gradient":
+        """The operand for a kernel that computes it as it loads: where it has been computed already, that image."""
+        return self if self._values is None else Gradient(self._values)
+
     def values(self, backend: str) -> Tensor:
         """The operand as an image."""
         if self.coefficients is None:
