@@ -65,7 +65,7 @@ def variants(dtype: torch.dtype, arch: int, what: str = "aot_variants") -> list[
     from fused_res.kernels.common import compiling_for
 
     found = []
-    with compiling_for(SHARED[arch]):
+    with compiling_for(arch, SHARED[arch]):
         for module in pkgutil.iter_modules(fused_res.kernels.__path__):
             make = getattr(importlib.import_module(f"fused_res.kernels.{module.name}"), what, None)
             found += [(module.name, variant) for variant in make(dtype)] if make else []

@@ -248,31 +248,50 @@ class Launch(NamedTuple):
 
 
 _recorders: list[list[Launch]] = []
-_budgets: list[int] = []
+
+
+class Limits(NamedTuple):
+    """What a GPU allows a tile. shared: bytes of shared memory of a block. results: of a matrix product, of a thread.
+
+    Where `mma` instructions multiply, what they read takes registers, too; `wgmma` and `tcgen05` read shared memory.
+    """
+
+    shared: float
+    results: int
+
+    @classmethod
+    def of(cls, capability: int, shared: int) -> "Limits":
+        """capability: 86 for compute capability 8.6."""
+        return cls(shared, 128 if 90 <= capability < 120 else 64)
+
+
+_NONE = Limits(math.inf, 128)
+_targets: list[Limits] = []
 
 
 @contextmanager
-def compiling_for(shared: int) -> Iterator[None]:
-    """Inside, launchers choose their tiles for a GPU that gives a block so many bytes of shared memory."""
-    _budgets.append(shared)
+def compiling_for(capability: int, shared: int) -> Iterator[None]:
+    """Inside, launchers choose their tiles for a GPU of this compute capability, whose blocks may have so much shared memory."""
+    _targets.append(Limits.of(capability, shared))
     try:
         yield
     finally:
-        _budgets.pop()
+        _targets.pop()
 
 
 @functools.cache
-def _optin(index: int) -> int:
-    return driver.active.utils.get_device_properties(index)["max_shared_mem"]
+def _limits(index: int) -> Limits:
+    major, minor = driver.active.get_device_capability(index)
+    return Limits.of(10 * major + minor, driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def shared_memory(device: torch.device) -> float:
-    """Bytes of shared memory that a block may have there; infinite in the interpreter, and where launches are only recorded."""
-    if _budgets:
-        return _budgets[-1]
+def limits(device: torch.device) -> Limits:
+    """Of the GPU; none in the interpreter, and where launches are only recorded."""
+    if _targets:
+        return _targets[-1]
     if _recorders or device.type == "cpu":
-        return math.inf
-    return _optin(driver.active.get_current_device() if device.index is None else device.index)
+        return _NONE
+    return _limits(driver.active.get_current_device() if device.index is None else device.index)
 
 
 def _tensors(arguments: tuple) -> Iterator[Tensor]:

@@ -20,11 +20,11 @@ from fused_res.kernels.common import (
     alignment,
     dot_precision,
     is_open,
+    limits,
     load_row,
     load_rows,
     meta,
     narrow,
-    shared_memory,
     through_bn,
 )
 from fused_res.spec import ConvBN
@@ -333,9 +333,18 @@ def shared_bytes(direction: str, config: Config, itemsize: int, *operands: Any) 
 
 
 def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: Any) -> Iterator[Config]:
-    """Those of the tiles for which the weight's GPU has enough shared memory, with these operands: x, dy, or dy and x."""
-    room = shared_memory(weight.device)
-    return (c for c in configs if shared_bytes(direction, c, weight.element_size(), *operands) <= room)
+    """Those of the tiles for which the weight's GPU has enough shared memory and registers, with these operands: x, dy, or dy
+    and x.
+    """
+    shared, results = limits(weight.device)
+
+    def fits(config: Config) -> bool:
+        p, k, c, warps, _ = config
+        rows, columns = {"fprop": (p, k), "dgrad": (p, c), "wgrad": (k, c)}[direction]
+        enough = rows * columns <= 32 * warps * results
+        return enough and shared_bytes(direction, config, weight.element_size(), *operands) <= shared
+
+    return filter(fits, configs)
 
 
 def constants(config: Config, unit: ConvBN) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fused_res.kernels.common import (
     dot_precision,
     first_row,
     launch,
+    limits,
     narrow,
     offset,
     split_rows,
@@ -206,13 +207,14 @@ def moments_merge_kernel(
     tl.store(mean + e, tl.sum(from_k, axis=0) + far_k, mask=e < K)
 
 
-def default_tile(channels: int, narrow_dtype: bool, precision: str) -> ProductTile:
-    """Channels by channels, over the pixels: what registers allow."""
+def default_tile(channels: int, narrow_dtype: bool, precision: str, results: int) -> ProductTile:
+    """Channels by channels, over the pixels: what registers allow, where a thread may have so many results; there are two sums."""
     wide = max(16, triton.next_power_of_2(channels))
     if precision == "ieee" and not narrow_dtype:
         return ProductTile(min(64, wide), min(64, wide), 64, 8, STAGES)
-    if wide <= 64:
-        return ProductTile(wide, wide, 32 if narrow_dtype else 16, 4, STAGES)
+    if wide <= 64 or results < 128:
+        wide = min(64, wide)
+        return ProductTile(wide, wide, 32 if narrow_dtype and results >= 128 else 16, 4, STAGES)
     return ProductTile(128, 128, 32 if wide == 128 and not narrow_dtype else 16, 8, STAGES)
 
 
@@ -220,7 +222,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     """Contract: fused_res/primitives/moments.py. tile: by default `default_tile`; as many rows as columns."""
     read, pixels, precision = operand("z", z, z.image), z.pixels, dot_precision(z.image)
     channels, narrow_dtype = z.image.shape[1], z.image.element_size() == 2
-    block, _, step, warps, stages = tile or default_tile(channels, narrow_dtype, precision)
+    block, _, step, warps, stages = tile or default_tile(channels, narrow_dtype, precision, limits(z.image.device).results)
     across = triton.cdiv(channels, block)
     tiles, rows = split_rows(pixels, across * (across + 1) // 2, step, least=256, most=_MOST_ROWS)
     device = z.image.device

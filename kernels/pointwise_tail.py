@@ -20,6 +20,7 @@ from fused_res.kernels.common import (
     first_row,
     is_open,
     launch,
+    limits,
     load_row,
     meta,
     offset,
@@ -109,9 +110,13 @@ def pointwise_tail_kernel(
         tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=within(p, left, b, S))
 
 
-def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products: bool) -> ProductTile:
-    """Pixels by channels, over the inner channels; of 2 bytes as measured on an H200 (benchmarks.tiles)."""
+def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products: bool, results: int) -> ProductTile:
+    """Pixels by channels, over the inner channels; of 2 bytes as measured on an H200 (benchmarks.tiles), if a thread may have so
+    many results.
+    """
     wide = max(16, triton.next_power_of_2(channels))
+    if narrow_dtype and results < 128:
+        return ProductTile(64, min(128, wide), 64, 8, 3)
     if narrow_dtype:
         return ProductTile(64 if two_products else 128, min(128, wide), 64, 4, 3)
     return ProductTile(64, min(128 if precision == "tf32" else 64, wide), 32, 8, 3)
@@ -130,7 +135,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductT
         z2, weight2, vectors2 = operand("projection.z", side.z, image), side.weight.flatten(1), side.vectors
         inner2 = weight2.shape[1]
     precision, narrow_dtype = dot_precision(image), image.element_size() == 2
-    tile = tile or default_tile(channels, narrow_dtype, precision, side is not None)
+    tile = tile or default_tile(channels, narrow_dtype, precision, side is not None, limits(image.device).results)
     launch(
         pointwise_tail_kernel,
         triton.cdiv(pixels, tile.rows) * triton.cdiv(channels, tile.columns),

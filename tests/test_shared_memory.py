@@ -83,7 +83,7 @@ def operands(direction, case):
 
 def tiles(direction, case, capability):
     image = case.x if direction == "dgrad" else case.dy
-    with compiling_for(SHARED[capability]):
+    with compiling_for(capability, SHARED[capability]):
         pixels = image.numel() // image.shape[1]
         return backend.tiles(f"conv_{direction}", case.unit.weight, pixels, operands(direction, case))
 
