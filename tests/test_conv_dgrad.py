@@ -184,6 +184,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     case = Case(geometry, dtype, device, "outer")
     expected = case.dx.to(dtype)
     tiles = conv.configurations("dgrad", dtype, to_rows(expected).shape[0], case.unit.weight.shape)
+    tiles = list(conv.fitting("dgrad", tiles, case.unit.weight, case.gradient))
     assert len(tiles) >= 2
     for config in tiles:
         dx, _, _ = launcher(case.gradient, case.like, case.unit, None, None, config=config)

@@ -150,6 +150,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     x, vectors, unit, _ = operands(geometry, dtype, device)
     expected = convolve(activate(x, vectors), unit).to(dtype)
     tiles = conv.configurations("fprop", dtype, to_rows(expected).shape[0], unit.weight.shape)
+    tiles = list(conv.fitting("fprop", tiles, unit.weight, Activation(x, vectors)))
     assert len(tiles) >= 2
     for config in tiles:
         y, partials, rows = launcher(Activation(x, vectors), unit, True, None, config=tuple(config))

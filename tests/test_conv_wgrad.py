@@ -159,6 +159,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     case = Case(geometry, dtype, device)
     expected = correlate(case.dy, case.z, case.unit).to(dtype)
     tiles = conv.configurations("wgrad", dtype, len(to_rows(case.image)), case.unit.weight.shape)
+    tiles = list(conv.fitting("wgrad", tiles, case.unit.weight, case.gradient, case.x))
     assert len(tiles) >= 2
     for config in tiles:
         assert torch.equal(launcher(case.gradient, case.x, case.unit, config=config), expected), config

@@ -13,6 +13,8 @@ from fused_res.aot import SHARED
 from fused_res.backends import triton as backend
 from fused_res.benchmarks.cases import SUITES
 from fused_res.block.levels import LEVELS
+from fused_res.primitives.moments import moments
+from fused_res.primitives.operands import Activation
 
 pytest.importorskip("triton")
 
@@ -81,7 +83,7 @@ def operands(direction, case):
     return {"fprop": (x, True, None), "dgrad": (dy, case.x, x, None), "wgrad": (dy, x)}[direction]
 
 
-def tiles(direction, case, capability):
+def fitting(direction, case, capability):
     image = case.x if direction == "dgrad" else case.dy
     with compiling_for(capability, SHARED[capability]):
         pixels = image.numel() // image.shape[1]
@@ -93,10 +95,24 @@ def test_tiles_to_try_fit(direction):
     left_out = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for case in conv.meta_cases(dtype):
-            some, more, all_ = (tiles(direction, case, capability) for capability in (86, 80, 90))
+            some, more, all_ = (fitting(direction, case, capability) for capability in (86, 80, 90))
             assert len(some) >= 1
             assert set(some) <= set(more) <= set(all_)
             left_out += len(all_) - len(some)
             image = case.x if direction == "dgrad" else case.dy
             assert all_ == conv.configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape)
     assert left_out > 0 or direction == "fprop"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_moments_in_smaller_blocks(device, proven_interpreter, dtype):
+    """The blocks that GPUs with `mma` take, several to a row: errors as with one."""
+    image = torch.randn(2, 150, 9, 9, generator=torch.Generator().manual_seed(0)).to(device, dtype) + 1
+    with compiling_for(86, SHARED[86]):
+        found = moments(Activation(image.contiguous(memory_format=torch.channels_last)), backend="triton")
+    rows = image.double().permute(0, 2, 3, 1).flatten(0, 2)
+    centred = rows - rows.mean(0)
+    expected, error = centred.T @ centred / len(rows), 32 * 2.0**-24
+    unit = expected.diagonal().sqrt() + 2.0**-24 * rows.abs().amax(0)
+    assert ((found.mean - rows.mean(0)).abs() <= error * unit).all()
+    assert ((found.covariance - expected).abs() <= error * torch.outer(unit, unit)).all()
