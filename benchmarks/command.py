@@ -32,7 +32,7 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
         "--cases", nargs="+", metavar="CASE", help="only these of the suite; --resume adds the others to the same file"
     )
     bench.add_argument("--device", type=device, help="default: the GPU if there is one")
-    bench.add_argument("--output", type=Path, metavar="DIR", help="for the result file and the plot; default: fused-res-results/DEVICE")
+    bench.add_argument("--output", type=Path, metavar="DIR", help="for result file and plot; default: fused-res-results/DEVICE")
     bench.add_argument("--resume", action="store_true", help="go on with the result file in DIR, which must be of the same run")
     bench.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     bench.set_defaults(run=run)

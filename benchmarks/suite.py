@@ -86,7 +86,7 @@ class CheckFailedError(RuntimeError):
 
 
 def default_output(device: torch.device) -> Path:
-    """./fused-res-results/cpu, or ./fused-res-results/NAME-OF-THE-GPU. Git ignores it: committed results are written with --output."""
+    """./fused-res-results/cpu, or NAME-OF-THE-GPU for cpu. Git ignores the folder: results to commit are written with --output."""
     name = "cpu" if device.type == "cpu" else "-".join(torch.cuda.get_device_name(device).lower().split())
     return Path("fused-res-results") / name
 

@@ -156,6 +156,16 @@ def test_bench_writes_result_and_plot_and_resumes(small_suite, tmp_path, capsys)
     assert "source differ" in capsys.readouterr().err
 
 
+def test_results_go_to_a_folder_of_the_current_one_that_git_ignores(small_suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*small_suite, "--peers", "eager channels_last", "bare convolutions", "fused_res"]) == 0
+    names = [f"fused-res-results/cpu/resnet18-forward-fp32.{ending}" for ending in ("jsonl", "png")]
+    assert all((tmp_path / name).is_file() for name in names)
+    assert capsys.readouterr().out.endswith(f"written: {', '.join(names)}\n")
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"fused-res-results/", ".venv/", "build/"} <= set(ignored)
+
+
 def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch, capsys):
     def wrong(setup):
         module = setup.module("channels_last")
