@@ -16,13 +16,13 @@ CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 .PHONY: help setup test test-slow bench figures gpu lint format aot kernels wheel clean
 
 help:
-	@echo "make bench   numerical check, training on real images, block times; result file and plot, in fused-res-results (sets itself up)"
+	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
-	@echo "make kernels  the same, and its tables in docs/kernels.md; ARGS='--only conv_fprop' for one file of kernels"
+	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop' for one file of kernels"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: proof in minutes; ARGS='--minutes 9', then again"
 
