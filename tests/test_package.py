@@ -119,6 +119,17 @@ def test_links_between_documents_lead_somewhere():
                 assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, (document.name, target)
 
 
+def test_files_that_documents_name_are_there():
+    named = re.compile(r"`((?:fused_res|kernels|csrc|tests|benchmarks|docs)/[\w./-]+\.(?:py|md|csv|h|cpp|cu|cuh))`")
+    missing = {
+        (document.name, path)
+        for document in DOCUMENTS
+        for path in named.findall(document.read_text())
+        if not (ROOT / path).exists()
+    }
+    assert not missing
+
+
 def test_version_is_the_same_everywhere():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
