@@ -95,6 +95,7 @@ def test_compare_on_the_command_line(tmp_path, capsys):
     arguments = ["bench", "compare", old, new, "--peers", "fused_res"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     assert "REGRESSED" in text
     assert "1 regressed, 0 improved, of 2" in text
     assert cli.main([*arguments, "--fail"]) == 1

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,46 @@ def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch,
     captured = capsys.readouterr()
     assert "FAILED: small.identity, batch 2: fused_res differs from eager channels_last" in captured.err
     assert "fused_res not run anywhere: differs from eager" in " ".join(captured.out.split())
+
+
+HEAD = ("one", "two", "three")
+ROWS = [("a", "b" * 20, "c" * 10), ("a", "d", "e f " * 10), ("g", "", "h")]
+
+
+@pytest.mark.parametrize(("columns", "shared"), [(100, 2), (60, 1), (50, 2), (50, 0), (30, 2)])
+def test_tables_fit_the_terminal(columns, shared, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = console.table(HEAD, ROWS, shared=shared)
+    assert max(map(len, text.splitlines())) <= columns
+    shown = Counter(text.replace(",", "").split())
+    assert all(word in shown for row in ROWS for cell in row for word in cell.split())
+    assert (shown["e"], shown["f"]) == (10, 10)
+
+
+def test_columns_that_rows_share_stand_above_them(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert console.table(HEAD, [("a", "b", "c" * 14), ("a", "d", "e"), ("f", "g", "h")], shared=1).splitlines() == [
+        "two  three",
+        "---  --------------",
+        "",
+        "a",
+        "b    cccccccccccccc",
+        "d    e",
+        "",
+        "f",
+        "g    h",
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert console.table(HEAD, ROWS, shared=1) == console.table(HEAD, ROWS)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_commands_fit_80_columns(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    check = ["check", *ONLY, "--seeds", "1"]
+    for arguments in (["info"], check, [*check, "--all"], ["bench", "model"]):
+        cli.main(arguments)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, arguments
 
 
 def test_missing_module_of_an_installed_package_is_not_hidden():
