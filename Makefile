@@ -35,18 +35,19 @@ $(RUNS) wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPU
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 $(RUNS): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"needs Python 3.11 or later, got {v[0]}.{v[1]}: set PYTHON" if v < (3, 11) else 0)'
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): once, a few minutes."
 	@$(PYTHON) -m venv $(VENV)
-	@echo "  torch: downloaded and installed, the largest part"
+	@echo "  torch: the largest download"
 	@$(PIP) torch
-	@echo "  fused_res: its kernels compiled, with rich, matplotlib and scikit-learn for the benchmark"
+	@echo "  fused_res: compiles its kernels, C++ and where nvcc is CUDA; rich, matplotlib and scikit-learn for the benchmark"
 	@$(PIP) --editable ".[bench]"
 	@$(BIN)/fused-res info
 	@touch $@
 
 # The package is there: only what the extra names is installed.
 $(READY): $(RUNS)
-	@echo "Setting up what tests and checks need besides: pytest, torchvision, timm, ruff, ... (extra dev of pyproject.toml)"
+	@echo "Setting up what tests and checks need besides: pytest, torchvision, timm, ruff, ... (the extra dev)"
 	@$(PIP) "fused-res[dev]"
 	@touch $@
 
