@@ -1,6 +1,7 @@
 """The package as installed: what it exports, what it needs, and that its parts are named alike."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_files_that_documents_name_are_there():
         if not (ROOT / path).exists()
     }
     assert not missing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_benchmark_installs_no_more_than_it_needs(tmp_path):
+    def planned(target):
+        command = ["make", "--dry-run", target, f"VENV={tmp_path / 'none'}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    bench, tests = planned("bench"), planned("test")
+    assert '--editable ".[bench]"' in bench
+    assert "[dev]" not in bench
+    assert tests.index('--editable ".[bench]"') < tests.index('"fused-res[dev]"') < tests.index("pytest")
 
 
 def test_version_is_the_same_everywhere():
