@@ -22,7 +22,7 @@ help:
 	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
-	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop' for one file of kernels"
+	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop --arch 90' for a part of them"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: proof in minutes; ARGS='--minutes 9', then again"
 

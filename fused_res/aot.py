@@ -303,8 +303,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sample: expected neither --update nor --tiles with it")
     if options.update and options.tiles:
         parser.error("--tiles: expected no --update with it")
-    if options.update and options.arch:
-        parser.error("--arch: expected no --update with it")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"

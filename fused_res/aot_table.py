@@ -60,13 +60,18 @@ def write(path: Path, lines: Iterable[Line]) -> None:
 
 
 def replaced(lines: Sequence[Line], compiled: Mapping[str, Iterable[Any]]) -> list[Line]:
-    """The lines with these files' rows in place of what they had, by file; the architectures of a variant next to each other."""
+    """The lines with these rows, by file, in place of all that the file had for their architectures.
+
+    The architectures of a variant stand next to each other, variants in the order of the rows, and files in that of their names.
+    """
     by_file: dict[str, list[Line]] = {}
     for line in lines:
         by_file.setdefault(line.file, []).append(line)
     for file, rows in compiled.items():
+        new = [Line.of(file, row) for row in rows]
+        archs = {line.arch for line in new}
         groups: dict[tuple[str, ...], list[Line]] = {}
-        for line in (Line.of(file, row) for row in rows):
+        for line in [*new, *(line for line in by_file.get(file, ()) if line.arch not in archs)]:
             groups.setdefault(line[1:4], []).append(line)
         by_file[file] = [line for group in groups.values() for line in sorted(group, key=lambda line: line.arch)]
     return [line for file in sorted(by_file) for line in by_file[file]]
@@ -113,7 +118,7 @@ def rewritten(text: str, lines: Sequence[Line]) -> str:
 
 
 def update(document: Path, compiled: Mapping[str, Iterable[Any]]) -> None:
-    """Put these files' rows into the data of a page, and the worst cases into the page."""
+    """Put these rows, by file, into the data of a page, and the worst cases into the page."""
     path = data(document)
     lines = replaced(read(path) if path.is_file() else [], compiled)
     document.write_text(rewritten(document.read_text(), lines))

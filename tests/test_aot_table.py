@@ -61,14 +61,22 @@ def test_a_line_for_each_variant_and_architecture(page):
     assert aot_table.documented(lines) == {("first", *name, "bfloat16") for name in names}
 
 
-def test_only_the_files_that_were_compiled_are_replaced(page):
+def test_only_the_files_and_architectures_that_were_compiled_are_replaced(page):
     aot_table.update(page, {"second": [row("second", "1x1", "float32", 90)], "first": ROWS})
     before = aot_table.read(aot_table.data(page))
     assert [line.file for line in before] == ["first"] * len(ROWS) + ["second"]
-    aot_table.update(page, {"first": [row("first", "9x9", "float16", 80, registers=7)]})
+    aot_table.update(page, {"first": [row("first", "9x9", "float16", 80, registers=7), row("first", "1x1", "bfloat16", 80)]})
     after = aot_table.read(aot_table.data(page))
-    assert after[1:] == before[-1:]
     assert after[0] == ("first", "first", "9x9", "float16", 80, 7, 48.0, "wgmma", 0)
+    assert [(line.variant, line.arch) for line in after[1:3]] == [("1x1", 80), ("1x1", 90)]
+    assert set(after[2:]) == {line for line in before if line.arch != 80}
+    aot_table.update(page, {"first": [row("first", "1x1", "bfloat16", arch) for arch in (80, 90, 100)]})
+    assert [(line.file, line.arch) for line in aot_table.read(aot_table.data(page))] == [
+        ("first", 80),
+        ("first", 90),
+        ("first", 100),
+        ("second", 90),
+    ]
 
 
 def test_the_worst_case_of_each_kernel_stands_in_the_page(page):
