@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What has been set up: what `make bench` needs, and on top of it, in the same environment, what development needs.
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 # One process for each core, each with one thread: the tests' tensors are too small for more, which would mostly wait for each other.
 TEST_JOBS ?= auto
@@ -11,15 +13,16 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow bench gpu lint format aot kernels wheel clean
+.PHONY: help setup test test-slow bench figures gpu lint format aot kernels wheel clean
 
 help:
-	@echo "make bench   numerical check, training on real images, block times; result file and plot (sets itself up)"
+	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
+	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
-	@echo "make kernels  the same, and its tables in docs/kernels.md; ARGS='--only conv_fprop' for one file of kernels"
+	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop --arch 90' for a part of them"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: proof in minutes; ARGS='--minutes 9', then again"
 
@@ -27,19 +30,35 @@ setup: $(READY)
 
 # A development environment compiles the CUDA kernels for the GPUs at hand only, or for one architecture where there is none.
 GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';' -)
-$(READY) wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
+$(RUNS) wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),$(GPUS),9.0)
 
-$(READY): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(RUNS): pyproject.toml setup.py constraints.txt $(CXX_SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"needs Python 3.11 or later, got {v[0]}.{v[1]}: set PYTHON" if v < (3, 11) else 0)'
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): once, a few minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  torch: the largest download"
+	@$(PIP) torch
+	@echo "  fused_res: compiles its kernels, C++ and where nvcc is CUDA; rich, matplotlib and scikit-learn for the benchmark"
+	@$(PIP) --editable ".[bench]"
+	@$(BIN)/fused-res info
+	@touch $@
+
+# The package is there: only what the extra names is installed.
+$(READY): $(RUNS)
+	@echo "Setting up what tests and checks need besides: pytest, torchvision, timm, ruff, ... (the extra dev)"
+	@$(PIP) "fused-res[dev]"
 	@touch $@
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
 
-bench: $(READY)
+bench: $(RUNS)
 	$(BIN)/fused-res bench --time-budget 75 $(ARGS)
+
+figures: $(RUNS)
+	$(BIN)/python -m fused_res.benchmarks.readme README.md docs/*.md
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
@@ -67,7 +86,7 @@ kernels: $(READY)
 wheel: $(READY)
 	rm -rf dist build/wheel
 	$(BIN)/python -m build --quiet --sdist .
-	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel dist/*.tar.gz
+	FUSED_RES_BUILD="$(abspath build/native)" PATH="$(abspath $(BIN)):$$PATH" .ci/wheel dist/*.tar.gz
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
 	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl

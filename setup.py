@@ -7,6 +7,7 @@ FUSED_RES_NATIVE=0      leaves the library out
 FUSED_RES_CUDA=0|1      leaves the CUDA kernels out, or fails without nvcc; else nvcc decides, never a GPU
 TORCH_CUDA_ARCH_LIST    GPU architectures, as PyTorch's own builds read it
 CXX, CUDA_HOME          the compilers; MAX_JOBS: how many run at once
+FUSED_RES_BUILD         the folder of the object files, instead of build/native
 FUSED_RES_LOCAL_VERSION such as cu130: what a wheel's version says about it, 0.1.0+cu130
 """
 
@@ -219,7 +220,7 @@ class BuildLibrary(build_ext):
             write_record(ROOT / "fused_res")
 
     def build_extension(self, ext: Extension) -> None:
-        plan, folder = Plan(), (ROOT / "build/native").resolve()
+        plan, folder = Plan(), (ROOT / os.environ.get("FUSED_RES_BUILD", "build/native")).resolve()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         for path in (folder, library.parent):
             path.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
         "--cases", nargs="+", metavar="CASE", help="only these of the suite; --resume adds the others to the same file"
     )
     bench.add_argument("--device", type=device, help="default: the GPU if there is one")
-    bench.add_argument("--output", type=Path, metavar="DIR", help="for the result file and the plot")
+    bench.add_argument("--output", type=Path, metavar="DIR", help="for result file and plot; default: fused-res-results/DEVICE")
     bench.add_argument("--resume", action="store_true", help="go on with the result file in DIR, which must be of the same run")
     bench.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     bench.set_defaults(run=run)
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(document | {"sums": sums.sums(document, asked.suite)}, indent=1, allow_nan=False))
     else:
         report.print_table(document)
-        print(f"written: {asked.file}")
+        print(f"written: {', '.join(str(path) for path in (asked.file, asked.plot) if path.is_file())}")
     failed = suite.failures(document, asked.cases)
     for failure in failed:
         print(f"FAILED: {failure}", file=sys.stderr)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fused_res.benchmarks.peers import BARE
 from fused_res.benchmarks.report import conditions, measured, ran, sum_lines
-from fused_res.console import table
+from fused_res.console import table, wrapped
 
 RESAMPLES, TOLERANCE = 1000, 0.03
 
@@ -65,7 +65,7 @@ def text(old: dict, new: dict, rows: list[dict], tolerance: float) -> str:
         lines.append((*named, f"{row['ratio']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}", row["verdict"]))
     regressed, improved = (sum(row["verdict"] == name for row in rows) for name in ("REGRESSED", "improved"))
     counts = f"{regressed} regressed, {improved} improved, of {len(rows)}; tolerance {100 * tolerance:g} %."
-    found = [f"old: {conditions(old)}", f"new: {conditions(new)}", "", table(head, lines), ""]
+    found = [wrapped(f"old: {conditions(old)}"), wrapped(f"new: {conditions(new)}"), "", table(head, lines, shared=4), ""]
     for name, document in (("old", old), ("new", new)):
-        found += [f"{name}: {line}" for line in sum_lines(document)]
+        found += [wrapped(f"{name}: {line}") for line in sum_lines(document)]
     return "\n".join([*found, counts])

@@ -13,7 +13,7 @@ from fused_res.benchmarks import report, traffic
 from fused_res.benchmarks.cases import NETWORKS, SUITES, Case, occurrences
 from fused_res.benchmarks.peers import BARE, is_ours
 from fused_res.benchmarks.results import device_name
-from fused_res.console import table
+from fused_res.console import table, wrapped
 
 ITEMSIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -141,7 +141,7 @@ def text(rows: Sequence[dict]) -> str:
     head, lines = _lines(rows)
     seen = any(line[-1] for line in lines)
     lines = lines if seen else [line[:-1] for line in lines]
-    return f"{table(head if seen else head[:-1], lines)}\n\n{caption(rows)}"
+    return f"{table(head if seen else head[:-1], lines, shared=1)}\n\n{wrapped(caption(rows))}"
 
 
 def markdown(suite: str, rows: Sequence[dict]) -> str:

@@ -2,6 +2,7 @@
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fused_res import planner
 from fused_res.benchmarks import sums
@@ -9,6 +10,10 @@ from fused_res.benchmarks.peers import BARE, OURS, is_ours
 from fused_res.benchmarks.report import conditions, measured, ran
 from fused_res.console import require
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI, MOST_COLUMNS = 150, 5
 COLOURS = {
     "eager NCHW": "#9aa5b1",
     "eager channels_last": "#52606d",
@@ -38,22 +43,38 @@ def is_of(path: Path, digest: str) -> bool:
 
 def draw(document: dict, path: Path, digest: str = "") -> None:
     """Write the plot as PNG; `digest` of the result file goes with it."""
+    figure(document).savefig(path, dpi=DPI, facecolor="white", metadata={"Source": digest})
+
+
+def figure(document: dict) -> "Figure":
+    """The plot, a figure of matplotlib."""
     require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     groups = [(key, ran(peers)) for key, peers in measured(document) if BARE in ran(peers)]
     digits = document.get("digits")
     with_losses = bool(digits and digits.get("losses"))
     height = 1.9 + 0.95 * max(len(groups), 3)
-    figure = Figure(figsize=(14 if with_losses else 8.5, min(height, 40)), layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=(3, 2), squeeze=False)[0] if with_losses else [figure.subplots()]
+    drawn = Figure(figsize=(14 if with_losses else 8.5, min(height, 40)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.subplots(1, 2, width_ratios=(3, 2), squeeze=False)[0] if with_losses else [drawn.subplots()]
     _blocks(axes[0], groups)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5, fontsize=8.5, frameon=False)
+    _legend(drawn, *axes[0].get_legend_handles_labels())
     if with_losses:
         _losses(axes[1], digits)
     wrapped = textwrap.fill(conditions(document), 170 if with_losses else 100)
-    figure.suptitle(wrapped, fontsize=9, color="#52606d", x=0.01, ha="left")
-    figure.savefig(path, dpi=150, facecolor="white", metadata={"Source": digest})
+    drawn.suptitle(wrapped, fontsize=9, color="#52606d", x=0.01, ha="left")
+    return drawn
+
+
+def _legend(drawn: "Figure", handles: list, labels: list[str]) -> None:
+    """Below the plot, in as many columns as there is room for."""
+    for columns in range(min(MOST_COLUMNS, len(labels)), 0, -1):
+        legend = drawn.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=8.5, frameon=False)
+        if columns == 1 or legend.get_window_extent(drawn.canvas.get_renderer()).width <= drawn.bbox.width:
+            return
+        legend.remove()
 
 
 def _blocks(axes, groups: list) -> None:

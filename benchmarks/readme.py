@@ -1,27 +1,29 @@
-"""`python -m fused_res.benchmarks.readme [--check] README.md`: figures in README come from committed result files only.
+"""`python -m fused_res.benchmarks.readme [--check] README.md docs/*.md`: documents get their figures from committed result files.
 
-What stands between `<!-- results:begin FILE.jsonl -->` and `<!-- results:end -->` is rewritten from that file, a path relative to
-the text, and the plot beside the file is drawn anew where it is of other results; with `summary` in place of `results`, a line for
-each case and no plot. What stands between `<!-- predicted:begin SUITE MODE DTYPE BATCH -->` and `<!-- predicted:end -->` comes from
-`fused_res.benchmarks.model`. With --check nothing is written, and the exit code is 1 if anything would be.
+What stands between `<!-- KIND:begin WHAT -->` and `<!-- KIND:end -->` is rendered from WHAT, by KIND:
+
+results     a result file, its path relative to the document: table, findings and plot
+summary     a result file: a line for each case, and the sums
+plot        a result file: the plot beside it
+headline    a result file of a network's blocks: one sentence about all of them
+predicted   SUITE MODE DTYPE BATCH: what `fused_res.benchmarks.model` says
+
+A plot is drawn anew where it is of other results than the file beside it. With --check nothing is written, and the exit code is 1
+if anything would be.
 """
 
 import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
-from fused_res.benchmarks import model, plot, report, results, summary
-
-_SECTION = re.compile(
-    r"(?P<begin><!-- (?P<kind>results|summary|predicted):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)",
-    re.DOTALL,
-)
+from fused_res.benchmarks import headline, model, plot, report, results, summary
 
 
 def _measured(name: str, folder: Path) -> str:
-    return report.markdown(results.load(folder / name), Path(name).with_suffix(".png").as_posix())
+    return report.markdown(results.load(folder / name), _picture(name))
 
 
 def _predicted(what: str, folder: Path) -> str:
@@ -33,45 +35,79 @@ def _summary(name: str, folder: Path) -> str:
     return summary.section(results.load(folder / name))
 
 
-_RENDER = {"results": _measured, "summary": _summary, "predicted": _predicted}
+def _picture(name: str) -> str:
+    return Path(name).with_suffix(".png").as_posix()
+
+
+def _plot(name: str, folder: Path) -> str:
+    return f"![{report.PLOTTED}]({_picture(name)})"
+
+
+def _headline(name: str, folder: Path) -> str:
+    return headline.sentence(results.load(folder / name), name)
+
+
+RENDER = {"results": _measured, "summary": _summary, "plot": _plot, "headline": _headline, "predicted": _predicted}
+DRAWN = ("results", "plot")
+_SECTION = re.compile(
+    rf"(?P<begin><!-- (?P<kind>{'|'.join(RENDER)}):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)", re.DOTALL
+)
 
 
 def rewritten(text: str, folder: Path) -> str:
     """The text with every section rendered anew."""
     found = Counter(match["kind"] for match in _SECTION.finditer(text))
-    for kind in _RENDER:
+    for kind in RENDER:
         if any(text.count(f"<!-- {kind}:{marker}") != found[kind] for marker in ("begin", "end")):
             raise ValueError(f"expected pairs of <!-- {kind}:begin … --> and <!-- {kind}:end -->")
-    return _SECTION.sub(lambda match: f"{match['begin']}\n{_RENDER[match['kind']](match['what'], folder)}\n\n{match['end']}", text)
+    return _SECTION.sub(lambda match: f"{match['begin']}\n{RENDER[match['kind']](match['what'], folder)}\n\n{match['end']}", text)
+
+
+def shown(text: str, folder: Path, kinds: Collection[str] = tuple(RENDER)) -> list[Path]:
+    """The result files that sections of these kinds show, each once."""
+    sections = [match for match in _SECTION.finditer(text) if match["kind"] in kinds and match["kind"] != "predicted"]
+    return list(dict.fromkeys(folder / match["what"] for match in sections))
 
 
 def stale_plots(text: str, folder: Path) -> list[Path]:
     """Result files whose plot is missing or of other results."""
-    files = [folder / match["what"] for match in _SECTION.finditer(text) if match["kind"] == "results"]
-    return [file for file in files if not plot.is_of(file.with_suffix(".png"), results.digest(file))]
+    return [file for file in shown(text, folder, DRAWN) if not plot.is_of(file.with_suffix(".png"), results.digest(file))]
+
+
+def update(document: Path, check: bool) -> bool:
+    """Render a document anew, or with `check` only say whether that would change anything. Returns whether it does.
+
+    Raises:
+        OSError, ValueError: a file cannot be read, or a section cannot be rendered from it.
+    """
+    text, folder = document.read_text(), document.parent
+    wanted, stale = rewritten(text, folder), stale_plots(text, folder)
+    if not check and text != wanted:
+        document.write_text(wanted)
+    for file in () if check else stale:
+        plot.draw(results.load(file), file.with_suffix(".png"), results.digest(file))
+    return text != wanted or bool(stale)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.readme", description=__doc__)
-    parser.add_argument("readme", type=Path)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file differs from its result files")
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_res.benchmarks.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("documents", type=Path, nargs="+", metavar="DOCUMENT")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document differs from its result files")
     options = parser.parse_args(argv)
-    try:
-        text = options.readme.read_text()
-        wanted, stale = rewritten(text, options.readme.parent), stale_plots(text, options.readme.parent)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if text == wanted and not stale:
+    differ = []
+    for document in options.documents:
+        try:
+            if update(document, options.check):
+                differ.append(str(document))
+        except (OSError, ValueError) as error:
+            print(f"error: {document}: {error}", file=sys.stderr)
+            return 2
+    if not options.check or not differ:
         return 0
-    if options.check:
-        repair = f"python -m fused_res.benchmarks.readme {options.readme}"
-        print(f"{options.readme} differs from its result files; run {repair}", file=sys.stderr)
-        return 1
-    options.readme.write_text(wanted)
-    for file in stale:
-        plot.draw(results.load(file), file.with_suffix(".png"), results.digest(file))
-    return 0
+    print(f"differs from its result files: {', '.join(differ)}; make figures writes them anew", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What is drawn from a result document: a terminal table, a markdown section, and the parts of both."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fused_res.benchmarks import ceiling, sums
 from fused_res.benchmarks.peers import BARE, OURS, is_ours
@@ -36,7 +36,8 @@ def interval(value: dict[str, float], digits: int = 2) -> str:
 
 
 COLUMNS = ("peer", "ms", "x bare", "x eager", "graph ms", "wall ms", "img/s", "roofline", "saved MB", "peak MB", "error")
-_WIDTHS = (19, 5, 16, 16, 8, 8, 7, 8, 8, 7, 5)
+_GAP = 2
+PLOTTED = "Time over the time of the bare convolutions"
 
 
 def _milliseconds(row: dict, column: str = "ms") -> str:
@@ -94,20 +95,35 @@ def _table(document: dict) -> tuple[list[int], list[tuple[tuple, dict, list[tupl
     return [c for c in range(len(COLUMNS)) if any(row[c] for *_, rows in found for row in rows)], found
 
 
+def stacked(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Columns of these widths as tables that fit `width`: the first column in each, of the others as many as there is room for."""
+    tables, used = [[0]], widths[0]
+    for column, needed in enumerate(widths[1:], 1):
+        if used + _GAP + needed > width and len(tables[-1]) > 1:
+            tables.append([0])
+            used = widths[0]
+        tables[-1].append(column)
+        used += _GAP + needed
+    return tables
+
+
 def print_table(document: dict) -> None:
-    """The tables on the terminal, one per case, through rich."""
+    """The tables on the terminal, through rich: one per case, or several below each other where one would be too wide."""
     console = require("rich.console").Console(highlight=False)
     console.print(f"{conditions(document)}\n", markup=False)
     columns, found = _table(document)
+    widths = [max(len(COLUMNS[c]), *(len(row[c]) for *_, rows in found for row in rows)) for c in columns]
+    tables = stacked(widths, console.width) if columns else []
     for key, peers, rows in found:
-        table = require("rich.table").Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        for c in columns:
-            table.add_column(COLUMNS[c], justify="right" if c else "left", no_wrap=True, min_width=_WIDTHS[c])
-        for row in rows:
-            table.add_row(*(row[c] for c in columns), style="bold" if is_ours(row[0]) else None)
         console.print(title(key, peers), style="bold", markup=False)
-        console.print(table)
-        console.print()
+        for chosen in tables:
+            table = require("rich.table").Table(box=None, header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
+            for n in chosen:
+                table.add_column(COLUMNS[columns[n]], justify="right" if n else "left", no_wrap=True, min_width=widths[n])
+            for row in rows:
+                table.add_row(*(row[columns[n]] for n in chosen), style="bold" if is_ours(row[0]) else None)
+            console.print(table)
+            console.print()
     console.print(*reasons(document), caption(document), *summaries(document), sep="\n", markup=False)
 
 
@@ -184,5 +200,5 @@ def markdown(document: dict, picture: str | None = None) -> str:
     for line in (caption(document), *summaries(document), f"Reproduce with `{document['command']}`."):
         lines += ["", line]
     if picture is not None:
-        lines += ["", f"![Time over the time of the bare convolutions]({picture})"]
+        lines += ["", f"![{PLOTTED}]({picture})"]
     return "\n".join(lines)

@@ -76,20 +76,19 @@ class Options:
     def file(self) -> Path:
         return self.output / f"{self.suite}-{self.mode}-{self.dtype}.jsonl"
 
+    @property
+    def plot(self) -> Path:
+        return self.file.with_suffix(".png")
+
 
 class CheckFailedError(RuntimeError):
     """The numerical check failed: nothing is timed."""
 
 
 def default_output(device: torch.device) -> Path:
-    """In a checkout benchmarks/results/cpu or benchmarks/results/gpu/<name>; elsewhere ./fused-res-results."""
-    root = environment.checkout()
-    if root is None:
-        return Path("fused-res-results")
-    folder = root / "benchmarks" / "results"
-    if device.type == "cpu":
-        return folder / "cpu"
-    return folder / "gpu" / "-".join(torch.cuda.get_device_name(device).lower().split())
+    """./fused-res-results/cpu, or NAME-OF-THE-GPU for cpu. Git ignores the folder: results to commit are written with --output."""
+    name = "cpu" if device.type == "cpu" else "-".join(torch.cuda.get_device_name(device).lower().split())
+    return Path("fused-res-results") / name
 
 
 def begin(options: Options, clock: Clock) -> dict:
@@ -130,7 +129,7 @@ def run(options: Options) -> dict:
         if _measure(document, options, clock):
             results.append(document, options.file, "finished", results.now())
     if "finished" in document:
-        plot.draw(document, options.file.with_suffix(".png"), results.digest(options.file))
+        plot.draw(document, options.plot, results.digest(options.file))
     return document
 
 

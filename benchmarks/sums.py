@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from fused_res.benchmarks.cases import NETWORKS, occurrences
-from fused_res.benchmarks.peers import BARE, is_ours
+from fused_res.benchmarks.peers import BARE, OURS, is_ours
 from fused_res.benchmarks.results import row_key
 
 EAGERS = ("eager channels_last", "eager NCHW")
@@ -63,6 +63,44 @@ def _ratio_of_sums(cases: list[tuple[int, list[float], list[float], list[float]]
     spread = summary(values)
     above = sum(count * (ours - bare) for count, ours, _, bare in middle)
     return {"ratio": above / below, "q20": spread["q20"], "q80": spread["q80"]}
+
+
+def whole(document: dict, network: str) -> dict:
+    """All blocks of a network in fused_res, at the largest batch size of a document that has each of them.
+
+    `eager` and `bare` are the ratios of its time to that of the faster eager layouts, and of the bare convolutions (`ratio`, `q20`
+    and `q80`); `saved` is the ratio of what is kept for backward to what the faster eager layouts keep, None where nothing is.
+
+    Raises:
+        ValueError: fused_res, an eager layout or the bare convolutions did not run in one of the blocks.
+    """
+    counts = {case.name: count for case, count in occurrences(network).items()}
+    batch = max(row["batch"] for row in document["rows"])
+    found = {case: peers for (case, size, *_), peers in measured(document) if size == batch}
+    cases = []
+    for case, count in counts.items():
+        peers = {name: row for name, row in found.get(case, {}).items() if row["reason"] is None}
+        eager = eager_of(peers)
+        if eager is None or not {OURS, BARE} <= peers.keys():
+            raise ValueError(f"{case} at batch {batch}: expected {OURS}, eager and {BARE}, got {', '.join(peers) or 'nothing'}")
+        cases.append((count, peers[OURS], peers[eager], peers[BARE]))
+
+    def over(which: int) -> dict[str, float]:
+        return _ratio_of_sums(
+            [(count, ours["times"], rest[which]["times"], [0.0] * ours["rounds"]) for count, ours, *rest in cases]
+        )
+
+    kept = [sum(count * (rows[i]["saved_bytes"] or 0) for count, *rows in cases) for i in (0, 1)]
+    first = cases[0][1]
+    return {
+        "blocks": sum(counts.values()),
+        "batch": batch,
+        "dtype": first["dtype"],
+        "mode": first["mode"],
+        "eager": over(0),
+        "bare": over(1),
+        "saved": kept[0] / kept[1] if kept[1] else None,
+    }
 
 
 def sums(document: dict, suite: str) -> list[dict]:

@@ -1,7 +1,7 @@
 """Compile the Triton kernels ahead of time, without a GPU, and check the machine code: `python -m fused_res.aot`.
 
-With --update the tables of docs/kernels.md are written anew; with --check nothing is compiled, only the names of their lines are
-compared.
+With --update docs/kernels.csv and the worst cases in docs/kernels.md are written anew; with --check nothing is compiled, only the
+names of the lines are compared, and the page with them.
 """
 
 import argparse
@@ -241,9 +241,9 @@ def table(
                     yield file, inspect(variant, dtype, arch)
 
 
-def stale(text: str) -> list[str]:
-    """What the tables of a document lack, and what they have that is no more."""
-    there = aot_table.documented(text)
+def stale(lines: list[aot_table.Line]) -> list[str]:
+    """What these lines lack, and what they have that is no more."""
+    there = aot_table.documented(lines)
     here = {
         (file, kernel_name(variant), variant.name, str(dtype).removeprefix("torch."))
         for dtype in DTYPES
@@ -264,8 +264,11 @@ def _line(row: Row) -> str:
     return f"{left}{row.registers:4} {row.local:5} {row.shared:6}  {right}"
 
 
-def _check(path: Path) -> int:
-    found = stale(path.read_text())
+def _check(document: Path) -> int:
+    lines, text = aot_table.read(aot_table.data(document)), document.read_text()
+    found = stale(lines)
+    if aot_table.rewritten(text, lines) != text:
+        found.append(f"{document.name} does not show the worst of {aot_table.data(document).name}")
     for line in found:
         print(line)
     return 1 if found else 0
@@ -282,9 +285,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--tiles", action="store_true", help="instead, the convolutions with every tile that tuning tries")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
-    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write the tables of docs/kernels.md anew")
+    parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write docs/kernels.md anew, and the data beside it")
     parser.add_argument(
-        "--check", type=Path, metavar="DOCUMENT", help="exit with 1 unless docs/kernels.md has the kernels there are"
+        "--check",
+        type=Path,
+        metavar="DOCUMENT",
+        help="exit with 1 unless the data beside docs/kernels.md has the kernels there are",
     )
     options = parser.parse_args(arguments)
     import triton
@@ -297,8 +303,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sample: expected neither --update nor --tiles with it")
     if options.update and options.tiles:
         parser.error("--tiles: expected no --update with it")
-    if options.update and options.arch:
-        parser.error("--arch: expected no --update with it")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
@@ -311,8 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed += 1
             print(f"{row.kernel} {row.variant}, {row.dtype}, sm_{row.arch}: {problem}", file=sys.stderr, flush=True)
     if options.update and not failed:
-        bodies = {file: aot_table.section(rows) for file, rows in sections.items()}
-        options.update.write_text(aot_table.rewritten(options.update.read_text(), bodies))
+        aot_table.update(options.update, sections)
     return 1 if failed else 0
 
 

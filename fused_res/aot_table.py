@@ -1,97 +1,125 @@
-"""The tables of docs/kernels.md: what the compiler made of every kernel, a section for each file of kernels, and the worst cases.
+"""What the compiler made of the kernels: docs/kernels.csv, a line for each variant, and the worst cases in docs/kernels.md.
 
-What stands between `<!-- kernels:begin NAME -->` and `<!-- kernels:end -->` is written by `python -m fused_res.aot --update`.
+Both are written by `python -m fused_res.aot --update docs/kernels.md`. What stands in the page between the comments
+`kernels:begin worst` and `kernels:end` is computed from the lines.
 """
 
+import csv
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-# The section that has the worst case of each kernel, computed from the cells of the other sections.
-WORST = "worst"
-_SECTION = re.compile(r"(?P<begin><!-- kernels:begin (?P<file>\w+) -->\n)(?P<body>.*?)(?P<end><!-- kernels:end -->)", re.DOTALL)
-_CELL = re.compile(r"(?P<registers>\d+), (?P<shared>[\d.]+)(?:, (?P<matrix>[a-z][\w+ ]*))?(?:, (?P<local>\d+) B local)?")
+_SECTION = re.compile(r"(?P<begin><!-- kernels:begin worst -->\n).*?(?P<end><!-- kernels:end -->)", re.DOTALL)
 
 
-def _cell(registers: int, shared: float, matrix: str, local: int) -> str:
-    """Registers of a thread, KiB of shared memory of a block, the matrix instruction and bytes of local memory, if any."""
-    return f"{registers}, {shared:.4g}{f', {matrix}' if matrix else ''}{f', {local} B local' if local else ''}"
+class Line(NamedTuple):
+    """One kernel as compiled for one architecture, with the heads of its columns.
 
-
-def _table(heads: list[str], lines: Iterable[Iterable[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *lines])
-
-
-def section(rows: Iterable[Any]) -> str:
-    """A folded Markdown table of `fused_res.aot.Row`s: a line for each kernel, variant and dtype, a column for each `arch`."""
-    lines: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in rows:
-        cell = _cell(row.registers, row.shared / 1024, row.matrix, row.local)
-        lines.setdefault((row.kernel, row.variant, row.dtype), {})[row.arch] = cell
-    archs = sorted({arch for cells in lines.values() for arch in cells})
-    heads = ["kernel", "variant", "dtype", *(f"sm_{arch}" for arch in archs)]
-    table = _table(heads, ((*names, *(cells[arch] for arch in archs)) for names, cells in lines.items()))
-    return f"<details><summary>{len(lines)} variants</summary>\n\n{table}\n\n</details>"
-
-
-def files(text: str) -> list[str]:
-    """The files of kernels that the document has sections for."""
-    return [match["file"] for match in _SECTION.finditer(text) if match["file"] != WORST]
-
-
-def _lines(body: str) -> list[list[str]]:
-    """Cells of the lines of a table, its head and rule left out."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("| ")]
-    return lines[2:]
-
-
-def documented(text: str) -> set[tuple[str, ...]]:
-    """File, kernel, variant and dtype of every line of the tables."""
-    sections = [match for match in _SECTION.finditer(text) if match["file"] != WORST]
-    return {(match["file"], *cells[:3]) for match in sections for cells in _lines(match["body"])}
-
-
-def _worst(cells: Iterable[str]) -> str:
-    """The most registers, shared and local memory of all these cells, and every matrix instruction; "none" where some lack one."""
-    found = [_CELL.fullmatch(cell) for cell in cells]
-    matrix = sorted({match["matrix"] or "none" for match in found})
-    return _cell(
-        max(int(match["registers"]) for match in found),
-        max(float(match["shared"]) for match in found),
-        "" if matrix == ["none"] else " or ".join(matrix),
-        max(int(match["local"] or 0) for match in found),
-    )
-
-
-def worst(text: str) -> str:
-    """A Markdown table of the worst case of each kernel on each architecture, over all its variants and dtypes in the document."""
-    groups: dict[str, list[list[str]]] = {}
-    archs: list[str] = []
-    for match in _SECTION.finditer(text):
-        if match["file"] != WORST and (lines := _lines(match["body"])):
-            archs = re.findall(r"sm_\d+", match["body"])[: len(lines[0]) - 3]
-            for kernel, _, _, *cells in lines:
-                groups.setdefault(kernel, []).append(cells)
-    table = ((kernel, str(len(lines)), *map(_worst, zip(*lines, strict=True))) for kernel, lines in groups.items())
-    return _table(["kernel", "variants", *archs], table)
-
-
-def rewritten(text: str, sections: dict[str, str]) -> str:
-    """The document with these sections, by file, in place of what they were, and the worst cases of what it has then.
-
-    Raises:
-        ValueError: for a file that it has no section for.
+    file: of kernels/, without its ending. arch: 80 for compute capability 8.0. registers: of a thread. shared_kib: shared memory
+    of a block. matrix: the instruction it multiplies with, or nothing. local: bytes of local memory of a thread.
     """
 
-    def replaced(text: str, sections: dict[str, str]) -> str:
-        if missing := sorted(sections.keys() - {match["file"] for match in _SECTION.finditer(text)}):
-            raise ValueError(f"expected <!-- kernels:begin {missing[0]} --> and <!-- kernels:end -->")
+    file: str
+    kernel: str
+    variant: str
+    dtype: str
+    arch: int
+    registers: int
+    shared_kib: float
+    matrix: str
+    local: int
 
-        def fresh(match: re.Match) -> str:
-            body = sections.get(match["file"])
-            return match[0] if body is None else f"{match['begin']}\n{body}\n\n{match['end']}"
+    @classmethod
+    def of(cls, file: str, row: Any) -> "Line":
+        """From a `fused_res.aot.Row`."""
+        measured = row.registers, row.shared / 1024, row.matrix, row.local
+        return cls(file, row.kernel, row.variant, row.dtype, row.arch, *measured)
 
-        return _SECTION.sub(fresh, text)
 
-    text = replaced(text, sections)
-    return replaced(text, {WORST: worst(text)})
+def data(document: Path) -> Path:
+    """Where the lines of a page are: beside it."""
+    return document.with_suffix(".csv")
+
+
+def read(path: Path) -> list[Line]:
+    """Raises ValueError where the file has other columns."""
+    with path.open(newline="") as file:
+        head, *lines = list(csv.reader(file)) or [[]]
+    if tuple(head) != Line._fields:
+        raise ValueError(f"{path.name}: expected the columns {','.join(Line._fields)}, got {','.join(head)}")
+    types = Line.__annotations__.values()
+    return [Line(*(type_(value) for type_, value in zip(types, line, strict=True))) for line in lines]
+
+
+def write(path: Path, lines: Iterable[Line]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Line._fields)
+        writer.writerows(line._replace(shared_kib=f"{line.shared_kib:.6g}") for line in lines)
+
+
+def replaced(lines: Sequence[Line], compiled: Mapping[str, Iterable[Any]]) -> list[Line]:
+    """The lines with these rows, by file, in place of all that the file had for their architectures.
+
+    The architectures of a variant stand next to each other, variants in the order of the rows, and files in that of their names.
+    """
+    by_file: dict[str, list[Line]] = {}
+    for line in lines:
+        by_file.setdefault(line.file, []).append(line)
+    for file, rows in compiled.items():
+        new = [Line.of(file, row) for row in rows]
+        archs = {line.arch for line in new}
+        groups: dict[tuple[str, ...], list[Line]] = {}
+        for line in [*new, *(line for line in by_file.get(file, ()) if line.arch not in archs)]:
+            groups.setdefault(line[1:4], []).append(line)
+        by_file[file] = [line for group in groups.values() for line in sorted(group, key=lambda line: line.arch)]
+    return [line for file in sorted(by_file) for line in by_file[file]]
+
+
+def documented(lines: Iterable[Line]) -> set[tuple[str, ...]]:
+    """File, kernel, variant and dtype of every line."""
+    return {line[:4] for line in lines}
+
+
+def _cell(lines: Sequence[Line]) -> str:
+    """The most registers, shared and local memory of all these lines, and every matrix instruction; "none" where some lack one."""
+    if not lines:
+        return ""
+    matrix = sorted({line.matrix or "none" for line in lines})
+    local = max(line.local for line in lines)
+    parts = [str(max(line.registers for line in lines)), f"{max(line.shared_kib for line in lines):.4g}"]
+    parts += [] if matrix == ["none"] else [" or ".join(matrix)]
+    return ", ".join([*parts, *([f"{local} B local"] if local else [])])
+
+
+def worst(lines: Sequence[Line]) -> str:
+    """A Markdown table of the worst case of each kernel on each architecture, over all its variants and dtypes."""
+    archs = sorted({line.arch for line in lines})
+    groups: dict[str, dict[int, list[Line]]] = {}
+    for line in lines:
+        groups.setdefault(line.kernel, {}).setdefault(line.arch, []).append(line)
+    table = [["kernel", "variants", *(f"sm_{arch}" for arch in archs)], ["---"] * (2 + len(archs))]
+    for kernel, found in groups.items():
+        variants = {line[2:4] for group in found.values() for line in group}
+        table.append([kernel, str(len(variants)), *(_cell(found.get(arch, [])) for arch in archs)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def rewritten(text: str, lines: Sequence[Line]) -> str:
+    """The page with the worst cases of these lines.
+
+    Raises:
+        ValueError: it has no place for them.
+    """
+    if len(_SECTION.findall(text)) != 1:
+        raise ValueError("expected one pair of <!-- kernels:begin worst --> and <!-- kernels:end -->")
+    return _SECTION.sub(lambda match: f"{match['begin']}\n{worst(lines)}\n\n{match['end']}", text)
+
+
+def update(document: Path, compiled: Mapping[str, Iterable[Any]]) -> None:
+    """Put these rows, by file, into the data of a page, and the worst cases into the page."""
+    path = data(document)
+    lines = replaced(read(path) if path.is_file() else [], compiled)
+    document.write_text(rewritten(document.read_text(), lines))
+    write(path, lines)

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from fused_res import backends, check, environment
-from fused_res.console import UsageError, progress, table
+from fused_res.console import UsageError, progress, table, wrapped
 from fused_res.planner import LEVELS
 
 try:
@@ -84,8 +84,9 @@ def _info(options: argparse.Namespace) -> int:
         found = {"versions": versions, "machine": machine, "git": environment.git(), "levels": LEVELS, "backends": support}
         _print_json(found)
         return 0
-    print(", ".join(f"{name} {version}" for name, version in versions.items() if version is not None))
-    print(f"CPU: {machine['cpu']}, {machine['cpu_cores']} cores, {machine['threads']} threads, {machine['cpu_capability']}")
+    print(wrapped(", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)))
+    cores = f"{machine['cpu_cores']} cores, {machine['threads']} threads"
+    print(wrapped(f"CPU: {machine['cpu']}, {cores}, {machine['cpu_capability']}"))
     for gpu in machine.get("gpus", ()):
         print(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
     if "gpus" not in machine:
@@ -108,20 +109,22 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"device": str(device), "versions": environment.versions(), **summary, "rows": [row.to_dict() for row in rows]})
         return 0 if summary["passed"] else 1
-    lines = []
+    lines, reasons = [], []
     for row in rows if options.all else check.worst(rows):
         if row.reason is not None:
-            lines.append((row.backend, "", row.dtype, "", "", "", "", "", "", f"not run: {row.reason}"))
+            reasons.append(f"{row.backend}, {row.dtype} not run: {row.reason}")
             continue
         numbers = (f"{value:.1e}" for value in (row.error, row.eager_error, row.limit))
         verdict = "pass" if row.passed else "FAIL"
         lines.append((row.backend, row.level, row.dtype, row.block, row.mode, row.quantity, *numbers, verdict))
     lines.sort(key=lambda line: (line[0], line[2]))
-    print(table(("backend", "level", "dtype", "block", "mode", "quantity", "error", "eager", "limit", "verdict"), lines))
+    head = ("backend", "level", "dtype", "block", "mode", "quantity", "error", "eager", "limit", "verdict")
+    print("\n".join([table(head, lines, shared=5), *(["", *map(wrapped, reasons)] if reasons else [])]))
     failed = sum(not row.passed for row in rows)
     verdict = f"{failed} FAILED." if failed else "All passed." if summary["passed"] else "Nothing could run."
     shown = "" if options.all else " The table shows of each block the one nearest to its limit."
-    print(f"\n{summary['compared']} quantities compared. {verdict}{shown}")
+    compared = wrapped(f"{summary['compared']} quantities compared. {verdict}{shown}")
+    print(f"\n{compared}")
     return 0 if summary["passed"] else 1
 
 

@@ -1,7 +1,9 @@
 """Text for terminals: a table that needs no package, a progress bar where rich is installed, and what to install where not."""
 
 import importlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,11 +30,45 @@ def require(module: str, package: str | None = None) -> ModuleType:
         raise MissingPackageError(f"this needs the package {name}: pip install 'fused-res[bench]'") from error
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart, under a rule."""
-    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(str(cell).ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+def width() -> int:
+    """Columns of the terminal; 80 where the output is none, unless COLUMNS says otherwise."""
+    return shutil.get_terminal_size(fallback=(80, 24)).columns
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines that fit the terminal."""
+    return textwrap.fill(text, width(), break_long_words=False, break_on_hyphens=False)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], shared: int = 0) -> str:
+    """Left-aligned columns, two spaces apart, under a rule.
+
+    Where that is too wide for the terminal, as many as it takes of the first `shared` columns become a line above the rows that
+    have them in common. What is then still too wide in the last column is wrapped.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+
+    def needed(above: int) -> int:
+        return sum(widths[above:]) + 2 * (len(widths) - above - 1)
+
+    above = next((n for n in range(shared + 1) if needed(n) <= width()), shared)
+    widths[-1] = min(widths[-1], max(20, width() - needed(above) + widths[-1]))
+
+    def lines(row: Sequence[str]) -> Iterator[str]:
+        last = textwrap.wrap(row[-1], max(1, widths[-1]), break_on_hyphens=False) or [""]
+        for n, text in enumerate(last):
+            shown = (*(cell if n == 0 else "" for cell in row[above:-1]), text)
+            yield "  ".join(cell.ljust(w) for cell, w in zip(shown, widths[above:], strict=True)).rstrip()
+
+    found = [*lines(header), "  ".join("-" * w for w in widths[above:])]
+    title: list[str] = []
+    for row in cells:
+        if row[:above] != title:
+            title = row[:above]
+            found += ["", ", ".join(filter(None, title))]
+        found += lines(row)
+    return "\n".join(found)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def test_blocks_of_a_network_add_up():
     assert whole["bare"]["ms"]["H200"] < times[-1]
 
 
-def test_measured_times_stand_beside_their_way():
+def test_measured_times_stand_beside_their_way(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     head = {"case": CASE.name, "batch": 8, "dtype": "fp32", "mode": "train", "reason": None, "ms": {"median": 3.0}}
     found = {"eager NCHW": "eager", "torch.compile": "inductor", "fused_res": "native, moment", "bare convolutions": None}
     rows = [head | {"peer": peer, "backend": backend} for peer, backend in {**found, "OpenVINO": "openvino 1"}.items()]

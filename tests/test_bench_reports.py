@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fused_res import cli
-from fused_res.benchmarks import charts, clocks, compare, results, webpage
+from fused_res.benchmarks import charts, clocks, compare, headline, plot, report, results, sums, webpage
+from fused_res.benchmarks.cases import occurrences
 from fused_res.benchmarks.sums import summary
 
 CPU = torch.device("cpu")
@@ -94,6 +95,7 @@ def test_compare_on_the_command_line(tmp_path, capsys):
     arguments = ["bench", "compare", old, new, "--peers", "fused_res"]
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     assert "REGRESSED" in text
     assert "1 regressed, 0 improved, of 2" in text
     assert cli.main([*arguments, "--fail"]) == 1
@@ -165,3 +167,117 @@ def test_report_on_the_command_line(tmp_path, capsys):
     assert written.read_text().startswith("<!DOCTYPE html>")
     assert cli.main(["bench", "report", str(tmp_path / "none.jsonl"), "--output", str(written)]) == 2
     assert "none.jsonl" in capsys.readouterr().err
+
+
+NINE = (
+    "eager NCHW",
+    "eager channels_last",
+    "torch.compile",
+    "torch.compile max-autotune",
+    "bare convolutions",
+    "fused_res",
+    "fused_res bn_act",
+    "fused_res epilogue",
+    "fused_res prologue",
+    "fused_res moment",
+)
+"""Nine peers, and what they are compared with."""
+
+
+def wide():
+    """A document with every column there is."""
+    document = make()
+    document["rows"] = []
+    for case, slow in (("one", 1.0), ("a.longer.one", 1e3)):
+        for name in NINE:
+            times = {column: summary([slow * value for value in TIMES]) for column in ("graph_ms", "wall_ms")}
+            document["rows"].append(row(case, name, slow) | times | {"peak_bytes": 3_000_000_000, "is_network": True})
+    return document
+
+
+@pytest.mark.parametrize("width", [50, 80, 100, 300])
+def test_tables_fit_the_terminal_and_lose_nothing(width, monkeypatch, capsys):
+    document = wide()
+    monkeypatch.setenv("COLUMNS", str(width))
+    report.print_table(document)
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    words = set(text.split())
+    for column in report.COLUMNS:
+        assert set(column.split()) <= words, column
+    for _, peers in report.measured(document):
+        for name in peers:
+            for cell in report.cells(name, peers, document["ceiling"]):
+                assert set(cell.split()) <= words, (name, cell)
+    tables = sum(line.startswith("peer ") for line in lines)
+    assert (tables == 2) == (width == 300)
+
+
+def test_where_there_is_no_terminal_tables_are_80_wide(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    report.print_table(wide())
+    assert 60 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_columns_are_spread_over_as_few_tables_as_fit():
+    assert report.stacked([10, 5, 5, 5], 31) == [[0, 1, 2, 3]]
+    assert report.stacked([10, 5, 5, 5], 30) == [[0, 1, 2], [0, 3]]
+    assert report.stacked([10, 50, 50], 30) == [[0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_the_legend_of_nine_peers_lies_within_the_plot(losses):
+    pytest.importorskip("matplotlib")
+    document = wide()
+    if losses:
+        document["digits"] = {"losses": {"eager": [2.0, 1.0], "fused": [2.0, 1.0]}, "accuracy": {"eager": 1.0, "fused": 1.0}}
+    figure = plot.figure(document)
+    figure.draw_without_rendering()
+    legend = figure.legends[0]
+    assert len(legend.get_texts()) == len(NINE)
+    page = figure.bbox
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, text.get_text()
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, text.get_text()
+
+
+def blocks(network, mode="train"):
+    """A document of a network's blocks. Ours take 1, 2, … times TIMES in turn, eager 2 more, the bare convolutions 1 less."""
+    document = make()
+    rows = []
+    for n, case in enumerate(occurrences(network), 1):
+        for name, factor in (
+            ("fused_res", n),
+            ("eager NCHW", n + 5),
+            ("eager channels_last", n + 2),
+            ("bare convolutions", n - 0.5),
+        ):
+            rows.append(row(case.name, name, factor) | {"mode": mode, "saved_bytes": None if mode == "eval" else 1000 * factor})
+    return document | {"suite": network, "rows": rows}
+
+
+def test_all_blocks_of_a_network_weigh_as_often_as_they_occur():
+    counts = list(occurrences("resnet50").values())
+    ours = sum(n * count for n, count in enumerate(counts, 1))
+    found = sums.whole(blocks("resnet50"), "resnet50")
+    assert found["blocks"] == 16
+    assert found["eager"]["ratio"] == pytest.approx(ours / (ours + 2 * 16))
+    assert found["bare"]["ratio"] == pytest.approx(ours / (ours - 0.5 * 16))
+    assert found["eager"]["q20"] == pytest.approx(found["eager"]["q80"])
+    assert found["saved"] == pytest.approx(ours / (ours + 2 * 16))
+    text = headline.sentence(blocks("resnet50"), "results/some.jsonl")
+    assert f"takes {ours / (ours + 32):.2f} [" in text
+    assert "[some.jsonl](results/some.jsonl)" in text
+    assert "kept for backward" not in headline.sentence(blocks("resnet18", "eval"), "results/some.jsonl")
+
+
+def test_no_sentence_about_blocks_that_are_not_all_there():
+    document = blocks("resnet18")
+    with pytest.raises(ValueError, match="got the suite quick"):
+        headline.sentence(document | {"suite": "quick"}, "some.jsonl")
+    document["rows"] = [found for found in document["rows"] if found["case"] != "resnet18.3.identity"]
+    with pytest.raises(ValueError, match=r"resnet18\.3\.identity at batch 8: expected fused_res, eager and bare convolutions"):
+        headline.sentence(document, "some.jsonl")

@@ -290,6 +290,17 @@ def test_readme_sections_follow_their_files(document, tmp_path, capsys):
     assert readme.main([str(path), "--check"]) == 1
     assert readme.main([str(path)]) == 0
     assert readme.main([str(path), "--check"]) == 0
+    other = tmp_path / "other.md"
+    other.write_text("<!-- plot:begin results/small.jsonl -->\n<!-- plot:end -->\n")
+    capsys.readouterr()
+    assert readme.main([str(path), str(other), "--check"]) == 1
+    err = capsys.readouterr().err
+    assert str(other) in err
+    assert str(path) not in err
+    assert readme.main([str(path), str(other)]) == 0
+    assert "](results/small.png)" in other.read_text()
+    assert readme.shown(path.read_text(), tmp_path) == readme.shown(other.read_text(), tmp_path) == [picture.with_suffix(".jsonl")]
+    assert readme.main([str(path), str(other), "--check"]) == 0
     path.write_text(text.replace("results:end", "results:ended"))
     assert readme.main([str(path), "--check"]) == 2
     assert "pairs" in capsys.readouterr().err

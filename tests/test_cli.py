@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,16 @@ def test_bench_writes_result_and_plot_and_resumes(small_suite, tmp_path, capsys)
     assert "source differ" in capsys.readouterr().err
 
 
+def test_results_go_to_a_folder_of_the_current_one_that_git_ignores(small_suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*small_suite, "--peers", "eager channels_last", "bare convolutions", "fused_res"]) == 0
+    names = [f"fused-res-results/cpu/resnet18-forward-fp32.{ending}" for ending in ("jsonl", "png")]
+    assert all((tmp_path / name).is_file() for name in names)
+    assert capsys.readouterr().out.endswith(f"written: {', '.join(names)}\n")
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"fused-res-results/", ".venv/", "build/"} <= set(ignored)
+
+
 def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch, capsys):
     def wrong(setup):
         module = setup.module("channels_last")
@@ -166,6 +177,46 @@ def test_bench_fails_loudly_on_wrong_results(small_suite, tmp_path, monkeypatch,
     captured = capsys.readouterr()
     assert "FAILED: small.identity, batch 2: fused_res differs from eager channels_last" in captured.err
     assert "fused_res not run anywhere: differs from eager" in " ".join(captured.out.split())
+
+
+HEAD = ("one", "two", "three")
+ROWS = [("a", "b" * 20, "c" * 10), ("a", "d", "e f " * 10), ("g", "", "h")]
+
+
+@pytest.mark.parametrize(("columns", "shared"), [(100, 2), (60, 1), (50, 2), (50, 0), (30, 2)])
+def test_tables_fit_the_terminal(columns, shared, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = console.table(HEAD, ROWS, shared=shared)
+    assert max(map(len, text.splitlines())) <= columns
+    shown = Counter(text.replace(",", "").split())
+    assert all(word in shown for row in ROWS for cell in row for word in cell.split())
+    assert (shown["e"], shown["f"]) == (10, 10)
+
+
+def test_columns_that_rows_share_stand_above_them(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert console.table(HEAD, [("a", "b", "c" * 14), ("a", "d", "e"), ("f", "g", "h")], shared=1).splitlines() == [
+        "two  three",
+        "---  --------------",
+        "",
+        "a",
+        "b    cccccccccccccc",
+        "d    e",
+        "",
+        "f",
+        "g    h",
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert console.table(HEAD, ROWS, shared=1) == console.table(HEAD, ROWS)
+
+
+@pytest.mark.usefixtures("few_shapes")
+def test_commands_fit_80_columns(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    check = ["check", *ONLY, "--seeds", "1"]
+    for arguments in (["info"], check, [*check, "--all"], ["bench", "model"]):
+        cli.main(arguments)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80, arguments
 
 
 def test_missing_module_of_an_installed_package_is_not_hidden():

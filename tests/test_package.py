@@ -1,6 +1,7 @@
 """The package as installed: what it exports, what it needs, and that its parts are named alike."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import fused_res
 from fused_res import backends
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 STEMS = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "conv_fprop", "conv_dgrad", "conv_wgrad", "masked_add"]
 
 
@@ -81,11 +84,63 @@ def test_readme_examples_run(torchvision_resnet):
         exec(code, namespace)
 
 
-@pytest.mark.parametrize("text", ["README.md", "docs/moment-form.md"])
-def test_figures_match_their_result_files(text):
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_figures_match_their_result_files(document):
     from fused_res.benchmarks.readme import main
 
-    assert main(["--check", str(ROOT / text)]) == 0
+    assert main(["--check", str(document)]) == 0
+
+
+def test_figures_of_a_machine_come_from_one_commit():
+    """Of different commits, tables would contradict each other."""
+    from fused_res.benchmarks import readme, results
+
+    files = {file.resolve() for document in DOCUMENTS for file in readme.shown(document.read_text(), document.parent)}
+    commits: dict[Path, set[str]] = {}
+    for file in files:
+        git = results.load(file)["git"]
+        assert git["dirty"] is False, file
+        commits.setdefault(file.parent, set()).add(git["commit"])
+    assert RESULTS / "cpu" in commits
+    assert all(len(found) == 1 for found in commits.values()), commits
+    assert set((RESULTS / "cpu").glob("*.jsonl")) <= files, "a result file that no document shows"
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            found = (document.parent / path).resolve() if path else document
+            assert found.exists(), (document.name, target)
+            if anchor:
+                heads = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, (document.name, target)
+
+
+def test_files_that_documents_name_are_there():
+    named = re.compile(r"`((?:fused_res|kernels|csrc|tests|benchmarks|docs)/[\w./-]+\.(?:py|md|csv|h|cpp|cu|cuh))`")
+    missing = {
+        (document.name, path)
+        for document in DOCUMENTS
+        for path in named.findall(document.read_text())
+        if not (ROOT / path).exists()
+    }
+    assert not missing
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_the_benchmark_installs_no_more_than_it_needs(tmp_path):
+    def planned(target):
+        command = ["make", "--dry-run", target, f"VENV={tmp_path / 'none'}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    bench, tests = planned("bench"), planned("test")
+    assert '--editable ".[bench]"' in bench
+    assert "[dev]" not in bench
+    assert tests.index('--editable ".[bench]"') < tests.index('"fused-res[dev]"') < tests.index("--numprocesses")
 
 
 def test_version_is_the_same_everywhere():
