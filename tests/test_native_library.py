@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,22 @@ def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, pla
 
 
 @checkout
+@pytest.mark.parametrize("version", ["76.1.0", "65.5.0"])
+def test_an_older_setuptools_is_told_what_is_needed(version):
+    code = f"""
+import runpy, sys, setuptools
+setuptools.__version__ = {version!r}
+sys.modules["setuptools.command.bdist_wheel"] = None
+sys.argv = ["setup.py", "egg_info"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fused_res: building it needs setuptools 77 or later, here is {version}: pip install")
+
+
+@checkout
+@pytest.mark.skipif(int(version("setuptools").split(".")[0]) < 77, reason="builds with setuptools 77 or later")
 def test_a_local_version_is_part_of_the_version(tmp_path):
     for label, expected in ((None, r"[\d.]+"), ("cu130", r"[\d.]+\+cu130")):
         environment = {k: v for k, v in os.environ.items() if k != "FUSED_RES_LOCAL_VERSION"}
