@@ -93,6 +93,44 @@ with fused_res.use_backend("native"):
             assert words in error, error
 
 
+def test_blocks_that_run_on_the_formulas_for_want_of_a_library_say_so_once(tmp_path):
+    code = f"""
+import torch, fused_res, warnings
+from pathlib import Path
+from fused_res.backends import native
+native.LIBRARY, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
+warnings.simplefilter("always")
+for _ in range(2):
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 6, 6, dtype=torch.float64).float())
+"""
+    (tmp_path / "_native.json").write_text(json.dumps({"missing": "no compiler"}))
+    done = run(code, FUSED_RES_NATIVE="1")
+    expected = "blocks on cpu run on the plain formulas (backend 'reference'), more slowly. native: the compiled library is missing"
+    assert done.stderr.count(f"{expected}: no compiler") == 1, done.stderr
+    assert "plain formulas" not in run(code, FUSED_RES_NATIVE="0").stderr  # asked for
+
+
+@checkout
+def test_python_started_in_a_source_folder_finds_the_kernels_and_says_what_is_not_built(tmp_path):
+    (tmp_path / "fused_res").mkdir()
+    for path in (ROOT / "fused_res").iterdir():
+        if path.name not in ("_native.so", "_native.json", "__pycache__"):
+            (tmp_path / "fused_res" / path.name).symlink_to(path)
+    for name in ("kernels", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = """
+import torch, fused_res, fused_res.kernels, fused_res.benchmarks.cases
+print(fused_res.__file__, fused_res.kernels.__file__, sep="\\n")
+with fused_res.use_backend("native"):
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
+"""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "FUSED_RES_NATIVE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [f"{tmp_path}/fused_res/__init__.py", f"{tmp_path}/kernels/__init__.py"], done.stderr
+    assert f"it was never built in this source folder, {tmp_path}/fused_res; `pip install --editable .` builds it" in done.stderr
+
+
 @built
 def test_an_unknown_instruction_set_is_an_error():
     code = "import torch; from fused_res.backends import native; native.load(); torch.ops.fused_res.bn_stats(torch.rand(3, 4))"
