@@ -155,6 +155,14 @@ def test_only_the_stable_interface_of_torch_is_used(complaints):
     assert complaints(native.LIBRARY) == []
 
 
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_the_library_brings_all_of_torch_with_it():
+    """libtorch.so is where torch's CUDA libraries hang: without it, the current stream would be found under no torch."""
+    dynamic = subprocess.run(["readelf", "--dynamic", native.LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\(NEEDED\).*\[libtorch\.so\]", dynamic), dynamic
+
+
 @checkout
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
@@ -168,6 +176,7 @@ def test_only_the_stable_interface_of_torch_is_used(complaints):
         ('extern "C" int torch_planted(); int use() { return torch_planted(); }', "uses torch_planted, which no torch"),
         ('extern "C" int PyErr_Occurred(); int use() { return PyErr_Occurred(); }', "uses PyErr_Occurred of Python"),
         ("linked", "needs libcudart.so.13"),
+        ("unlinked", "does not need libtorch.so"),
     ],
 )
 def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, planted, complaint):
@@ -175,10 +184,11 @@ def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, pla
         (tmp_path / "code.cpp").write_text(code)
         subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "code.cpp", "-o", tmp_path / name, *flags], check=True)
 
-    flags = []
-    if planted == "linked":
-        build("", "libcudart.so.13", "-Wl,-soname,libcudart.so.13")
-        planted, flags = "", ["-Wl,--no-as-needed", tmp_path / "libcudart.so.13"]
+    linked = {"linked": ["libtorch.so", "libcudart.so.13"], "unlinked": []}.get(planted, ["libtorch.so"])
+    for name in linked:
+        build("", name, f"-Wl,-soname,{name}")
+    flags = ["-Wl,--no-as-needed", *(tmp_path / name for name in linked)]
+    planted = "" if planted in ("linked", "unlinked") else planted
     build(f'extern "C" int aoti_torch_abi_version(); int base() {{ return aoti_torch_abi_version(); }} {planted}', "lib.so", *flags)
     found = complaints(tmp_path / "lib.so")
     assert len(found) == (complaint is not None)
