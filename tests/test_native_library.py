@@ -163,6 +163,28 @@ def test_the_library_brings_all_of_torch_with_it():
     assert re.search(r"\(NEEDED\).*\[libtorch\.so\]", dynamic), dynamic
 
 
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+@pytest.mark.skipif(not native.record().get("cuda"), reason="the library has no CUDA kernels")
+def test_the_current_stream_is_found_where_torch_has_cuda():
+    """What the dynamic linker put into the slot of the weak symbol: no GPU is needed for that."""
+    code = """
+import ctypes, re, subprocess
+from pathlib import Path
+from fused_res.backends import native
+native.load()
+library = Path(native.LIBRARY).resolve()
+base = next(int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(library)))
+relocations = subprocess.run(["readelf", "--relocs", "--wide", library], capture_output=True, text=True, check=True).stdout
+(offset,) = re.findall(r"^([0-9a-f]+) .*\\baoti_torch_get_current_cuda_stream\\b", relocations, re.MULTILINE)
+print(ctypes.c_void_p.from_address(base + int(offset, 16)).value)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    print(f"torch {torch.__version__}: {done.stdout}")
+    assert (done.stdout.strip() != "None") == (torch.version.cuda is not None)
+
+
 @checkout
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
