@@ -292,8 +292,8 @@ def test_pack_and_unpack_are_inverse():
     block = Block([unit, unit._replace(beta=torch.ones(2))], unit, fused_res.AvgPool((2, 2), (2, 2), ceil_mode=True))
     restored = unpack(*pack(block))
     assert restored.pool == block.pool
-    assert [u[7:11] for u in restored.units] == [u[7:11] for u in block.units]
-    assert [u.eps for u in restored.units] == [0.5] * 3
+    assert [u[7:11] for u in restored.units()] == [u[7:11] for u in block.units()]
+    assert [u.eps for u in restored.units()] == [0.5] * 3
     assert restored.main[1].beta is block.main[1].beta
     assert restored.main[0].beta is None
 

@@ -29,7 +29,7 @@ class Level(NamedTuple):
     moment_main: bool
     moment_projection: bool
     stores: tuple[bool, ...]
-    """For each of `block.units`: whether its convolution's output is stored."""
+    """For each of `block.units()`: whether its convolution's output is stored."""
 
     def convolutions(self, backend: str) -> str:
         """The backend to ask for convolutions: below `epilogue` they are the library's."""
