@@ -36,8 +36,8 @@ class Level(NamedTuple):
         return backend if self.epilogues else LIBRARY
 
     def keeps_moments(self, block: Block) -> tuple[bool, ...]:
-        """For each of `block.units`: whether it is in the moment form and under batch statistics."""
-        return tuple(unit.training and not stored for unit, stored in zip(block.units, self.stores, strict=True))
+        """For each of `block.units()`: whether it is in the moment form and under batch statistics."""
+        return tuple(unit.training and not stored for unit, stored in zip(block.units(), self.stores, strict=True))
 
     @classmethod
     def of(cls, level: str, block: Block) -> "Level":

@@ -71,7 +71,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     if save:
         depth = Level.of(level, block)
         saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, depth.stores, strict=True) if stored]
-        for unit, kept in zip(block.units, depth.keeps_moments(block), strict=True):
+        for unit, kept in zip(block.units(), depth.keeps_moments(block), strict=True):
             if kept:
                 c, k = unit.weight.shape[:2]
                 saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
