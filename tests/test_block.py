@@ -246,7 +246,9 @@ def test_only_what_the_design_names_is_saved(level):
     pixels_in, pixels = x.shape[0] * 12, out.numel() // outer
     vectors = [(5, inner), (5, inner), (5, outer), (5, outer)]
     ys = [(pixels_in, inner), (pixels, inner)] + ([] if level == "moment" else [(pixels, outer), (pixels, outer)])
-    assert [tuple(t.shape) for t in saved] == [*vectors, *ys, (pixels, -(-outer // 8))]
+    # Mean and covariance of the last 1x1 convolution's input and of the projection's, and which channels took theirs directly.
+    counted = [(inner,), (inner, inner), (outer,), (x.shape[1],), (x.shape[1],) * 2, (outer,)] if level == "moment" else []
+    assert [tuple(t.shape) for t in saved] == [*vectors, *ys, *counted, (pixels, -(-outer // 8))]
     assert saved[-1].dtype == torch.uint8
     assert not any(t.requires_grad for t in saved)
 
