@@ -22,17 +22,23 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before 70.1, which `check_setuptools` refuses
+    bdist_wheel = setuptools.Command
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = Path("csrc")
 LIBRARY = "_native.so"
 RECORD = "_native.json"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
+SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
 
 COMMON = ["-std=c++17", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-Icsrc"]
 CXX_FLAGS = [*COMMON, "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
@@ -265,9 +271,19 @@ class Wheel(bdist_wheel):
         return (python, abi, machine) if self.root_is_pure else ("py3", "none", machine)
 
 
+def check_setuptools() -> None:
+    """pip sees to it, but under --no-build-isolation; an older one would fail without saying why."""
+    if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+        raise SystemExit(
+            f"fused_res: building it needs setuptools {SETUPTOOLS} or later, here is {setuptools.__version__}: "
+            f"pip install 'setuptools>={SETUPTOOLS}' ninja, or leave out --no-build-isolation"
+        )
+
+
 PURE = why_pure()
 
 if __name__ == "__main__":
+    check_setuptools()
     setup(
         packages=[
             "fused_res",

@@ -35,6 +35,8 @@ def complaints(library: Path) -> list[str]:
         found.append(f"needs torch {report.torch.min_torch_version} for {names}, but we take torch {oldest}")
     found += [f"uses {name} of Python" for name in undefined if re.match("_?Py", name)]
     found += [f"needs {name}" for name in needed if not LIBRARIES.fullmatch(name)]
+    # libtorch_cpu.so alone does not bring the library that defines aoti_torch_get_current_cuda_stream, a weak symbol of ours.
+    found += [] if "libtorch.so" in needed else ["does not need libtorch.so, without which it finds no CUDA of torch's"]
     return found
 
 

@@ -1,11 +1,16 @@
 """fused_res: whole residual blocks as one PyTorch autograd operator."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from fused_res.explain import Explanation, explain
 from fused_res.functional import AvgPool, ConvBN, residual_block
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.planner import use_backend
+
+# Python started in a source folder imports the package from there, where kernels and benchmarks lie beside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 try:
     __version__ = version("fused-res")

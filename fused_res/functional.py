@@ -90,10 +90,10 @@ def run(
         x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
-    tensors = [tensor for unit in block.units for tensor in tensors_of(unit) if tensor is not None]
+    tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     out, saved = block_forward(x, skip, residual_scale, block, tensors, call, save)
-    moves = [Move(unit, v, pixels) for unit, v, pixels in zip(block.units, saved, call.pixels, strict=False) if unit.training]
+    moves = [Move(unit, v, pixels) for unit, v, pixels in zip(block.units(), saved, call.pixels, strict=False) if unit.training]
     if moves:
         move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
     return out, saved

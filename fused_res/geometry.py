@@ -66,7 +66,7 @@ def numbers_of(x: Tensor, block: Block) -> tuple | None:
     even where the sizes are fixed: a recompute may run in another graph than its forward, and has to run at the same level. So it
     is for tensors without data.
     """
-    if not all(is_fixed(size) for unit in block.units for size in unit.weight.shape):
+    if not all(is_fixed(size) for unit in block.units() for size in unit.weight.shape):
         return None
     sizes = (x.shape[0], x.shape[2], x.shape[3])
     plain = not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter)

@@ -74,8 +74,8 @@ class Block(NamedTuple):
     pool: AvgPool | None = None
     given: bool = False
 
-    @property
     def units(self) -> list[ConvBN]:
+        """All of them, the projection last. No property: torch.compile of torch 2.10 follows none of a named tuple."""
         return [*self.main, self.projection] if self.projection is not None else list(self.main)
 
 
@@ -102,7 +102,7 @@ def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     """
     tensors: list[Tensor] = []
     numbers = [len(block.main), int(block.projection is not None), int(block.pool is not None), int(block.given)]
-    for unit in block.units:
+    for unit in block.units():
         candidates = tensors_of(unit)
         tensors += [t for t in candidates if t is not None]
         numbers += [*unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.training)]
@@ -110,7 +110,7 @@ def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     if block.pool is not None:
         kernel_size, stride, padding, ceil_mode, count_include_pad = block.pool
         numbers += [*kernel_size, *stride, *padding, int(ceil_mode), int(count_include_pad)]
-    return tensors, numbers, [unit.eps for unit in block.units]
+    return tensors, numbers, [unit.eps for unit in block.units()]
 
 
 class _Layout(NamedTuple):

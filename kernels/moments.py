@@ -44,21 +44,6 @@ def _halves(z, row, first, p, left, k, K, start, PRECISION: tl.constexpr):
     return centred, high, narrow(reached - high.to(tl.float32), v.dtype, PRECISION)
 
 
-_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-
-
-def copies_operand(_semantic=None):
-    """Whether a product of a tile with itself needs the tile twice: Triton 3.6 fails an assertion of its own for 10.0 otherwise.
-
-    The compiler calls it, and says for what it compiles; so does the interpreter, which says nothing.
-    """
-    arch = "" if _semantic is None else _semantic.builder.options.arch
-    return tl.constexpr(_TRITON < (3, 7) and arch.startswith("sm10"))
-
-
-setattr(copies_operand, tl.core.TRITON_BUILTIN, True)
-
-
 @triton.jit
 def _accumulate(
     z,
@@ -84,12 +69,7 @@ def _accumulate(
         centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
         total += centred
         high_i, low_i = high, low
-        if ONE:
-            if copies_operand():
-                high_i = tl.where(left > 0, high, 0.0)
-                if SPLIT:
-                    low_i = tl.where(left > 0, low, 0.0)
-        else:
+        if not ONE:
             _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
         # Tensor cores truncate what they add to an accumulator: each step has one of its own, and joins a sum that is rounded.
         # The limit on imprecise sums means nothing to these dtypes, but keeps the compiler from making the sum the accumulator.

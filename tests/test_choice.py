@@ -82,7 +82,7 @@ def test_the_dry_run_lists_what_a_run_asks_for(kind, level, training, planted):
         assert {call.backend for _, call in asked} == {backends.LIBRARY}
     else:
         assert keys(call for _, call in asked if any(call.fused)) == keys(call for call, _ in planted)
-        units = block.parts().units
+        units = block.parts().units()
         assert [units[i].weight is call.unit.weight for i, call in asked] == [True] * len(asked)
     assert len(asked) >= len(block.parts().main) - 1
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,44 @@ with fused_res.use_backend("native"):
             assert words in error, error
 
 
+def test_blocks_that_run_on_the_formulas_for_want_of_a_library_say_so_once(tmp_path):
+    code = f"""
+import torch, fused_res, warnings
+from pathlib import Path
+from fused_res.backends import native
+native.LIBRARY, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
+warnings.simplefilter("always")
+for _ in range(2):
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 6, 6, dtype=torch.float64).float())
+"""
+    (tmp_path / "_native.json").write_text(json.dumps({"missing": "no compiler"}))
+    done = run(code, FUSED_RES_NATIVE="1")
+    expected = "blocks on cpu run on the plain formulas (backend 'reference'), more slowly. native: the compiled library is missing"
+    assert done.stderr.count(f"{expected}: no compiler") == 1, done.stderr
+    assert "plain formulas" not in run(code, FUSED_RES_NATIVE="0").stderr  # asked for
+
+
+@checkout
+def test_python_started_in_a_source_folder_finds_the_kernels_and_says_what_is_not_built(tmp_path):
+    (tmp_path / "fused_res").mkdir()
+    for path in (ROOT / "fused_res").iterdir():
+        if path.name not in ("_native.so", "_native.json", "__pycache__"):
+            (tmp_path / "fused_res" / path.name).symlink_to(path)
+    for name in ("kernels", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = """
+import torch, fused_res, fused_res.kernels, fused_res.benchmarks.cases
+print(fused_res.__file__, fused_res.kernels.__file__, sep="\\n")
+with fused_res.use_backend("native"):
+    fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
+"""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "FUSED_RES_NATIVE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [f"{tmp_path}/fused_res/__init__.py", f"{tmp_path}/kernels/__init__.py"], done.stderr
+    assert f"it was never built in this source folder, {tmp_path}/fused_res; `pip install --editable .` builds it" in done.stderr
+
+
 @built
 def test_an_unknown_instruction_set_is_an_error():
     code = "import torch; from fused_res.backends import native; native.load(); torch.ops.fused_res.bn_stats(torch.rand(3, 4))"
@@ -116,6 +155,36 @@ def test_only_the_stable_interface_of_torch_is_used(complaints):
     assert complaints(native.LIBRARY) == []
 
 
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_the_library_brings_all_of_torch_with_it():
+    """libtorch.so is where torch's CUDA libraries hang: without it, the current stream would be found under no torch."""
+    dynamic = subprocess.run(["readelf", "--dynamic", native.LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"\(NEEDED\).*\[libtorch\.so\]", dynamic), dynamic
+
+
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+@pytest.mark.skipif(not native.record().get("cuda"), reason="the library has no CUDA kernels")
+def test_the_current_stream_is_found_where_torch_has_cuda():
+    """What the dynamic linker put into the slot of the weak symbol: no GPU is needed for that."""
+    code = """
+import ctypes, re, subprocess
+from pathlib import Path
+from fused_res.backends import native
+native.load()
+library = Path(native.LIBRARY).resolve()
+base = next(int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(library)))
+relocations = subprocess.run(["readelf", "--relocs", "--wide", library], capture_output=True, text=True, check=True).stdout
+(offset,) = re.findall(r"^([0-9a-f]+) .*\\baoti_torch_get_current_cuda_stream\\b", relocations, re.MULTILINE)
+print(ctypes.c_void_p.from_address(base + int(offset, 16)).value)
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    print(f"torch {torch.__version__}: {done.stdout}")
+    assert (done.stdout.strip() != "None") == (torch.version.cuda is not None)
+
+
 @checkout
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
@@ -129,6 +198,7 @@ def test_only_the_stable_interface_of_torch_is_used(complaints):
         ('extern "C" int torch_planted(); int use() { return torch_planted(); }', "uses torch_planted, which no torch"),
         ('extern "C" int PyErr_Occurred(); int use() { return PyErr_Occurred(); }', "uses PyErr_Occurred of Python"),
         ("linked", "needs libcudart.so.13"),
+        ("unlinked", "does not need libtorch.so"),
     ],
 )
 def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, planted, complaint):
@@ -136,10 +206,11 @@ def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, pla
         (tmp_path / "code.cpp").write_text(code)
         subprocess.run(["g++", "-shared", "-fPIC", tmp_path / "code.cpp", "-o", tmp_path / name, *flags], check=True)
 
-    flags = []
-    if planted == "linked":
-        build("", "libcudart.so.13", "-Wl,-soname,libcudart.so.13")
-        planted, flags = "", ["-Wl,--no-as-needed", tmp_path / "libcudart.so.13"]
+    linked = {"linked": ["libtorch.so", "libcudart.so.13"], "unlinked": []}.get(planted, ["libtorch.so"])
+    for name in linked:
+        build("", name, f"-Wl,-soname,{name}")
+    flags = ["-Wl,--no-as-needed", *(tmp_path / name for name in linked)]
+    planted = "" if planted in ("linked", "unlinked") else planted
     build(f'extern "C" int aoti_torch_abi_version(); int base() {{ return aoti_torch_abi_version(); }} {planted}', "lib.so", *flags)
     found = complaints(tmp_path / "lib.so")
     assert len(found) == (complaint is not None)
@@ -147,6 +218,22 @@ def test_the_check_of_the_wheels_finds_what_is_planted(tmp_path, complaints, pla
 
 
 @checkout
+@pytest.mark.parametrize("version", ["76.1.0", "65.5.0"])
+def test_an_older_setuptools_is_told_what_is_needed(version):
+    code = f"""
+import runpy, sys, setuptools
+setuptools.__version__ = {version!r}
+sys.modules["setuptools.command.bdist_wheel"] = None
+sys.argv = ["setup.py", "egg_info"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"fused_res: building it needs setuptools 77 or later, here is {version}: pip install")
+
+
+@checkout
+@pytest.mark.skipif(int(version("setuptools").split(".")[0]) < 77, reason="builds with setuptools 77 or later")
 def test_a_local_version_is_part_of_the_version(tmp_path):
     for label, expected in ((None, r"[\d.]+"), ("cu130", r"[\d.]+\+cu130")):
         environment = {k: v for k, v in os.environ.items() if k != "FUSED_RES_LOCAL_VERSION"}

@@ -17,6 +17,7 @@ trying and that the weight's device can run, and `tile(*numbers)`: one of them f
 import functools
 import importlib
 import pkgutil
+import warnings
 from types import ModuleType
 
 import torch
@@ -47,15 +48,32 @@ def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return load(name).supports(device, dtype)
 
 
+@functools.cache
+def _tell_of_formulas(device_type: str) -> None:
+    """Warn, once for each type of device, where only the plain formulas can run, unless somebody asked for that."""
+    device = torch.device(device_type)
+    preferred = [name for name in NAMES if load(name).preference(device) > load(LIBRARY).preference(device)]
+    reasons = {name: supports(name, device, torch.float32) for name in preferred}
+    if None not in reasons.values() and not any("FUSED_RES_NATIVE=0" in reason for reason in reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        message = f"fused_res: blocks on {device_type} run on the plain formulas (backend {LIBRARY!r}), more slowly. {why}"
+        warnings.warn(message, stacklevel=3)
+
+
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: the named one, or the preferred one of those that can run for `AUTO`.
+
+    Warns, once, where for `AUTO` nothing but the plain formulas can run, with the reasons.
 
     Raises:
         RuntimeError: if the named backend cannot run on this device with this dtype, with the reason.
     """
     if name == AUTO:
         by_preference = sorted(NAMES, key=lambda name: load(name).preference(device), reverse=True)
-        return next(name for name in by_preference if supports(name, device, dtype) is None)
+        found = next(name for name in by_preference if supports(name, device, dtype) is None)
+        if found == LIBRARY and device.type != "meta":
+            _tell_of_formulas(device.type)
+        return found
     reason = supports(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this block: {reason}")

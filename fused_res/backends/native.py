@@ -54,6 +54,12 @@ _FUNCTIONAL = (
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+_NEVER_BUILT = (
+    f"it was never built in this source folder, {LIBRARY.parent}; `pip install --editable .` builds it there, and after "
+    "`pip install .`, Python started elsewhere, or with -P, imports what was installed"
+)
+
+
 @functools.cache
 def record() -> dict:
     """What the library was built from and for; empty where this installation never tried to build one."""
@@ -66,7 +72,7 @@ def missing() -> str | None:
         return "switched off by FUSED_RES_NATIVE=0"
     if LIBRARY.is_file():
         return None
-    return f"the compiled library is missing: {record().get('missing', f'{LIBRARY} does not exist')}"
+    return f"the compiled library is missing: {record().get('missing', _NEVER_BUILT)}"
 
 
 def _refuse_gradient(ctx, *incoming):

@@ -225,7 +225,7 @@ def backward(
     for unit in block.main:
         sizes.append(unit.output_size(*sizes[-1]))
 
-    units, wanted = block.units, needs.block.units
+    units, wanted = block.units(), needs.block.units()
 
     def branch(i: int, below: bool, *scale) -> _Branch:
         found = saved.found[i] if saved.found else None

@@ -49,7 +49,7 @@ def prepare(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor
 def _is_plain(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
     """Whether every part is of the expected type, every tensor a plain one, and nobody watches."""
     tensors = [x, skip, residual_scale]
-    for unit in block.units:
+    for unit in block.units():
         if type(unit) is not ConvBN:
             return False
         tensors += unit[:7]
@@ -61,7 +61,7 @@ def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | 
     tensors = [x, skip, residual_scale]
     if block.pool is not None:
         parts += [tuple(part) if isinstance(part, list) else part for part in block.pool]
-    for unit in block.units:
+    for unit in block.units():
         tensors += unit[:6]
         steps = tuple(unit.stride), tuple(unit.padding), tuple(unit.dilation)
         parts += (*steps, unit.groups, unit.training, unit.eps)
@@ -80,7 +80,7 @@ def _prepare(
     if skip is None and block.projection is None and x.shape != outer:
         block = block._replace(given=True)
     _, spec, eps = pack(block)
-    read = [x, skip, *(tensor for unit in block.units for tensor in unit[:2])]
+    read = [x, skip, *(tensor for unit in block.units() for tensor in unit[:2])]
     casts = any(tensor is not None and tensor.dtype != dtype for tensor in read)
     plan = planner.plan(x, block, dtype)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)

@@ -13,7 +13,7 @@ from fused_res.spec import Block, ConvBN, pack, unpack
 
 
 class Asked(NamedTuple):
-    """A convolution: the number of its unit in `block.units`, and the call, whose operands have no data."""
+    """A convolution: the number of its unit in `block.units()`, and the call, whose operands have no data."""
 
     unit: int
     call: Call
@@ -51,6 +51,6 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
             tensors, spec, eps = pack(bare)
             needs = Gradients(True, skip is not None, scale is not None, unpack([True] * len(tensors), spec, eps))
             backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, backend)
-    units = {id(unit.weight): i for i, unit in enumerate(bare.units)}
+    units = {id(unit.weight): i for i, unit in enumerate(bare.units())}
     numbered = ((units[id(call.unit.weight)], call) for call in calls)
-    return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units[i].weight))) for i, call in numbered]
+    return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]

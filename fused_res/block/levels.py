@@ -29,15 +29,15 @@ class Level(NamedTuple):
     moment_main: bool
     moment_projection: bool
     stores: tuple[bool, ...]
-    """For each of `block.units`: whether its convolution's output is stored."""
+    """For each of `block.units()`: whether its convolution's output is stored."""
 
     def convolutions(self, backend: str) -> str:
         """The backend to ask for convolutions: below `epilogue` they are the library's."""
         return backend if self.epilogues else LIBRARY
 
     def keeps_moments(self, block: Block) -> tuple[bool, ...]:
-        """For each of `block.units`: whether it is in the moment form and under batch statistics."""
-        return tuple(unit.training and not stored for unit, stored in zip(block.units, self.stores, strict=True))
+        """For each of `block.units()`: whether it is in the moment form and under batch statistics."""
+        return tuple(unit.training and not stored for unit, stored in zip(block.units(), self.stores, strict=True))
 
     @classmethod
     def of(cls, level: str, block: Block) -> "Level":

@@ -63,7 +63,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
         size = unit.output_size(*size)
         pixels.append(n * size[0] * size[1])
     pixels += pixels[-1:] if block.projection is not None else []
-    channels = [unit.weight.shape[0] for unit in block.units]
+    channels = [unit.weight.shape[0] for unit in block.units()]
     outer = block.main[-1].weight.shape[0]
     layout = memory_format(_output_channels_last(x, block))
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
@@ -71,7 +71,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     if save:
         depth = Level.of(level, block)
         saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, depth.stores, strict=True) if stored]
-        for unit, kept in zip(block.units, depth.keeps_moments(block), strict=True):
+        for unit, kept in zip(block.units(), depth.keeps_moments(block), strict=True):
             if kept:
                 c, k = unit.weight.shape[:2]
                 saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
@@ -100,7 +100,7 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
         found.append(gradients.skip)
     if needs[2]:
         found.append(gradients.residual_scale.to(residual_scale.dtype))
-    units = gradients.block.units
+    units = gradients.block.units()
     for tensor, (u, name), needed in zip(tensors, tensor_fields(spec), needs[3:], strict=True):
         if needed:
             found.append(as_parameter(getattr(units[u], name), tensor, apart))
@@ -180,7 +180,7 @@ def _with_running_statistics(block: Block, vectors: list[Tensor]) -> Block:
         dtype = unit.weight.dtype if unit.gamma is None else unit.gamma.dtype
         return unit._replace(running_mean=mean.to(dtype), running_var=Vectors(*rows).var.to(dtype))
 
-    units = [restore(unit, rows) for unit, rows in zip(block.units, vectors, strict=True)]
+    units = [restore(unit, rows) for unit, rows in zip(block.units(), vectors, strict=True)]
     count = len(block.main)
     return block._replace(main=units[:count], projection=units[count] if block.projection is not None else None)
 

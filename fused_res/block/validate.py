@@ -127,7 +127,7 @@ def check_batch(x: Tensor, block: Block, names: Sequence[str]) -> list[tuple[int
         sizes.append(_unit_size(names[len(block.main)], block.projection, size))
         if sizes[-1] != sizes[-2]:
             raise RuntimeError(f"{names[len(block.main)]}: its output size {sizes[-1]} is not the main branch's {sizes[-2]}")
-    for unit, (height, width) in zip(block.units, sizes, strict=True):
+    for unit, (height, width) in zip(block.units(), sizes, strict=True):
         if unit.training and x.shape[0] * height * width == 1:
             if unit.num_batches_tracked is not None:
                 unit.num_batches_tracked.add_(1)

@@ -43,7 +43,7 @@ class Problem:
         tensors, spec, eps = pack(self.block)
         needs = Gradients(True, self.skip is not None, False, unpack([True] * len(tensors), spec, eps))
         found = backward(self.dout, self.x, None, self.block, saved, needs, level, backend)
-        units = [getattr(unit, name) for unit in found.block.units for name in ("weight", "gamma", "beta")]
+        units = [getattr(unit, name) for unit in found.block.units() for name in ("weight", "gamma", "beta")]
         return [gradient for gradient in (found.x, found.skip, *units) if gradient is not None]
 
     def state(self, backend: str, inner: Saved | None = None) -> Saved | None:
@@ -83,7 +83,7 @@ class Problem:
         out, saved = self.forward(level, backend)
         if not self.training:
             return [out]
-        batch = [row for vectors, unit in zip(saved, self.block.units, strict=False) if unit.training for row in vectors[:2]]
+        batch = [row for vectors, unit in zip(saved, self.block.units(), strict=False) if unit.training for row in vectors[:2]]
         stores = Level.of(level, self.block).stores
         ys = [y if stored else None for y, stored in zip(state.ys, stores, strict=True)]
         return [out, *batch, *self.backward(Saved(state.vectors, ys, state.signs), level, backend)]
