@@ -125,7 +125,7 @@ def test_running_statistics_written_between_forward_and_backward_do_not_reach_th
 @pytest.mark.parametrize("name", ["conv1.weight", "bn2.weight", "residual_scale"])
 def test_a_parameter_written_between_forward_and_backward_is_an_error(name):
     block = make("bottleneck")
-    out = block(image(block))
+    out = block(image(block).requires_grad_())
     with torch.no_grad():
         block.get_parameter(name).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
