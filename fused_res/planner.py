@@ -68,8 +68,15 @@ def use_backend(name: str, level: str | None = None) -> Iterator[None]:
         raise ValueError(f"backend: expected one of {', '.join((*backends.NAMES, EAGER))}, got {name!r}")
     if level is not None and (level not in LEVELS or name == EAGER):
         raise ValueError(f"level: expected one of {', '.join(LEVELS)} and a fused backend, got {level!r} with {name!r}")
+    with under(Forced(name, level)):
+        yield
+
+
+@contextmanager
+def under(request: Forced | None) -> Iterator[None]:
+    """Inside, this is what `use_backend` asks for."""
     before = forced()
-    _local.forced = Forced(name, level)
+    _local.forced = request
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ def net():
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr("fused_res.modules._warned", set())
+    monkeypatch.setattr("fused_res.notices._said", set())
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_res")
