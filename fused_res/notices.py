@@ -59,5 +59,10 @@ def _name(block: nn.Module, frames: list[FrameType]) -> str:
         if isinstance(root, nn.Module):
             name = next((name for name, module in root.named_modules() if module is block), None)
             if name is not None:
-                return name
+                return without_compiled(name)
     return ""
+
+
+def without_compiled(name: str) -> str:
+    """A module's name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
