@@ -232,7 +232,7 @@ def shortcut_of(downsample: nn.Module | None) -> Shortcut:
         p = children[0]
         kernel = pair(p.kernel_size, "kernel_size")
         stride = kernel if p.stride is None or p.stride == () else pair(p.stride, "stride")
-        pool = AvgPool(kernel, stride, pair(p.padding, "padding"), bool(p.ceil_mode), bool(p.count_include_pad))
+        pool = AvgPool(kernel, stride, pair(p.padding, "padding"), p.ceil_mode, p.count_include_pad)
     conv, bn = children[first:]
     reason = unit_reason(names[0], conv, names[1], bn)
     if reason is not None:
