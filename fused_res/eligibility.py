@@ -24,7 +24,6 @@ _HOOKS = {
 }
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_compiled_call_impl")
-_OVERRIDES = frozenset((*_METHODS, *TENSORS))
 
 
 def acts(tensor: Tensor | None) -> bool:
@@ -55,13 +54,17 @@ def scale_reason(residual_scale: Tensor | None) -> str | None:
     return None if type(residual_scale) in _PLAIN else _acting("residual_scale", residual_scale)
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
 def observer_reason() -> str | None:
     """Why child modules are to run whatever they are: somebody watches, or changes, what is called."""
     compiling = torch.compiler.is_compiling()
-    if compiling:
-        if _is_for_onnx():
-            return "torch.onnx.export is tracing"
-    elif torch._C._get_tracing_state() is not None:
+    if compiling and _is_for_onnx():
+        return "torch.onnx.export is tracing"
+    if not compiling and torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is tracing"
     if (
         nn_module._global_forward_pre_hooks
@@ -100,10 +103,24 @@ def _mode_reason() -> str | None:
 def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
     """Why this child is not a plain module of the expected type, or None where it is."""
     if type(module) is not expected:
-        return f"{name} is a {type(module).__name__}, not nn.{expected.__name__}"
+        kind = type(module)
+        alike = f"{kind.__module__}." if kind.__name__ == expected.__name__ else ""
+        return f"{name} is a {alike}{kind.__name__}, not nn.{expected.__name__}"
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return f"{name} has {next(what for attribute, what in _HOOKS.items() if getattr(module, attribute))}"
-    if not _OVERRIDES.isdisjoint(module.__dict__):
+    own = module.__dict__
+    if (
+        "forward" in own
+        or "_call_impl" in own
+        or "_compiled_call_impl" in own
+        or "_conv_forward" in own
+        or "_check_input_dim" in own
+        or "weight" in own
+        or "bias" in own
+        or "running_mean" in own
+        or "running_var" in own
+        or "num_batches_tracked" in own
+    ):
         reason = _overridden(name, module)
         if reason is not None:
             return reason
@@ -158,15 +175,22 @@ def lookup(registered: dict[str, T], module: nn.Module, name: str) -> T:
         return getattr(module, name)
 
 
-def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
-    """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
-    stride, padding = pair(conv.stride, "stride"), conv.padding
+def _steps(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """stride, padding and dilation, in whatever form `torch.nn.functional.conv2d` takes them."""
+    stride, padding, dilation = pair(conv.stride, "stride"), conv.padding, pair(conv.dilation, "dilation")
     if padding == "same":
         if stride != (1, 1):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
-        padding = _same(conv)[0]
-    else:
-        padding = (0, 0) if padding == "valid" else pair(padding, "padding")
+        return stride, _same(conv)[0], dilation
+    return stride, (0, 0) if padding == "valid" else pair(padding, "padding"), dilation
+
+
+def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
+    """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    usual = type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2
+    if not usual:
+        stride, padding, dilation = _steps(conv)
     weights, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
     running_mean, running_var = lookup(buffers, bn, "running_mean"), lookup(buffers, bn, "running_var")
     training, counted = bn.training, None
@@ -185,7 +209,7 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
         num_batches_tracked=counted,
         stride=stride,
         padding=padding,
-        dilation=pair(conv.dilation, "dilation"),
+        dilation=dilation,
         groups=conv.groups,
         training=live,
         momentum=bn.momentum,

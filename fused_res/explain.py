@@ -94,7 +94,7 @@ class Explanation:
 
 
 def _row(name: str, block: ResidualBlock, x: Tensor, sized: bool) -> Row:
-    dtype = x.dtype if x.is_meta else compute_dtype(x)
+    dtype = compute_dtype(x)
     shortcut = shortcut_of(block.downsample)
     what = (name, type(block).__name__, tuple(x.shape), str(dtype).removeprefix("torch."))
     reason = block.unfused_reason(x)

@@ -93,29 +93,35 @@ class ResidualBlock(nn.Module):
             return EMPTY
         if is_transformed():
             return "a torch.func transform or forward-mode AD is active"
-        reason = foreign("relu", lookup(self._modules, self, "relu"), ReLU) or scale_reason(self._parameters["residual_scale"])
+        relu, scale = lookup(self._modules, self, "relu"), lookup(self._parameters, self, "residual_scale")
+        reason = foreign("relu", relu, ReLU) or scale_reason(scale)
         if reason is not None:
             return reason
-        modules = self._modules
-        for conv, bn in self._names:
-            reason = unit_reason(conv, lookup(modules, self, conv), bn, lookup(modules, self, bn))
+        for (conv_name, bn_name), (conv, bn) in zip(self._names, self._layers(), strict=True):
+            reason = unit_reason(conv_name, conv, bn_name, bn)
             if reason is not None:
                 return reason
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or (pack := recompute.checkpoint()) is None:
-            return self._run(x, self.unfused_reason(x), None)
+        if torch.compiler.is_compiling():
+            reason = self.unfused_reason(x)
+            if reason is None and torch.compiler.is_exporting():
+                _speak_of_export()
+        else:
+            pack = recompute.checkpoint()
+            if pack is not None:
+                return self._settled(x, pack)
+            reason = self.unfused_reason(x)
+        return self._run(x, shortcut_of(self.downsample)) if reason is None else self._run_modules(x, reason)
+
+    def _settled(self, x: Tensor, pack: Callable) -> Tensor:
+        """The call in a checkpoint, whose recompute runs as its forward did."""
         way = recompute.settle(pack, self, lambda: Way(planner.forced(), self.unfused_reason(x), shortcut_of(self.downsample)))
         with planner.under(way.forced):
-            return self._run(x, way.reason, way.shortcut)
+            return self._run_modules(x, way.reason) if way.reason is not None else self._run(x, way.shortcut)
 
-    def _run(self, x: Tensor, reason: str | None, shortcut: Shortcut | None) -> Tensor:
-        if reason is not None:
-            return self._run_modules(x, reason)
-        if torch.compiler.is_exporting():
-            _speak_of_export()
-        shortcut = shortcut or shortcut_of(self.downsample)
+    def _run(self, x: Tensor, shortcut: Shortcut) -> Tensor:
         block = self._parts(shortcut)
         skip = self.downsample(x) if block.given else None
         return run(x, block, skip, self.residual_scale, (*self._labels, shortcut.names))[0]

@@ -20,8 +20,6 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
         TypeError: anything but integers.
         RuntimeError: a sequence of another length.
     """
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
-        return value
     if not isinstance(value, (tuple, list)):
         value = (value,)
     if len(value) not in (1, 2):

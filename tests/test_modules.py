@@ -137,7 +137,10 @@ def test_attributes_edited_after_construction_are_read_as_eager_reads_them(name)
     assert_same(step(block, x), step(peer, x))
 
 
-@pytest.mark.parametrize("edit", [{"kernel_size": 2, "stride": None}, {"kernel_size": [2], "stride": (2, 2)}, {"ceil_mode": False}])
+POOLS = ({"kernel_size": 2, "stride": None}, {"kernel_size": [2], "stride": (2, 2)}, {"stride": 2, "padding": (0,)})
+
+
+@pytest.mark.parametrize("edit", POOLS)
 def test_an_edited_pool_is_read_as_eager_reads_it(edit):
     block = make("pooled")
     for name, value in edit.items():
@@ -223,3 +226,25 @@ def test_output_strides_are_eagers_for_one_channel_and_one_pixel(inputs, outputs
         for got in (block(x), torch.export.export(block, (x,)).module()(x) if size == (1, 1) and n == 2 else block(x)):
             assert got.stride() == expected.stride(), (block_type, size, n, stride)
             torch.testing.assert_close(got, expected)
+
+
+def replica_of(module):
+    """As DataParallel makes one for another device: parameters are plain tensors, set on the modules."""
+    replicas = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    for m, replica in replicas.items():
+        replica._former_parameters = {}
+        for name, child in m._modules.items():
+            if child is not None:
+                setattr(replica, name, replicas[child])
+        for name, p in m._parameters.items():
+            setattr(replica, name, None if p is None else p.clone())
+    return replicas[module]
+
+
+@every_block
+def test_a_replica_of_data_parallel_stays_fused_and_has_eagers_gradients(kind):
+    block = make(kind)
+    peer, x = eager(block), image(block)
+    assert replica_of(block).unfused_reason(x) is None
+    got = step(block, x, call=lambda t: replica_of(block)(t))
+    assert_same(got, step(peer, x))

@@ -4,6 +4,7 @@ Autograd refuses a backward once a saved tensor has been written to, and eager s
 values needed: only the gradient of a residual scale takes the last BN's, and that from a copy.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,35 +14,52 @@ from torch import Tensor
 from fused_res.spec import tensor_fields
 
 
-class Held(NamedTuple):
-    """For each tensor of `fused_res.spec.pack` itself if it is a bias, with a copy where its values matter; else None."""
+class _Places(NamedTuple):
+    """Which of the tensors of `fused_res.spec.pack` are saved, and for each: its place among those, or None for a bias.
 
-    biases: tuple[tuple[Tensor, Tensor | None] | None, ...]
+    `copied` is the bias whose values matter, if there is one.
+    """
+
+    saved: tuple[int, ...]
+    places: tuple[int | None, ...]
+    copied: int | None
+
+
+@functools.cache
+def _places(spec: tuple[int, ...], scaled: bool) -> _Places:
+    fields, last = tensor_fields(spec), spec[0] - 1
+    saved = tuple(i for i, (_, name) in enumerate(fields) if name not in ("bias", "beta"))
+    places = tuple(saved.index(i) if i in saved else None for i in range(len(fields)))
+    copied = next((i for i, (u, name) in enumerate(fields) if scaled and u == last and name == "beta"), None)
+    return _Places(saved, places, copied)
+
+
+class Held(NamedTuple):
+    """The tensors of `fused_res.spec.pack`, and where they are."""
+
+    where: _Places
+    biases: tuple[Tensor | None, ...]
+    """None in the place of those that are saved."""
+    copy: Tensor | None
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], spec: Sequence[int], scaled: bool) -> "Held":
         """`scaled`: whether there is a residual scale."""
-        biases, last = [], spec[0] - 1
-        for tensor, (u, name) in zip(tensors, tensor_fields(spec), strict=True):
-            matters = scaled and u == last and name == "beta"
-            biases.append((tensor, tensor.detach().clone() if matters else None) if name in ("bias", "beta") else None)
-        return cls(tuple(biases))
+        where = _places(tuple(spec), scaled)
+        biases = tuple([t if place is None else None for t, place in zip(tensors, where.places, strict=True)])
+        return cls(where, biases, None if where.copied is None else tensors[where.copied].detach().clone())
 
     def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors to save."""
-        return [tensor for tensor, held in zip(tensors, self.biases, strict=True) if held is None]
+        return [tensors[i] for i in self.where.saved]
 
-    def restore(self, saved: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def restore(self, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """All tensors in their order, from the saved ones; and what was saved behind them."""
-        rest = iter(saved)
-        return [next(rest) if held is None else _restored(*held) for held in self.biases], list(rest)
-
-
-def _restored(bias: Tensor, copy: Tensor | None) -> Tensor:
-    if copy is None:
-        return bias
-    with torch.enable_grad():
-        return valued(bias, copy)
+        tensors = [bias if i is None else saved[i] for bias, i in zip(self.biases, self.where.places, strict=True)]
+        if self.copy is not None:
+            with torch.enable_grad():
+                tensors[self.where.copied] = valued(tensors[self.where.copied], self.copy)
+        return tensors, saved[len(self.where.saved) :]
 
 
 def valued(tensor: Tensor, value: Tensor) -> Tensor:

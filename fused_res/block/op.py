@@ -6,6 +6,7 @@ it; a new level adds neither an argument nor an output. The backward's own deriv
 """
 
 import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -35,19 +36,30 @@ _library.define(
 )
 
 
-def _output_channels_last(x: Tensor, block: Block, height: int, width: int) -> bool:
-    """Whether eager's output is channels_last, for an output of this height and width.
+def _output_channels_last(x: Tensor, block: Block, narrow: bool) -> bool:
+    """Whether eager's output is channels_last.
 
     Its convolutions are as soon as their input or their weight is. On a CPU its BNs make what is contiguous as well, one channel
-    or one pixel, contiguous.
+    or one pixel, contiguous; `narrow` says whether there is such an output (`is_narrow`).
     """
-    if x.device.type != "cpu" or (height * width > 1 and all(unit.weight.shape[0] > 1 for unit in block.main)):
-        return is_channels_last(x) or any(is_channels_last(unit.weight) for unit in block.main)
-    found, size = is_channels_last(x), tuple(x.shape[2:])
+    found = is_channels_last(x)
+    if not narrow or x.device.type != "cpu":
+        return found or any(is_channels_last(unit.weight) for unit in block.main)
+    for unit, one in zip(block.main, _are_narrow(x, block), strict=True):
+        found = not one and (found or is_channels_last(unit.weight))
+    return found
+
+
+def _are_narrow(x: Tensor, block: Block) -> Iterator[bool]:
+    size = tuple(x.shape[2:])
     for unit in block.main:
         size = unit.output_size(*size)
-        found = (found or is_channels_last(unit.weight)) and unit.weight.shape[0] > 1 and size[0] * size[1] > 1
-    return found
+        yield unit.weight.shape[0] == 1 or size[0] * size[1] == 1
+
+
+def is_narrow(x: Tensor, block: Block) -> bool:
+    """Whether any output of the main branch has one channel or one pixel."""
+    return any(_are_narrow(x, block))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:
@@ -59,14 +71,14 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
-    return _run(x, skip, residual_scale, block, save, level, backend)
+    return _run(x, skip, residual_scale, block, save, level, backend, is_narrow(x, block))
 
 
-def _run(x, skip, residual_scale, block, save, level, backend):
+def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
-    return in_layout(out, _output_channels_last(x, block, *out.shape[2:])), saved
+    return in_layout(out, _output_channels_last(x, block, narrow)), saved
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
@@ -78,7 +90,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     pixels += pixels[-1:] if block.projection is not None else []
     channels = [unit.weight.shape[0] for unit in block.units]
     outer = block.main[-1].weight.shape[0]
-    layout = memory_format(_output_channels_last(x, block, *size))
+    layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
     if save:
@@ -234,7 +246,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, call, found, x, skip, residual_scale, *tensors):
-        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend)
+        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend, call.narrow)
         _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
         return out
@@ -253,7 +265,7 @@ def block_forward(x, skip, residual_scale, block, tensors, call, save):
     if call.watched:
         return _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
     if not save:
-        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend)
+        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend, call.narrow)
     saved: list[Tensor] = []
     out = _Direct.apply(block, call, saved, x, skip, residual_scale, *tensors)
     return out, saved
