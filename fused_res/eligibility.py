@@ -156,7 +156,8 @@ def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) ->
         return f"{conv_name} has padding_mode={conv.padding_mode!r}"
     if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*_same(conv), strict=True)):
         return f"{conv_name} pads unevenly (padding='same')"
-    if (lookup(bn._buffers, bn, "running_mean") is None) != (lookup(bn._buffers, bn, "running_var") is None):
+    buffers = bn._buffers
+    if (lookup(buffers, bn, "running_mean") is None) != (lookup(buffers, bn, "running_var") is None):
         return f"{bn_name} has only one of running_mean and running_var"
     return None
 
@@ -192,7 +193,12 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
     if not usual:
         stride, padding, dilation = _steps(conv)
     weights, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
-    running_mean, running_var = lookup(buffers, bn, "running_mean"), lookup(buffers, bn, "running_var")
+    try:
+        weight, bias, gamma, beta = weights["weight"], weights["bias"], parameters["weight"], parameters["bias"]
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # tensors that are not registered
+        weight, bias, gamma, beta = conv.weight, conv.bias, bn.weight, bn.bias
+        running_mean, running_var = bn.running_mean, bn.running_var
     training, counted = bn.training, None
     live = training or running_mean is None
     if training and bn.track_running_stats:
@@ -200,10 +206,10 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
     elif training:
         running_mean = running_var = None
     return ConvBN(
-        weight=lookup(weights, conv, "weight"),
-        bias=lookup(weights, conv, "bias"),
-        gamma=lookup(parameters, bn, "weight"),
-        beta=lookup(parameters, bn, "bias"),
+        weight=weight,
+        bias=bias,
+        gamma=gamma,
+        beta=beta,
         running_mean=running_mean,
         running_var=running_var,
         num_batches_tracked=counted,

@@ -77,7 +77,10 @@ class ResidualBlock(nn.Module):
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
         modules = self._modules
-        return [(lookup(modules, self, conv), lookup(modules, self, bn)) for conv, bn in self._names]
+        try:
+            return [(modules[conv], modules[bn]) for conv, bn in self._names]
+        except KeyError:  # children that are not registered
+            return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names]
 
     def unfused_reason(self, x: Tensor) -> str | None:
         """Why this block, called with x now, runs through its child modules; None where the operator runs.
@@ -124,7 +127,8 @@ class ResidualBlock(nn.Module):
     def _run(self, x: Tensor, shortcut: Shortcut) -> Tensor:
         block = self._parts(shortcut)
         skip = self.downsample(x) if block.given else None
-        return run(x, block, skip, self.residual_scale, (*self._labels, shortcut.names))[0]
+        scale = lookup(self._parameters, self, "residual_scale")
+        return run(x, block, skip, scale, (*self._labels, shortcut.names))[0]
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""

@@ -11,55 +11,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.spec import tensor_fields
+from fused_res.spec import tensor_fields, without_running_statistics
 
 
-class _Places(NamedTuple):
-    """Which of the tensors of `fused_res.spec.pack` are saved, and for each: its place among those, or None for a bias.
+class Kept(NamedTuple):
+    """What the backward keeps of the tensors of `fused_res.spec.pack`, running statistics apart: those it saves, then the biases.
 
-    `copied` is the bias whose values matter, if there is one.
+    indices: which of the tensors are kept; spec: the integers of `pack` for these alone. saved, biases: their places among all
+    tensors. order: for each that is kept its place in saved and biases together. copied: where among the kept ones the bias is
+    whose values matter, if there is one.
     """
 
+    indices: tuple[int, ...]
+    spec: tuple[int, ...]
     saved: tuple[int, ...]
-    places: tuple[int | None, ...]
+    biases: tuple[int, ...]
+    order: tuple[int, ...]
     copied: int | None
+
+    def tensors(self, rest: Sequence[Tensor], biases: Sequence[Tensor], copy: Tensor | None) -> list[Tensor]:
+        """Those that are kept, in their order, from what starts with the saved ones."""
+        pool = [*rest[: len(self.saved)], *biases]
+        tensors = [pool[i] for i in self.order]
+        if copy is not None:
+            with torch.enable_grad():
+                tensors[self.copied] = valued(tensors[self.copied], copy)
+        return tensors
 
 
 @functools.cache
-def _places(spec: tuple[int, ...], scaled: bool) -> _Places:
+def kept_of(spec: tuple[int, ...], scaled: bool) -> Kept:
+    """For the integers of `pack`; `scaled`: whether there is a residual scale."""
+    indices, kept_spec = without_running_statistics(spec)
     fields, last = tensor_fields(spec), spec[0] - 1
-    saved = tuple(i for i, (_, name) in enumerate(fields) if name not in ("bias", "beta"))
-    places = tuple(saved.index(i) if i in saved else None for i in range(len(fields)))
-    copied = next((i for i, (u, name) in enumerate(fields) if scaled and u == last and name == "beta"), None)
-    return _Places(saved, places, copied)
+    saved = tuple(i for i in indices if fields[i][1] not in ("bias", "beta"))
+    biases = tuple(i for i in indices if i not in saved)
+    order = tuple((*saved, *biases).index(i) for i in indices)
+    copied = indices.index(fields.index((last, "beta"))) if scaled and (last, "beta") in fields else None
+    return Kept(tuple(indices), tuple(kept_spec), saved, biases, order, copied)
 
 
-class Held(NamedTuple):
-    """The tensors of `fused_res.spec.pack`, and where they are."""
-
-    where: _Places
-    biases: tuple[Tensor | None, ...]
-    """None in the place of those that are saved."""
-    copy: Tensor | None
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], spec: Sequence[int], scaled: bool) -> "Held":
-        """`scaled`: whether there is a residual scale."""
-        where = _places(tuple(spec), scaled)
-        biases = tuple([t if place is None else None for t, place in zip(tensors, where.places, strict=True)])
-        return cls(where, biases, None if where.copied is None else tensors[where.copied].detach().clone())
-
-    def others(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors to save."""
-        return [tensors[i] for i in self.where.saved]
-
-    def restore(self, saved: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
-        """All tensors in their order, from the saved ones; and what was saved behind them."""
-        tensors = [bias if i is None else saved[i] for bias, i in zip(self.biases, self.where.places, strict=True)]
-        if self.copy is not None:
-            with torch.enable_grad():
-                tensors[self.where.copied] = valued(tensors[self.where.copied], self.copy)
-        return tensors, saved[len(self.where.saved) :]
+def copy_of(kept: Kept, tensors: Sequence[Tensor]) -> Tensor | None:
+    """A copy of the bias whose values matter."""
+    return None if kept.copied is None else tensors[kept.indices[kept.copied]].detach().clone()
 
 
 def valued(tensor: Tensor, value: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from torch.library import Library, register_autograd, register_fake
 from fused_res import backends
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
-from fused_res.block.held import Held
+from fused_res.block.held import copy_of, kept_of
 from fused_res.block.levels import Level
 from fused_res.block.through_reference import is_batched, reference_gradients, second_gradients
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import Block, tensor_fields, unpack, without_running_statistics
+from fused_res.spec import Block, tensor_fields, unpack
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
@@ -148,22 +148,28 @@ def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
     # Without this, autograd makes a tensor of zeros for each output, also for those whose gradient nobody reads.
     ctx.set_materialize_grads(False)
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
-    kept, kept_spec = without_running_statistics(spec)
-    tensors, scales = [tensors[i] for i in kept], [] if residual_scale is None else [residual_scale]
-    ctx.rest = kept, kept_spec, eps, level, backend
-    ctx.held = Held.of(tensors, kept_spec, scaled=bool(scales))
-    ctx.has_scale = bool(scales)
-    ctx.save_for_backward(x, *scales, *ctx.held.others(tensors), *saved)
+    scales = () if residual_scale is None else (residual_scale,)
+    kept = kept_of(tuple(spec), bool(scales))
+    ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
+    ctx.rest = eps, level, backend
+    ctx.save_for_backward(x, *scales, *[tensors[i] for i in kept.saved], *saved)
+
+
+def _kept(ctx, first):
+    """What was kept from the tensor `first` of those saved: that one, the residual scale, the tensors, and what stands behind."""
+    kept, scaled, biases, copy = ctx.held
+    found = ctx.saved_tensors
+    rest = found[first + 1 + scaled :]
+    return found[first], found[first + 1] if scaled else None, kept.tensors(rest, biases, copy), rest[len(kept.saved) :]
 
 
 def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, call):
     """Gradients of x, skip and residual scale, and the list of those of the tensors; `call` is block_backward."""
     if dout is None:
         return None, None, None, [None] * len(wanted_tensors)
-    kept, spec, eps, level, backend = ctx.rest
-    x, *rest = ctx.saved_tensors
-    residual_scale = rest.pop(0) if ctx.has_scale else None
-    tensors, saved = ctx.held.restore(rest)
+    eps, level, backend = ctx.rest
+    kept, spec = ctx.held[0].indices, ctx.held[0].spec
+    x, residual_scale, tensors, saved = _kept(ctx, 0)
     needs = [wanted_x, wanted_skip, wanted_scale, *[wanted_tensors[i] for i in kept]]
     if is_batched(dout) or forward_ad._current_level >= 0:
         # Ordinary autograd has rules for batched and dual tensors.
@@ -198,20 +204,20 @@ def _forward_gradient(ctx, dout, _):
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, ctx.level, _ = inputs
+    dout, x, residual_scale, tensors, saved, spec, eps, needs, level, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.has_scale, ctx.saved_count = residual_scale is not None, len(saved)
-    ctx.held = Held.of(tensors, ctx.spec, scaled=ctx.has_scale)
-    ctx.save_for_backward(dout, x, *([residual_scale] if ctx.has_scale else []), *ctx.held.others(tensors), *saved)
+    scales = () if residual_scale is None else (residual_scale,)
+    kept = kept_of(tuple(spec), bool(scales))
+    ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
+    ctx.rest = spec, eps, needs, level
+    ctx.save_for_backward(dout, x, *scales, *[tensors[i] for i in kept.saved], *saved)
 
 
 def _backward_gradient(ctx, incoming):
-    dout, x, *rest = ctx.saved_tensors
-    residual_scale = rest.pop(0) if ctx.has_scale else None
-    tensors, saved = ctx.held.restore(rest)
-    arguments = dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, ctx.level
+    x, residual_scale, tensors, saved = _kept(ctx, 1)
+    arguments = ctx.saved_tensors[0], x, residual_scale, tensors, saved, *ctx.rest
     of_dout, of_x, of_scale, of_tensors = second_gradients(incoming, *arguments)
-    return of_dout, of_x, of_scale, of_tensors, [None] * ctx.saved_count, None, None, None, None, None
+    return of_dout, of_x, of_scale, of_tensors, [None] * len(saved), None, None, None, None, None
 
 
 for _name, _kernel, _fake in (("block_forward", _forward, _forward_fake), ("block_backward", _backward, _backward_fake)):
