@@ -53,15 +53,20 @@ def _full(owner: type | ModuleType, name: str) -> str:
     return f"torch.nn.{owner.__name__}.{name}" if isinstance(owner, type) else f"{owner.__name__}.{name}"
 
 
-def _is_torchs(value: object) -> bool:
-    """Whether a value is torch's own: `functools.wraps` copies a function's names, but not what it was defined among."""
-    if isinstance(value, FunctionType):
-        return value.__globals__.get("__name__", "").startswith("torch.")
-    return isinstance(value, (BuiltinFunctionType, type(object.__getattribute__), ModuleType))
+def _is_written_in_torch(value: object) -> bool:
+    """Whether a function is torch's own: `functools.wraps` copies a function's names, but not what it was defined among."""
+    return isinstance(value, FunctionType) and value.__globals__.get("__name__", "").startswith("torch.")
+
+
+def _is_torchs(owner: type | ModuleType, name: str, value: object) -> bool:
+    """Whether a value found at import is torch's own. Its built-in functions belong to one type or to `torch._C._nn`."""
+    if isinstance(value, BuiltinFunctionType):
+        return value.__self__ in (torch.conv2d.__self__, torch._C._nn)
+    return value is F if name == "F" else _is_written_in_torch(value)
 
 
 _ALL = tuple(zip(_OWNERS, _NAMES, _VALUES, strict=True))
-_FOREIGN = next((_full(owner, name) for owner, name, value in _ALL if not _is_torchs(value)), None)
+_FOREIGN = next((_full(owner, name) for owner, name, value in _ALL if not _is_torchs(owner, name, value)), None)
 
 
 def replaced() -> str | None:
@@ -78,7 +83,7 @@ def _find_replaced() -> str | None:
     now = {(owner, name): vars(owner).get(name) for owner, name, _ in _ALL} | _inherited()
     kept = {(owner, name): value for owner, name, value in _ALL} | _INHERITED
     # Torch's tracers replace some themselves while they run.
-    changed = (place for place, value in now.items() if value is not kept[place] and not _is_torchs(value))
+    changed = (place for place, value in now.items() if value is not kept[place] and not _is_written_in_torch(value))
     place = next(changed, None)
     return None if place is None else _full(*place)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ class _Halved:
         return getattr(F, name)
 
 
+def _another_interface():
+    """A module that is no part of torch."""
+    interface = types.ModuleType("another")
+    interface.__dict__.update(vars(F), avg_pool2d=_halved(F.avg_pool2d))
+    return interface
+
+
 PATCHES = {
     "torch.nn.Conv2d.forward": (nn.Conv2d, "forward", _halved),
     "torch.nn.Conv2d._conv_forward": (nn.Conv2d, "_conv_forward", _halved),
@@ -55,6 +63,8 @@ PATCHES = {
     "torch.nn.functional.avg_pool2d": (F, "avg_pool2d", _halved),
     "torch.batch_norm": (torch, "batch_norm", _halved),
     "torch.relu_": (torch, "relu_", _halved),
+    "torch.relu_, by a built-in": (torch, "relu_", lambda _: torch.sigmoid_),
+    "torch.nn.modules.pooling.F": (nn.modules.pooling, "F", lambda _: _another_interface()),
     "torch.nn.modules.conv.F": (nn.modules.conv, "F", lambda _: _Halved()),
     "torch.nn.Conv2d.weight": (nn.Conv2d, "weight", lambda _: property(lambda m: m._parameters["weight"] * 0.5)),
 }
@@ -73,7 +83,7 @@ def test_a_replaced_method_or_function_takes_part_and_is_named(name, monkeypatch
     else:
         assert_same(step(block, x), step(Eager(twin), x))
     row = fused_res.explain(block, x).rows[0]
-    assert (row.backend, row.reason) == ("eager", f"{name} has been replaced")
+    assert (row.backend, row.reason) == ("eager", f"{name.split(',')[0]} has been replaced")
     with use_backend("reference"), pytest.raises(RuntimeError, match="has been replaced"):
         block(x)
     monkeypatch.undo()

@@ -209,14 +209,19 @@ def _save_for_double_backward(ctx, inputs, output):
     scales = () if residual_scale is None else (residual_scale,)
     kept = kept_of(tuple(spec), bool(scales))
     ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
-    ctx.rest = spec, eps, needs, level
+    ctx.rest = eps, [*needs[:3], *(needs[3 + i] for i in kept.indices)], level
+    ctx.tensors_count = len(tensors)
     ctx.save_for_backward(dout, x, *scales, *[tensors[i] for i in kept.saved], *saved)
 
 
 def _backward_gradient(ctx, incoming):
     x, residual_scale, tensors, saved = _kept(ctx, 1)
-    arguments = ctx.saved_tensors[0], x, residual_scale, tensors, saved, *ctx.rest
-    of_dout, of_x, of_scale, of_tensors = second_gradients(incoming, *arguments)
+    kept = ctx.held[0]
+    arguments = ctx.saved_tensors[0], x, residual_scale, tensors, saved, kept.spec, *ctx.rest
+    of_dout, of_x, of_scale, of_kept = second_gradients(incoming, *arguments)
+    of_tensors = [None] * ctx.tensors_count
+    for i, gradient in zip(kept.indices, of_kept, strict=True):
+        of_tensors[i] = gradient
     return of_dout, of_x, of_scale, of_tensors, [None] * len(saved), None, None, None, None, None
 
 
