@@ -205,22 +205,9 @@ def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
         counted = lookup(buffers, bn, "num_batches_tracked")
     elif training:
         running_mean = running_var = None
-    return ConvBN(
-        weight=weight,
-        bias=bias,
-        gamma=gamma,
-        beta=beta,
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=counted,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=conv.groups,
-        training=live,
-        momentum=bn.momentum,
-        eps=bn.eps,
-    )
+    # By position, in the order of the fields: by name takes twice as long.
+    numbers = stride, padding, dilation, conv.groups, live, bn.momentum, bn.eps
+    return ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted, *numbers)
 
 
 class Shortcut(NamedTuple):
