@@ -1,69 +1,171 @@
 """Whether a block's child modules may be replaced by the fused operator: one predicate that both decides and explains.
 
-A module is only ever bypassed if calling it would do exactly what the operator does: its exact type, nobody listening.
+A module is only ever bypassed if calling it would do exactly what the operator does: its exact type, as torch defines it, nobody
+listening. docs/limits.md lists the reasons.
 """
 
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fused_res.spec import AvgPool, ConvBN
+from fused_res.originals import TENSORS, AvgPool2d, BatchNorm2d, Conv2d, Identity, Sequential, replaced
+from fused_res.spec import AvgPool, ConvBN, pair
 
 T = TypeVar("T")
 
+NO_DATA = "x is on the meta device, without data"
 _HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
     "_backward_pre_hooks": "a backward pre-hook",
     "_backward_hooks": "a backward hook",
 }
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl", "_compiled_call_impl")
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+def acts(tensor: Tensor | None) -> bool:
+    """Whether a tensor's class has a say in the functions that are called with it."""
+    kind = type(tensor)
+    if kind in _PLAIN or kind.__module__.startswith("torch._subclasses."):  # those have kernels of ours
+        return False
+    function, dispatch = kind.__torch_function__, kind.__torch_dispatch__
+    inherited = getattr(function, "__func__", None) is Tensor.__torch_function__.__func__
+    return not (inherited or function is nn.Parameter.__torch_function__) or dispatch is not Tensor.__torch_dispatch__
 
 
-def global_hooks() -> str | None:
-    """The reason where a hook is registered on all modules, as module profilers and FLOP counters do."""
-    hooked = (
+def _acting(name: str, tensor: Tensor | None) -> str | None:
+    return f"{name} is a {type(tensor).__name__}, a tensor that acts for itself" if acts(tensor) else None
+
+
+def input_reason(x: Tensor) -> str | None:
+    """Why the operator cannot take this input, whatever the modules are, or None where it can."""
+    if type(x) in _PLAIN:
+        return NO_DATA if x.is_meta else None
+    if isinstance(x, Tensor):
+        return _acting("x", x)
+    return "torch.fx is tracing" if isinstance(x, torch.fx.Proxy) else f"x is a {type(x).__name__}"
+
+
+def scale_reason(residual_scale: Tensor | None) -> str | None:
+    """Why the operator cannot take this residual scale."""
+    return None if type(residual_scale) in _PLAIN else _acting("residual_scale", residual_scale)
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records what is called."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def observer_reason() -> str | None:
+    """Why child modules are to run whatever they are: somebody watches, or changes, what is called."""
+    compiling = torch.compiler.is_compiling()
+    if compiling and _is_for_onnx():
+        return "torch.onnx.export is tracing"
+    if not compiling and torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is tracing"
+    if (
         nn_module._global_forward_pre_hooks
         or nn_module._global_forward_hooks
         or nn_module._global_backward_pre_hooks
         or nn_module._global_backward_hooks
-    )
-    return "a global module hook is registered" if hooked else None
+    ):
+        return "a global module hook is registered"
+    name = replaced()
+    if name is not None:
+        return f"{name} has been replaced"
+    if not compiling and (torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack() > 0):
+        return _mode_reason()
+    return None
+
+
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# Asked at the time of tracing, not followed.
+_is_for_onnx._dynamo_marked_constant = True
+
+
+def _mode_reason() -> str | None:
+    """Torch's own modes (devices, fake tensors, export, counters) know our operator or go by the modules' hooks."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if not type(mode).__module__.startswith("torch."):
+            return f"the mode {type(mode).__name__} is active"
+    return None
 
 
 def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
     """Why this child is not a plain module of the expected type, or None where it is."""
     if type(module) is not expected:
-        return f"{name} is a {type(module).__name__}, not nn.{expected.__name__}"
+        kind = type(module)
+        alike = f"{kind.__module__}." if kind.__name__ == expected.__name__ else ""
+        return f"{name} is a {alike}{kind.__name__}, not nn.{expected.__name__}"
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return f"{name} has {next(what for attribute, what in _HOOKS.items() if getattr(module, attribute))}"
-    if "forward" in module.__dict__:
-        return f"{name}.forward is overridden"
+    own = module.__dict__
+    if (
+        "forward" in own
+        or "_call_impl" in own
+        or "_compiled_call_impl" in own
+        or "_conv_forward" in own
+        or "_check_input_dim" in own
+        or "weight" in own
+        or "bias" in own
+        or "running_mean" in own
+        or "running_var" in own
+        or "num_batches_tracked" in own
+    ):
+        reason = _overridden(name, module)
+        if reason is not None:
+            return reason
     for tensors in (module._parameters, module._buffers):
-        for tensor_name, tensor in tensors.items():
-            if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
-                return f"{name}.{tensor_name} is a {type(tensor).__name__}"
+        if tensors and not _PLAIN.issuperset(map(type, tensors.values())):
+            reason = next((r for n, t in tensors.items() if (r := _acting(f"{name}.{n}", t)) is not None), None)
+            if reason is not None:
+                return reason
+    return None
+
+
+def _overridden(name: str, module: nn.Module) -> str | None:
+    """Why what was set on the module itself stands in the operator's way; a plain tensor that is not registered does not."""
+    own = module.__dict__
+    for method in _METHODS:
+        if own.get(method) is not None:
+            return f"{name} is compiled by itself" if method == "_compiled_call_impl" else f"{name}.{method} is overridden"
+    for tensor in TENSORS:
+        if tensor in own:
+            if tensor in module._parameters or tensor in module._buffers:
+                return f"{name}.{tensor} is overridden"
+            if own[tensor] is not None and acts(own[tensor]):
+                return _acting(f"{name}.{tensor}", own[tensor])
     return None
 
 
 def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
     """Why a convolution and its BN cannot be part of the operator, or None where they can."""
-    reason = foreign(conv_name, conv, nn.Conv2d) or foreign(bn_name, bn, nn.BatchNorm2d)
+    reason = foreign(conv_name, conv, Conv2d) or foreign(bn_name, bn, BatchNorm2d)
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros":
         return f"{conv_name} has padding_mode={conv.padding_mode!r}"
-    if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+    if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*_same(conv), strict=True)):
         return f"{conv_name} pads unevenly (padding='same')"
-    if (lookup(bn._buffers, bn, "running_mean") is None) != (lookup(bn._buffers, bn, "running_var") is None):
+    buffers = bn._buffers
+    if (lookup(buffers, bn, "running_mean") is None) != (lookup(buffers, bn, "running_var") is None):
         return f"{bn_name} has only one of running_mean and running_var"
     return None
+
+
+def _same(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """padding, dilation and kernel under padding='same', for the weight that is there now."""
+    dilation, kernel = pair(conv.dilation, "dilation"), tuple(conv.weight.shape[2:])
+    return tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)), dilation, kernel
 
 
 def lookup(registered: dict[str, T], module: nn.Module, name: str) -> T:
@@ -74,36 +176,38 @@ def lookup(registered: dict[str, T], module: nn.Module, name: str) -> T:
         return getattr(module, name)
 
 
+def _steps(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """stride, padding and dilation, in whatever form `torch.nn.functional.conv2d` takes them."""
+    stride, padding, dilation = pair(conv.stride, "stride"), conv.padding, pair(conv.dilation, "dilation")
+    if padding == "same":
+        if stride != (1, 1):
+            raise RuntimeError("padding='same' is not supported for strided convolutions")
+        return stride, _same(conv)[0], dilation
+    return stride, (0, 0) if padding == "valid" else pair(padding, "padding"), dilation
+
+
 def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
     """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
-    if conv.padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    else:
-        padding = (0, 0) if conv.padding == "valid" else conv.padding
+    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
+    usual = type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2
+    if not usual:
+        stride, padding, dilation = _steps(conv)
     weights, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
-    running_mean, running_var = lookup(buffers, bn, "running_mean"), lookup(buffers, bn, "running_var")
+    try:
+        weight, bias, gamma, beta = weights["weight"], weights["bias"], parameters["weight"], parameters["bias"]
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # tensors that are not registered
+        weight, bias, gamma, beta = conv.weight, conv.bias, bn.weight, bn.bias
+        running_mean, running_var = bn.running_mean, bn.running_var
     training, counted = bn.training, None
     live = training or running_mean is None
     if training and bn.track_running_stats:
         counted = lookup(buffers, bn, "num_batches_tracked")
     elif training:
         running_mean = running_var = None
-    return ConvBN(
-        weight=lookup(weights, conv, "weight"),
-        bias=lookup(weights, conv, "bias"),
-        gamma=lookup(parameters, bn, "weight"),
-        beta=lookup(parameters, bn, "bias"),
-        running_mean=running_mean,
-        running_var=running_var,
-        num_batches_tracked=counted,
-        stride=conv.stride,
-        padding=padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        training=live,
-        momentum=bn.momentum,
-        eps=bn.eps,
-    )
+    # By position, in the order of the fields: by name takes twice as long.
+    numbers = stride, padding, dilation, conv.groups, live, bn.momentum, bn.eps
+    return ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted, *numbers)
 
 
 class Shortcut(NamedTuple):
@@ -125,9 +229,9 @@ _IDENTITY = Shortcut("identity")
 
 def shortcut_of(downsample: nn.Module | None) -> Shortcut:
     """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision and timm build it."""
-    if downsample is None or foreign("downsample", downsample, nn.Identity) is None:
+    if downsample is None or foreign("downsample", downsample, Identity) is None:
         return _IDENTITY
-    reason = foreign("downsample", downsample, nn.Sequential)
+    reason = foreign("downsample", downsample, Sequential)
     if reason is not None:
         return Shortcut("as it is", reason=reason)
     children = list(downsample)
@@ -136,14 +240,16 @@ def shortcut_of(downsample: nn.Module | None) -> Shortcut:
         return Shortcut("as it is", reason=f"downsample has {len(children)} layers, not [pool,] conv, bn")
     names = f"downsample.{first}", f"downsample.{first + 1}"
     pool = None
-    if first == 1 and foreign("downsample.0", children[0], nn.Identity) is not None:
-        reason = foreign("downsample.0", children[0], nn.AvgPool2d)
+    if first == 1 and foreign("downsample.0", children[0], Identity) is not None:
+        reason = foreign("downsample.0", children[0], AvgPool2d)
         if reason is None and children[0].divisor_override is not None:
             reason = "downsample.0 has a divisor_override"
         if reason is not None:
             return Shortcut("as it is", reason=reason)
         p = children[0]
-        pool = AvgPool(_pair(p.kernel_size), _pair(p.stride), _pair(p.padding), p.ceil_mode, p.count_include_pad)
+        kernel = pair(p.kernel_size, "kernel_size")
+        stride = kernel if p.stride is None or p.stride == () else pair(p.stride, "stride")
+        pool = AvgPool(kernel, stride, pair(p.padding, "padding"), p.ceil_mode, p.count_include_pad)
     conv, bn = children[first:]
     reason = unit_reason(names[0], conv, names[1], bn)
     if reason is not None:

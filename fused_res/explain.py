@@ -1,9 +1,13 @@
-"""`explain(model, x)`: how every residual block of a model runs, and why."""
+"""`explain(model, *inputs)`: how every residual block of a model runs, and why."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fused_res import planner
 from fused_res.block.dry_run import convolutions
@@ -11,6 +15,7 @@ from fused_res.block.validate import compute_dtype
 from fused_res.eligibility import shortcut_of
 from fused_res.functional import with_dtype
 from fused_res.modules import ResidualBlock
+from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
 
 
@@ -88,7 +93,7 @@ class Explanation:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
+def _row(name: str, block: ResidualBlock, x: Tensor, sized: bool) -> Row:
     dtype = compute_dtype(x)
     shortcut = shortcut_of(block.downsample)
     what = (name, type(block).__name__, tuple(x.shape), str(dtype).removeprefix("torch."))
@@ -96,42 +101,61 @@ def _row(name: str, block: ResidualBlock, x: Tensor) -> Row:
     if reason is not None:
         return Row(*what, planner.EAGER, None, shortcut.kind, (), (), reason)
     x, parts = x.to(dtype), with_dtype(block.parts(), dtype)
-    asked, level = planner.plan(x, parts)
+    asked, level = planner.plan(x, parts, sized=sized)
     backend = planner.resolve(asked, x.device, dtype)
     units = tuple(conv for conv, _ in block._names) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     run = []
     for unit, call in convolutions(x, block.residual_scale, parts, level, backend, block.training):
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
-    measured = planner.is_measured(x, parts)
+    measured = planner.is_measured(x, parts, sized=sized)
     return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured)
 
 
-def explain(model: nn.Module, x: Tensor) -> Explanation:
-    """How each `BasicBlock` and `Bottleneck` of the model runs when the model is called with x here and now.
+def _blocks(model: nn.Module) -> Iterator[tuple[str, ResidualBlock, bool]]:
+    """The model's blocks with their names, and whether torch.compile runs them."""
+    modules = list(model.named_modules())
+    compiled = [name for name, module in modules if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None]
+    for name, module in modules:
+        if isinstance(module, ResidualBlock):
+            inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
+            yield without_compiled(name), module, inside
 
-    Runs `model(x)` once without gradients and restores buffers and the random state, so that nothing remains of the call.
-    `use_backend` and autocast are obeyed.
+
+def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanation:
+    """How each `BasicBlock` and `Bottleneck` of the model runs when the model is called with these inputs here and now.
+
+    Runs `model(*inputs, **keywords)` once without gradients and restores buffers and the random state, so that nothing remains of
+    the call. `use_backend` and autocast are obeyed. What torch.compile runs is explained as it plans it, for any sizes of images,
+    but called uncompiled.
 
     Args:
-        model: any module, a block itself included.
-        x: what the model takes.
+        model: any module, a block itself included, compiled or not.
+        inputs, keywords: what the model takes.
 
     Returns:
         One row for every call of a block: backend, level, who runs its convolutions, and its shortcut; or why it runs unfused.
     """
     rows: list[Row] = []
 
-    def record(name: str):
-        return lambda block, inputs: rows.append(_row(name, block, inputs[0]))
+    def record(name: str, compiled: bool):
+        def hook(block, args, kwargs):
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor):
+                rows.append(_row(name, block, x, sized=not compiled))
 
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, ResidualBlock)]
+        return hook
+
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    handles = [block.register_forward_pre_hook(record(name), prepend=True) for name, block in blocks]
-    devices = [x.device] if x.device.type == "cuda" else []
+    handles = [
+        block.register_forward_pre_hook(record(name, compiled), prepend=True, with_kwargs=True)
+        for name, block, compiled in _blocks(model)
+    ]
+    tensors = [leaf for leaf in tree_leaves((inputs, keywords, list(model.parameters()))) if isinstance(leaf, Tensor)]
+    devices = list({tensor.device for tensor in tensors if tensor.device.type == "cuda"})
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            model(x)
+        with torch.no_grad(), torch.random.fork_rng(devices), _uncompiled():
+            model(*inputs, **keywords)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,3 +163,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
             for buffer, before in buffers:
                 buffer.copy_(before)
     return Explanation(tuple(rows))
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Compiled code runs as it was written; without importing the compiler where nobody has."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

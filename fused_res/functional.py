@@ -11,8 +11,9 @@ from fused_res.backends import LIBRARY
 from fused_res.block.call import prepare
 from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments
+from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
-from fused_res.spec import AvgPool, Block, ConvBN, tensors_of
+from fused_res.spec import AvgPool, Block, ConvBN, pair, tensors_of
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
 
@@ -43,8 +44,8 @@ def residual_block(
 
     The running statistics and `num_batches_tracked` of a unit with `training=True` are updated in place as `nn.BatchNorm2d`
     does, after the block has been computed. Differentiable twice; the second derivative runs in ordinary autograd. An empty
-    batch, and any call under `use_backend("eager")`, forward-mode AD or a `torch.func` transform, runs through
-    `fused_res.reference`.
+    batch, tensors on the meta device or of a class that acts for itself, and any call under `use_backend("eager")`,
+    `torch.jit.trace`, forward-mode AD or a `torch.func` transform, run through `fused_res.reference`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -52,10 +53,19 @@ def residual_block(
             batch, as in eager); an epsilon BN does not take.
         RuntimeError: shapes, dtypes or devices that do not fit; a backend forced by `use_backend` that cannot run.
     """
-    if isinstance(x, Tensor) and (planner.is_eager_forced() or x.numel() == 0 or is_transformed()):
+    if isinstance(x, Tensor) and _is_unfused(x, main, shortcut, residual_scale):
         check_arguments(x, *_parts(main, shortcut, pool), residual_scale, names)
         return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
     return residual_block_with_saved(x, main, shortcut, pool=pool, residual_scale=residual_scale, names=names)[0]
+
+
+def _is_unfused(x: Tensor, main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, residual_scale: Tensor | None) -> bool:
+    if planner.is_eager_forced() or is_traced():
+        return True
+    units = [unit for unit in (*main, shortcut) if isinstance(unit, ConvBN)]
+    tensors = [x, shortcut, residual_scale, *(tensor for unit in units for tensor in unit[:7])]
+    acting = any(isinstance(tensor, Tensor) and acts(tensor) for tensor in tensors)
+    return acting or x.numel() == 0 or x.is_meta or is_transformed()
 
 
 def is_transformed() -> bool:
@@ -65,7 +75,15 @@ def is_transformed() -> bool:
 
 def _parts(main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None) -> tuple[Block, Tensor | None]:
     given = isinstance(shortcut, Tensor)
-    return Block(list(main), None if given else shortcut, pool, given), shortcut if given else None
+    units = [_paired(unit) for unit in main]
+    return Block(units, None if given else _paired(shortcut), pool, given), shortcut if given else None
+
+
+def _paired(unit: ConvBN | None) -> ConvBN | None:
+    """The unit with pairs of numbers where one number was given for both."""
+    if type(unit) is not ConvBN or all(type(steps) is tuple and len(steps) == 2 for steps in unit[7:10]):
+        return unit
+    return unit._replace(**{name: pair(getattr(unit, name), name) for name in ("stride", "padding", "dilation")})
 
 
 def residual_block_with_saved(

@@ -1,23 +1,44 @@
 """`BasicBlock` and `Bottleneck`: torchvision's blocks, by constructor and by state dict, running as one operator."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from fused_res import planner, reference
-from fused_res.eligibility import Shortcut, foreign, global_hooks, lookup, shortcut_of, unit_of, unit_reason
+from fused_res import planner, recompute, reference
+from fused_res.eligibility import (
+    NO_DATA,
+    Shortcut,
+    foreign,
+    input_reason,
+    lookup,
+    observer_reason,
+    scale_reason,
+    shortcut_of,
+    unit_of,
+    unit_reason,
+)
 from fused_res.functional import is_transformed, run
+from fused_res.notices import say_once
+from fused_res.originals import ReLU
+from fused_res.recompute import Way
+from fused_res.scriptable import scriptable
 from fused_res.spec import Block
 
-_warned: set[str] = set()
+EMPTY = "the batch is empty"
+_NOTHING_TO_COMPUTE = (EMPTY, NO_DATA)
 
 
-def _warn_once(message: str) -> None:
-    if message not in _warned and not torch.compiler.is_compiling():
-        _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+def _speak_of_export() -> None:
+    say_once(
+        "export",
+        "torch.export keeps a block as one operator: quantisers and converters see no convolution in it. For those, export under "
+        'fused_res.use_backend("eager")',
+    )
+
+
+# torch.export is not to follow this, but to do it.
+_speak_of_export._dynamo_marked_constant = True
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -50,25 +71,33 @@ class ResidualBlock(nn.Module):
             raise TypeError(f"downsample: expected an nn.Module or None, got {type(downsample).__name__}")
         self.downsample = downsample
         self.stride = stride
-        scale = None if residual_scale is None else nn.Parameter(torch.tensor(float(residual_scale)))
+        self._first_scale = None if residual_scale is None else float(residual_scale)
+        scale = None if residual_scale is None else nn.Parameter(torch.tensor(self._first_scale))
         self.register_parameter("residual_scale", scale)
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
         modules = self._modules
-        return [(lookup(modules, self, conv), lookup(modules, self, bn)) for conv, bn in self._names]
+        try:
+            return [(modules[conv], modules[bn]) for conv, bn in self._names]
+        except KeyError:  # children that are not registered
+            return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names]
 
     def unfused_reason(self, x: Tensor) -> str | None:
         """Why this block, called with x now, runs through its child modules; None where the operator runs.
 
-        `use_backend("eager")`, an empty batch and function transforms are such reasons too.
+        `use_backend("eager")`, an empty batch, tracing and function transforms are such reasons too.
         """
         if planner.is_eager_forced():
             return 'use_backend("eager")'
+        reason = input_reason(x) or observer_reason()
+        if reason is not None:
+            return reason
         if x.numel() == 0:
-            return "the batch is empty"
+            return EMPTY
         if is_transformed():
             return "a torch.func transform or forward-mode AD is active"
-        reason = global_hooks() or foreign("relu", lookup(self._modules, self, "relu"), nn.ReLU)
+        relu, scale = lookup(self._modules, self, "relu"), lookup(self._parameters, self, "residual_scale")
+        reason = foreign("relu", relu, ReLU) or scale_reason(scale)
         if reason is not None:
             return reason
         for (conv_name, bn_name), (conv, bn) in zip(self._names, self._layers(), strict=True):
@@ -78,13 +107,28 @@ class ResidualBlock(nn.Module):
         return None
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = self.unfused_reason(x)
-        if reason is not None:
-            return self._run_modules(x, reason)
-        shortcut = shortcut_of(self.downsample)
+        if torch.compiler.is_compiling():
+            reason = self.unfused_reason(x)
+            if reason is None and torch.compiler.is_exporting():
+                _speak_of_export()
+        else:
+            pack = recompute.checkpoint()
+            if pack is not None:
+                return self._settled(x, pack)
+            reason = self.unfused_reason(x)
+        return self._run(x, shortcut_of(self.downsample)) if reason is None else self._run_modules(x, reason)
+
+    def _settled(self, x: Tensor, pack: Callable) -> Tensor:
+        """The call in a checkpoint, whose recompute runs as its forward did."""
+        way = recompute.settle(pack, self, lambda: Way(planner.forced(), self.unfused_reason(x), shortcut_of(self.downsample)))
+        with planner.under(way.forced):
+            return self._run_modules(x, way.reason) if way.reason is not None else self._run(x, way.shortcut)
+
+    def _run(self, x: Tensor, shortcut: Shortcut) -> Tensor:
         block = self._parts(shortcut)
         skip = self.downsample(x) if block.given else None
-        return run(x, block, skip, self.residual_scale, (*self._labels, shortcut.names))[0]
+        scale = lookup(self._parameters, self, "residual_scale")
+        return run(x, block, skip, scale, (*self._labels, shortcut.names))[0]
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
@@ -108,12 +152,26 @@ class ResidualBlock(nn.Module):
         }
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:
-        if x.numel() > 0 and not planner.is_eager_forced():
+        if reason not in _NOTHING_TO_COMPUTE and not planner.is_eager_forced():
             asked = planner.forced()
             if asked is not None:
                 raise RuntimeError(f"backend {asked.backend!r} cannot run this block: {reason}")
-            _warn_once(f"fused_res: {type(self).__name__} runs unfused, through its child modules: {reason}")
+            if not torch.compiler.is_compiling():
+                message = f"runs unfused, through its child modules: {reason}"
+                say_once(f"{type(self).__name__} {message}", message, self)
         return reference.run_modules(x, self._layers(), self.downsample, self.residual_scale, self.relu)
+
+    def reset_parameters(self) -> None:
+        """Give `residual_scale` its first value again; the child modules have `reset_parameters` of their own.
+
+        For a model that was built on the meta device: `to_empty`, then this on every module that has it.
+        """
+        if self.residual_scale is not None:
+            nn.init.constant_(self.residual_scale, self._first_scale)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in this block's place: its child modules, in a module that TorchScript understands."""
+        return scriptable(self) if type(self).forward is ResidualBlock.forward else self
 
     def zero_init_last(self) -> None:
         """Set the last BN's gamma to 0, so that the block starts as `relu(shortcut(x))` (https://arxiv.org/abs/1706.02677).

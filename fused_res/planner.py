@@ -68,8 +68,15 @@ def use_backend(name: str, level: str | None = None) -> Iterator[None]:
         raise ValueError(f"backend: expected one of {', '.join((*backends.NAMES, EAGER))}, got {name!r}")
     if level is not None and (level not in LEVELS or name == EAGER):
         raise ValueError(f"level: expected one of {', '.join(LEVELS)} and a fused backend, got {level!r} with {name!r}")
+    with under(Forced(name, level)):
+        yield
+
+
+@contextmanager
+def under(request: Forced | None) -> Iterator[None]:
+    """Inside, this is what `use_backend` asks for."""
     before = forced()
-    _local.forced = Forced(name, level)
+    _local.forced = request
     try:
         yield
     finally:
@@ -82,13 +89,14 @@ def is_eager_forced() -> bool:
     return request is not None and request.backend == EAGER
 
 
-def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None) -> Plan:
+def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bool = True) -> Plan:
     """How a call of the block with x runs.
 
     Args:
         x: [N, C, H, W].
         block: its parts; weights may be symbolic, then the level is the first.
         dtype: what the block computes in, x's if None.
+        sized: whether the plan may depend on N, H and W; it does not where torch.compile or torch.export trace.
 
     Returns:
         The backend as it was asked for, so that an exported program may run on another device than it was traced on, and a level
@@ -96,7 +104,7 @@ def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None) -> Plan:
         where torch.compile or torch.export trace.
     """
     asked, dtype = forced() or Forced(AUTO, None), dtype or x.dtype
-    level, numbers = asked.level, numbers_of(x, block)
+    level, numbers = asked.level, numbers_of(x, block, sized)
     if level is None:
         level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, dtype, numbers)
     elif numbers is not None and numbers[-1] is not None and settings.tune():
@@ -110,9 +118,9 @@ def _constant(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
-def is_measured(x: Tensor, block: Block) -> bool:
+def is_measured(x: Tensor, block: Block, *, sized: bool = True) -> bool:
     """Whether tuning found the level that `plan` gave, not a rule or `use_backend`."""
-    asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)
+    asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block, sized)
     return asked.level is None and plans.decided(("measured", *_key(asked.backend, x.device, x.dtype, numbers))) is not None
 
 

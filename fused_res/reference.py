@@ -4,6 +4,7 @@ It is the oracle of the tests, the eager peer of the benchmarks, the source of s
 cannot be fused. The formula is written once, in `compose`.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,9 +36,15 @@ def compose(
     if residual_scale is not None:
         out = residual_scale * out
     skip = x if shortcut is None else shortcut(x)
-    if torch.broadcast_shapes(out.shape, skip.shape) != out.shape:
-        raise RuntimeError(f"shortcut: its shape {tuple(skip.shape)} does not fit the main branch's output {tuple(out.shape)}")
-    return (last_activation or activation)((out + skip).to(out.dtype))
+    if not isinstance(out, Tensor):
+        total = operator.iadd(out, skip)  # torch.fx records the usual `out += identity`
+    else:
+        total = out + skip
+        # torch.jit.trace would warn that it cannot keep a comparison of shapes.
+        if torch._C._get_tracing_state() is None and total.shape != out.shape:
+            raise RuntimeError(f"shortcut: its shape {tuple(skip.shape)} does not fit the main branch's output {tuple(out.shape)}")
+        total = total if total.dtype == out.dtype else total.to(out.dtype)
+    return (last_activation or activation)(total)
 
 
 def conv_bn(x: Tensor, unit: ConvBN) -> Tensor:

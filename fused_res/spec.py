@@ -5,10 +5,34 @@ integers per unit and one epsilon per unit; `unpack` is its inverse.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """What `torch.nn.functional.conv2d` takes for two numbers, as a pair: one number, or a sequence of one or two.
+
+    Raises:
+        TypeError: anything but integers.
+        RuntimeError: a sequence of another length.
+    """
+    if not isinstance(value, (tuple, list)):
+        value = (value,)
+    if len(value) not in (1, 2):
+        raise RuntimeError(f"expected {name} to be a single integer value or a list of 2 values, got {value!r}")
+    return tuple(_integer(v, name) for v in (value if len(value) == 2 else value * 2))
+
+
+def _integer(value: int, name: str) -> int:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected integers, got {type(value).__name__}")
+    return operator.index(value)
 
 
 class ConvBN(NamedTuple):

@@ -159,7 +159,7 @@ def timm_resnet():
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr("fused_res.modules._warned", set())
+    monkeypatch.setattr("fused_res.notices._said", set())
 
 
 @pytest.fixture

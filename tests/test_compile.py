@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from blocks import assert_same, eager, image, make, step
+from blocks import Eager, assert_same, eager, image, make, step
 from fused_res import use_backend
 
 
@@ -98,3 +98,26 @@ def test_exported_program_gives_the_blocks_output_and_buffers(kind, training, de
     for k in range(2):
         torch.testing.assert_close(module(x + k), peer(x + k), rtol=1e-10, atol=1e-12)
     assert_same(dict(module.named_buffers()), dict(peer.named_buffers()))
+
+
+def test_a_method_replaced_before_the_trace_takes_part(dynamo, monkeypatch):
+    forward = torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: forward(self, x) * 0.5)
+    block, graphs = make("projection"), []
+    peer, x = eager(block), image(block)
+    compiled = torch.compile(block, backend=recorder(graphs))
+    assert_same(step(block, x, call=compiled), step(peer, x))
+    assert sum(graphs) == 0
+
+
+def test_a_method_set_on_a_child_takes_part(dynamo):
+    def halve(block):
+        forward = block.conv1._conv_forward
+        block.conv1._conv_forward = lambda *args: forward(*args) * 0.5
+        return block
+
+    block, graphs = halve(make("projection")), []
+    x = image(block)
+    expected = step(Eager(halve(make("projection"))), x)
+    assert_same(step(block, x, call=torch.compile(block, backend=recorder(graphs))), expected)
+    assert sum(graphs) == 0

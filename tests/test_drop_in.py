@@ -122,7 +122,7 @@ def test_optimizer_state_of_torchvisions_network_continues_on_ours(torchvision_r
 
 
 def test_frozen_batch_norm_layers_give_torchvisions_numbers(torchvision_resnet, monkeypatch):
-    monkeypatch.setattr("fused_res.modules._warned", set())
+    monkeypatch.setattr("fused_res.notices._said", set())
     frozen = importlib.import_module("torchvision.ops").FrozenBatchNorm2d
     ours, theirs = _networks(torchvision_resnet, "Bottleneck", [1, 1, 1, 1], norm_layer=frozen)
     images, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 7])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_res import BasicBlock, Bottleneck, Explanation, explain, use_backend
+from fused_res import BasicBlock, Bottleneck, Explanation, explain, planner, use_backend
 from fused_res.planner import LEVELS, resolve
 
 
@@ -43,7 +43,7 @@ def net():
 
 @pytest.fixture(autouse=True)
 def _forget_warnings(monkeypatch):
-    monkeypatch.setattr("fused_res.modules._warned", set())
+    monkeypatch.setattr("fused_res.notices._said", set())
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:fused_res")
@@ -180,3 +180,54 @@ def test_explaining_does_not_change_a_later_run(net):
 def test_inference_mode_is_fine(net):
     with torch.inference_mode():
         assert len(explain(net, X).rows) == 6
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place", "a child"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_model_has_the_rows_of_its_blocks_and_is_not_compiled_again(dynamo, how, training):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), BasicBlock(8, 8)).train(training)
+    expected = [(row.name, row.shape, row.backend) for row in explain(net, X).rows]
+    if how == "wrapped":
+        net = torch.compile(net, backend="aot_eager")
+    elif how == "in place":
+        net.compile(backend="aot_eager")
+    else:
+        net[1] = torch.compile(net[1], backend="aot_eager")
+    with torch.set_grad_enabled(training):
+        net(X)
+        assert [(row.name, row.shape, row.backend) for row in explain(net, X).rows] == expected
+        with dynamo.config.patch(error_on_recompile=True):
+            net(X)
+
+
+def test_a_compiled_block_is_explained_as_it_is_planned_without_sizes(dynamo, monkeypatch):
+    seen = []
+    original = planner.plan
+    monkeypatch.setattr(planner, "plan", lambda *args, **options: seen.append(options) or original(*args, **options))
+    block = BasicBlock(3, 3)
+    explain(nn.Sequential(torch.compile(block, backend="aot_eager"), BasicBlock(3, 3)), X)
+    assert {"sized": False} in seen
+    assert {"sized": True} in seen
+
+
+class Detector(nn.Module):
+    """Takes lists of images, and calls its block by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = BasicBlock(3, 3)
+
+    def forward(self, images, scale=1.0):
+        return [self.block(x=image[None] * scale) for image in images]
+
+
+def test_lists_keywords_and_several_inputs_reach_the_model():
+    images = [torch.randn(3, 5, 5), torch.randn(3, 6, 7)]
+    shapes = [(1, 3, 5, 5), (1, 3, 6, 7)]
+    for explanation in (
+        explain(Detector(), images),
+        explain(Detector(), images=images),
+        explain(Detector(), images, 2.0),
+        explain(Detector(), images, scale=2.0),
+    ):
+        assert [(row.name, row.shape) for row in explanation.rows] == [("block", shape) for shape in shapes]

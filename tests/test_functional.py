@@ -177,3 +177,35 @@ def test_the_functional_form_updates_buffers_as_the_reference_does():
         torch.testing.assert_close(a.running_mean, b.running_mean)
         torch.testing.assert_close(a.running_var, b.running_var)
         assert a.num_batches_tracked == b.num_batches_tracked == 1
+
+
+def test_one_number_stands_for_both_directions():
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    expected = residual_block(x, [ConvBN(weight, padding=(1, 1))])
+    assert torch.equal(residual_block(x, [ConvBN(weight, stride=1, padding=1, dilation=[1])]), expected)
+    projected = ConvBN(torch.randn(4, 4, 1, 1), stride=2)
+    out = residual_block(x, [ConvBN(weight, stride=2, padding=1)], projected)
+    assert torch.equal(out, residual_block(x, [ConvBN(weight, stride=(2, 2), padding=(1, 1))], projected._replace(stride=(2, 2))))
+
+
+def test_on_the_meta_device_and_in_a_trace_the_reference_runs():
+    x, unit = torch.randn(2, 4, 6, 6), ConvBN(torch.randn(4, 4, 3, 3), padding=(1, 1))
+    assert residual_block(x.to("meta"), [unit._replace(weight=unit.weight.to("meta"))]).shape == x.shape
+    traced = torch.jit.trace(lambda t: residual_block(t, [unit]), (x,))
+    assert "fused_res::" not in str(traced.graph)
+    torch.testing.assert_close(traced(x), residual_block(x, [unit]))
+
+
+def test_a_tensor_that_acts_has_its_effect():
+    class Halved(torch.nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                if func is torch.nn.functional.conv2d:
+                    args = (args[0], args[1] * 0.5, *args[2:])
+                return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 1, 1)
+    running = {"running_mean": torch.zeros(4), "running_var": torch.ones(4), "training": False}
+    got = residual_block(x, [ConvBN(Halved(weight), **running)])
+    torch.testing.assert_close(got, residual_block(x, [ConvBN(weight * 0.5, **running)]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_res import planner, plans
-from fused_res.block.op import is_watched
+from fused_res.block.op import is_narrow, is_watched
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
 from fused_res.spec import AvgPool, Block, ConvBN, pack
 
@@ -21,6 +21,7 @@ class Call(NamedTuple):
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
     `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
+    narrow: as `fused_res.block.op.is_narrow` says.
     """
 
     dtype: torch.dtype
@@ -33,6 +34,7 @@ class Call(NamedTuple):
     level: str
     backend: str
     watched: bool
+    narrow: bool
 
 
 def prepare(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, names: Sequence[str] | None) -> Call:
@@ -85,4 +87,6 @@ def _prepare(
     plan = planner.plan(x, block, dtype)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
-    return Call(dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched)
+    return Call(
+        dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched, is_narrow(x, block)
+    )

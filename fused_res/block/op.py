@@ -1,25 +1,29 @@
 """The two operators of a block, `fused_res::block_forward` and `fused_res::block_backward`, and their registration.
 
 Both are functional. What the forward saves depends on its arguments `save` and `level` alone, so that the fake kernels know
-it; a new level adds neither an argument nor an output. The backward's own derivative comes from `fused_res.reference`.
+it; a new level adds neither an argument nor an output. The backward's own derivatives, of any order, come from
+`fused_res.block.through_reference`.
 """
 
 import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
-from fused_res import backends, reference
+from fused_res import backends
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
+from fused_res.block.held import copy_of, kept_of
 from fused_res.block.levels import Level
+from fused_res.block.through_reference import is_batched, reference_gradients, second_gradients
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
-from fused_res.primitives.bn_act import sign_bytes, unpack_signs
-from fused_res.primitives.bn_finalize import Vectors
+from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import Block, tensor_fields, unpack, without_running_statistics
+from fused_res.spec import Block, tensor_fields, unpack
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
@@ -32,9 +36,30 @@ _library.define(
 )
 
 
-def _output_channels_last(x: Tensor, block: Block) -> bool:
-    """Eager's convolutions are channels_last as soon as their input or their weight is."""
-    return is_channels_last(x) or any(is_channels_last(unit.weight) for unit in block.main)
+def _output_channels_last(x: Tensor, block: Block, narrow: bool) -> bool:
+    """Whether eager's output is channels_last.
+
+    Its convolutions are as soon as their input or their weight is. On a CPU its BNs make what is contiguous as well, one channel
+    or one pixel, contiguous; `narrow` says whether there is such an output (`is_narrow`).
+    """
+    found = is_channels_last(x)
+    if not narrow or x.device.type != "cpu":
+        return found or any(is_channels_last(unit.weight) for unit in block.main)
+    for unit, one in zip(block.main, _are_narrow(x, block), strict=True):
+        found = not one and (found or is_channels_last(unit.weight))
+    return found
+
+
+def _are_narrow(x: Tensor, block: Block) -> Iterator[bool]:
+    size = tuple(x.shape[2:])
+    for unit in block.main:
+        size = unit.output_size(*size)
+        yield unit.weight.shape[0] == 1 or size[0] * size[1] == 1
+
+
+def is_narrow(x: Tensor, block: Block) -> bool:
+    """Whether any output of the main branch has one channel or one pixel."""
+    return any(_are_narrow(x, block))
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:
@@ -46,14 +71,14 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     if (skip is not None) != block.given:
         raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
-    return _run(x, skip, residual_scale, block, save, level, backend)
+    return _run(x, skip, residual_scale, block, save, level, backend, is_narrow(x, block))
 
 
-def _run(x, skip, residual_scale, block, save, level, backend):
+def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
-    return in_layout(out, _output_channels_last(x, block)), saved
+    return in_layout(out, _output_channels_last(x, block, narrow)), saved
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
@@ -65,7 +90,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     pixels += pixels[-1:] if block.projection is not None else []
     channels = [unit.weight.shape[0] for unit in block.units()]
     outer = block.main[-1].weight.shape[0]
-    layout = memory_format(_output_channels_last(x, block))
+    layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
     if save:
@@ -123,21 +148,34 @@ def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
     # Without this, autograd makes a tensor of zeros for each output, also for those whose gradient nobody reads.
     ctx.set_materialize_grads(False)
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
-    kept, kept_spec = without_running_statistics(spec)
-    ctx.rest = kept, residual_scale is not None, kept_spec, eps, level, backend
-    ctx.save_for_backward(x, *([] if residual_scale is None else [residual_scale]), *[tensors[i] for i in kept], *saved)
+    scales = () if residual_scale is None else (residual_scale,)
+    kept = kept_of(tuple(spec), bool(scales))
+    ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
+    ctx.rest = eps, level, backend
+    ctx.save_for_backward(x, *scales, *[tensors[i] for i in kept.saved], *saved)
+
+
+def _kept(ctx, first):
+    """What was kept from the tensor `first` of those saved: that one, the residual scale, the tensors, and what stands behind."""
+    kept, scaled, biases, copy = ctx.held
+    found = ctx.saved_tensors
+    rest = found[first + 1 + scaled :]
+    return found[first], found[first + 1] if scaled else None, kept.tensors(rest, biases, copy), rest[len(kept.saved) :]
 
 
 def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, call):
     """Gradients of x, skip and residual scale, and the list of those of the tensors; `call` is block_backward."""
     if dout is None:
         return None, None, None, [None] * len(wanted_tensors)
-    kept, has_scale, spec, eps, level, backend = ctx.rest
-    x, *rest = ctx.saved_tensors
-    residual_scale = rest.pop(0) if has_scale else None
-    tensors, saved = rest[: len(kept)], rest[len(kept) :]
+    eps, level, backend = ctx.rest
+    kept, spec = ctx.held[0].indices, ctx.held[0].spec
+    x, residual_scale, tensors, saved = _kept(ctx, 0)
     needs = [wanted_x, wanted_skip, wanted_scale, *[wanted_tensors[i] for i in kept]]
-    found = iter(call(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend))
+    if is_batched(dout) or forward_ad._current_level >= 0:
+        # Ordinary autograd has rules for batched and dual tensors.
+        found = iter(reference_gradients(dout, x, residual_scale, tensors, saved, spec, eps, needs, level))
+    else:
+        found = iter(call(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend))
     dx, dskip, dscale = (next(found) if need else None for need in needs[:3])
     of_tensors = [None] * len(wanted_tensors)
     for i in kept:
@@ -157,70 +195,34 @@ def _save_for_backward(ctx, inputs, output):
 
 def _forward_gradient(ctx, dout, _):
     if not ctx.save:
-        raise RuntimeError("block_forward: called with save=False, which keeps nothing for backward")
+        raise RuntimeError(
+            "block_forward kept nothing for backward (save=False): this program was exported, traced or compiled under "
+            "torch.no_grad(); to train it, export it with gradients enabled"
+        )
     found = _gradients(ctx, dout, *ctx.needs_input_grad[:4], torch.ops.fused_res.block_backward.default)
     return *found, None, None, None, None, None
 
 
 def _save_for_double_backward(ctx, inputs, output):
-    dout, x, residual_scale, tensors, saved, ctx.spec, ctx.eps, ctx.needs, ctx.level, _ = inputs
+    dout, x, residual_scale, tensors, saved, spec, eps, needs, level, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.has_scale, ctx.tensors_count, ctx.saved_count = residual_scale is not None, len(tensors), len(saved)
-    ctx.save_for_backward(dout, x, *([residual_scale] if ctx.has_scale else []), *tensors, *saved)
-
-
-def _with_running_statistics(block: Block, vectors: list[Tensor]) -> Block:
-    """The block with the statistics that the forward normalised by, where those were running ones."""
-
-    def restore(unit, rows):
-        if unit.training:
-            return unit
-        mean = Vectors(*rows).mean
-        mean = mean if unit.bias is None else mean + unit.bias.detach()
-        dtype = unit.weight.dtype if unit.gamma is None else unit.gamma.dtype
-        return unit._replace(running_mean=mean.to(dtype), running_var=Vectors(*rows).var.to(dtype))
-
-    units = [restore(unit, rows) for unit, rows in zip(block.units(), vectors, strict=True)]
-    count = len(block.main)
-    return block._replace(main=units[:count], projection=units[count] if block.projection is not None else None)
+    scales = () if residual_scale is None else (residual_scale,)
+    kept = kept_of(tuple(spec), bool(scales))
+    ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
+    ctx.rest = eps, [*needs[:3], *(needs[3 + i] for i in kept.indices)], level
+    ctx.tensors_count = len(tensors)
+    ctx.save_for_backward(dout, x, *scales, *[tensors[i] for i in kept.saved], *saved)
 
 
 def _backward_gradient(ctx, incoming):
-    kept = list(ctx.saved_tensors)
-    tensors_end = 2 + ctx.has_scale + ctx.tensors_count
-    saved = kept[tensors_end:]
-    with torch.enable_grad():
-        dout, x, *rest = (t.detach().requires_grad_() for t in kept[:tensors_end])
-        residual_scale = rest.pop(0) if ctx.has_scale else None
-        block = unpack(rest, ctx.spec, ctx.eps)
-        state = Saved.from_list(saved, block, ctx.level)
-        block = _with_running_statistics(block, state.vectors)
-        # The saved signs stand in for the outer ReLU, so that a given shortcut's value need not be kept.
-        n, _, h, w = dout.shape
-        open_ = unpack_signs(state.signs, dout.shape[1]).view(n, h, w, -1).permute(0, 3, 1, 2)
-        skip = torch.zeros_like(dout).requires_grad_() if block.given else None
-        out = reference.residual_block(
-            x,
-            block.main,
-            skip if block.given else block.projection,
-            pool=block.pool,
-            residual_scale=residual_scale,
-            last_activation=lambda total: torch.where(open_, total, 0),
-        )
-        leaves = [x, skip, residual_scale, *rest]
-        asked = [leaf for leaf, needed in zip(leaves, ctx.needs, strict=True) if needed]
-        first = torch.autograd.grad(out, asked, dout, create_graph=True, allow_unused=True)
-        pairs = [(f, i) for f, i in zip(first, incoming, strict=True) if f is not None and f.requires_grad and i is not None]
-        inputs = [dout, *(leaf for leaf in leaves if leaf is not None and leaf is not skip)]
-        if pairs:
-            ours, theirs = zip(*pairs, strict=True)
-            second = list(torch.autograd.grad(ours, inputs, theirs, allow_unused=True))
-        else:
-            second = [None] * len(inputs)
-    of_dout, of_x = second[:2]
-    of_scale = second[2] if ctx.has_scale else None
-    of_tensors = second[2 + ctx.has_scale :]
-    return of_dout, of_x, of_scale, of_tensors, [None] * ctx.saved_count, None, None, None, None, None
+    x, residual_scale, tensors, saved = _kept(ctx, 1)
+    kept = ctx.held[0]
+    arguments = ctx.saved_tensors[0], x, residual_scale, tensors, saved, kept.spec, *ctx.rest
+    of_dout, of_x, of_scale, of_kept = second_gradients(incoming, *arguments)
+    of_tensors = [None] * ctx.tensors_count
+    for i, gradient in zip(kept.indices, of_kept, strict=True):
+        of_tensors[i] = gradient
+    return of_dout, of_x, of_scale, of_tensors, [None] * len(saved), None, None, None, None, None
 
 
 for _name, _kernel, _fake in (("block_forward", _forward, _forward_fake), ("block_backward", _backward, _backward_fake)):
@@ -255,7 +257,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, call, found, x, skip, residual_scale, *tensors):
-        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend)
+        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend, call.narrow)
         _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
         return out
@@ -274,7 +276,7 @@ def block_forward(x, skip, residual_scale, block, tensors, call, save):
     if call.watched:
         return _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
     if not save:
-        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend)
+        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend, call.narrow)
     saved: list[Tensor] = []
     out = _Direct.apply(block, call, saved, x, skip, residual_scale, *tensors)
     return out, saved

@@ -11,7 +11,9 @@ _FIELDS = ConvBN._fields[:6]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a convolution takes this operand: autocast's where it is on; it leaves float64 alone."""
+    """The dtype in which a convolution takes this operand: autocast's where it is on; it leaves float64 alone, and meta tensors."""
+    if tensor.is_meta:
+        return tensor.dtype
     if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype.is_floating_point and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
