@@ -74,13 +74,16 @@ def _blocks(names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, nn.Modu
 
 
 def _step(block: nn.Module, x: torch.Tensor, training: bool) -> None:
+    """Through the operator at once: a block by itself leaves tensors without data to its child modules."""
+    from fused_res.functional import residual_block_with_saved
+
     block.train(training)
     if not training:
         with torch.no_grad():
-            block(x)
+            residual_block_with_saved(x, **block.operands(x))
         return
     x = x.detach().requires_grad_()
-    out = block(x)
+    out, _ = residual_block_with_saved(x, **block.operands(x))
     torch.autograd.grad(out, [x, *block.parameters()], torch.empty_like(out))
 
 
