@@ -123,7 +123,7 @@ def checkout() -> Path | None:
 
 
 CARRIED = Path("build") / "carry" / "commit.json"
-"""In a checkout that was copied without its history: the commit, and the fingerprint of the sources that it has."""
+"""In a checkout that was copied without its last commits: the commit it is of, and the fingerprint of the sources that it has."""
 
 
 def git() -> dict | None:
@@ -133,7 +133,8 @@ def git() -> dict | None:
     if top is None or Path(top).resolve() != root:
         return _carried(root)
     changes = _output("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", cwd=root)
-    return {"commit": _output("git", "rev-parse", "--verify", "HEAD", cwd=root), "dirty": changes != ""}
+    found = {"commit": _output("git", "rev-parse", "--verify", "HEAD", cwd=root), "dirty": changes != ""}
+    return (_carried(root) or found) if found["dirty"] else found
 
 
 def _carried(root: Path | None) -> dict | None:
