@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow bench figures gpu lint format aot kernels headers wheel clean
+.PHONY: help setup test test-slow bench figures gpu gpu-carry lint format aot kernels headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
@@ -25,6 +25,7 @@ help:
 	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop --arch 90' for a part of them"
 	@echo "make headers  compile csrc/ against the headers of every torch that is supported, which it downloads (several GB)"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
+	@echo "make gpu-carry  compile here what a GPU's machine need not: the library and the kernels of its timings; then copy the folder there"
 	@echo "make gpu     on a machine with an NVIDIA GPU, without network: proof in minutes; ARGS='--minutes 9', then again"
 
 setup: $(READY)
@@ -63,6 +64,10 @@ figures: $(RUNS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-carry: $(READY)
+	TORCH_CUDA_ARCH_LIST=$(or $(TORCH_CUDA_ARCH_LIST),9.0) $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m fused_res.benchmarks.carry $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) --dist worksteal -m slow $(ARGS)

@@ -60,7 +60,7 @@ def caches(output: Path) -> dict[str, str]:
     folder = output / CACHE
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")
-    kernels, carried, unpacked = folder / "triton", CARRY / "triton-cache.tar.xz", folder / "unpacked"
+    kernels, carried, unpacked = folder / "triton", CARRY / kernel_cache.NAME, folder / "unpacked"
     if carried.is_file() and not (unpacked.is_file() and unpacked.read_text() == str(carried.stat().st_mtime_ns)):
         print(f"{kernel_cache.unpack(carried, kernels)} compiled kernels were carried here", flush=True)
         unpacked.write_text(str(carried.stat().st_mtime_ns))  # afterwards: what a cut leaves half unpacked is unpacked again

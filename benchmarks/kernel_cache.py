@@ -10,6 +10,7 @@ import json
 import tarfile
 from pathlib import Path
 
+NAME = "triton-cache.tar.xz"
 _GROUP = "__grp__"
 KEPT = (".cubin", ".json")
 

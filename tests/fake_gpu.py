@@ -5,10 +5,12 @@ A program of its own, since a test's process has Triton interpret its kernels. I
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,14 +64,30 @@ def _stop_at_shared_memory() -> None:
     triton.knobs.runtime.add_stages_inspection_hook = change
 
 
-def _blocks(names: list[str], dtype: torch.dtype) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+def _have_the_keys_of(wheel: Path) -> None:
+    """Have Triton's cache find entries by the keys that the Triton in a wheel has: of the same version, for another Python.
+
+    A key has the hashes of Triton's own files, of which `libtriton` alone differs between Pythons.
+    """
+    from triton.runtime import cache
+
+    own = hashlib.sha256((Path(triton.__file__).parent / "_C" / "libtriton.so").read_bytes()).hexdigest()
+    with zipfile.ZipFile(wheel) as archive:
+        other = hashlib.sha256(archive.read("triton/_C/libtriton.so")).hexdigest()
+    key = cache.triton_key()
+    if key.count(own) != 1:
+        raise SystemExit(f"--wheel: expected a key with the hash of libtriton.so, got {key}")
+    cache.triton_key = lambda: key.replace(own, other)
+
+
+def _blocks(names: list[str], dtype: torch.dtype, batch: int) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
     from fused_res.benchmarks.cases import SUITES, convert
 
     cases = {case.name: case for suite in SUITES.values() for case in suite}
     for name in names:
         case = cases[name]
         block = convert(case.module(), dtype, torch.channels_last, torch.device("meta"))
-        x = torch.empty(64, case.inplanes, case.size, case.size, dtype=dtype, device="meta")
+        x = torch.empty(batch, case.inplanes, case.size, case.size, dtype=dtype, device="meta")
         yield name, block, x.contiguous(memory_format=torch.channels_last)
 
 
@@ -94,14 +112,15 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
 
     kernels: list[tuple[str, int]] = []
 
-    def compiled(*, src, metadata, **_):
-        kernels.append((src.name, metadata["shared"]))
+    def compiled(*, src, metadata, cache_hit, **_):
+        if not cache_hit:
+            kernels.append((src.name, metadata["shared"]))
 
     triton.knobs.compilation.listener = compiled
     autocast = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else autocast(*device)
     backend.supports = lambda device, dtype: None
-    for name, block, x in _blocks(options.cases, getattr(torch, options.dtype)):
+    for name, block, x in _blocks(options.cases, getattr(torch, options.dtype), options.batch):
         for level in options.levels:
             for training in (True, False):
                 before, known, error = library.fake_launches(), len(kernels), None
@@ -151,14 +170,20 @@ def main() -> None:
     parser.add_argument("precision", nargs="?", default="tf32", choices=("tf32", "ieee"), help="of float32")
     parser.add_argument("--levels", nargs="+")
     parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="compile to the end, and keep it there")
+    parser.add_argument("--wheel", type=Path, help="of this Triton, for the Python that is to find the kernels in the cache")
     options = parser.parse_args()
     torch.backends.cudnn.conv.fp32_precision = options.precision
     os.environ["FAKE_SHARED"] = str(SHARED[options.capability])
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
+        os.environ["TRITON_CACHE_DIR"] = str(options.cache or folder)
         library = _load_driver(Path(folder))
         _become(options.capability)
-        _stop_at_shared_memory()
+        if options.cache is None:
+            _stop_at_shared_memory()
+        if options.wheel is not None:
+            _have_the_keys_of(options.wheel)
         for row in _run_blocks(options, library) if options.what == "blocks" else _compile_tiles(options):
             print(json.dumps(row), flush=True)
 
