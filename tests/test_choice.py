@@ -15,7 +15,7 @@ from fused_res.primitives.choice import Call, Choice, choose, imposing
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
-from fused_res.primitives.operands import Activation
+from fused_res.primitives.operands import Activation, Gradient
 from fused_res.spec import ConvBN
 
 
@@ -88,6 +88,20 @@ def test_the_dry_run_lists_what_a_run_asks_for(kind, level, training, planted):
         units = block.parts().units()
         assert [units[i].weight is call.unit.weight for i, call in asked] == [True] * len(asked)
     assert len(asked) >= len(block.parts().main) - 1
+
+
+def test_a_gradient_that_wgrad_has_computed_is_what_dgrad_takes(planted):
+    weight, image_ = torch.randn(8, 4, 1, 1), torch.randn(2, 8, 3, 3)
+    vectors, coefficients = torch.rand(5, 8), torch.rand(7, 8)
+    dy = Gradient(image_, torch.randn(2, 8, 3, 3), vectors, coefficients, masked=True)
+    unit, like = ConvBN(weight), torch.randn(2, 4, 3, 3)
+    found = []
+    for computed in (False, True):
+        if computed:
+            dy.values("reference")
+        found.append(conv_dgrad(dy, like, unit, backend="planted").image)
+    assert [call.operands[0].coefficients is None for call, _ in planted] == [False, True]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("kind", ["projection", "bottleneck"])
