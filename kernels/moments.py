@@ -227,7 +227,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     mean = torch.empty(channels, dtype=torch.float64, device=device)
     covariance = torch.empty(channels, channels, dtype=torch.float64, device=device)
     together = min(32, triton.next_power_of_2(tiles))
-    elements = 1024 // together
+    elements = 512 // together
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
     launch(
         moments_merge_kernel,
