@@ -164,7 +164,7 @@ def conv_dgrad(
     dx = torch.empty(like.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
     pixels = n * triton.cdiv(height, g.stride_h) * triton.cdiv(width, g.stride_w)
     if config is None:
-        plain = source.coefficients is None and g.stride_h * g.stride_w == 1
+        plain = source.coefficients is None and inner is None and g.stride_h * g.stride_w == 1
         light = weight.element_size() == 2 and tuple(weight.shape[2:]) == (1, 1) and g.stride_h * g.stride_w == 1
         area = 128 * 128 if plain else 128 * 64 if light else 64 * 64
         able = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)

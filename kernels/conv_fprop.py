@@ -138,7 +138,8 @@ def conv_fprop(
     g = geometry(height, width, unit)
     pixels = n * g.out_height * g.out_width
     if config is None:
-        area = 64 * 64 if output is not None and output.y2 is not None else 128 * 128
+        sampled = source.vectors is not None and (g.stride_h, g.stride_w) != (1, 1)
+        area = 64 * 64 if output is not None and output.y2 is not None else 128 * 64 if sampled else 128 * 128
         config = next(fitting("fprop", configurations("fprop", weight.dtype, pixels, weight.shape, area=area), weight, x))
     config = Config(*config)
     tiles = triton.cdiv(pixels, config.block_p)
