@@ -212,7 +212,7 @@ def inplace_abn(setup: Setup) -> Peer:
         raise CannotRunError("it is timed for single blocks only")
     ours = block_peer(setup, _InPlace(setup.module("channels_last"), package.InPlaceABN), "channels_last")
     plain = block_peer(setup, _InPlace(setup.module("channels_last"), None), "channels_last")
-    unit, got, wanted = unit_roundoff(setup.dtype, setup.device), quantities(ours, 0), quantities(plain, 0)
+    unit, got, wanted = unit_roundoff(setup.dtype, setup.device), quantities(ours, 0, {}), quantities(plain, 0, {})
     wrong = [n for n in ("out", "d x") if n in wanted and not relative_error(got[n], wanted[n]) <= tolerance(n, unit)]
     if wrong:
         raise CannotRunError(f"differs from plain PyTorch with a leaky ReLU in {', '.join(wrong)}")

@@ -139,8 +139,8 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
     rows: list[Row] = []
 
     def record(name: str, compiled: bool):
-        def hook(block, args, kwargs):
-            x = args[0] if args else next(iter(kwargs.values()), None)
+        def hook(block, args, kwargs=None):  # without, where torch is still registering it for another thread's call
+            x = args[0] if args else next(iter((kwargs or {}).values()), None)
             if isinstance(x, Tensor):
                 rows.append(_row(name, block, x, sized=not compiled))
 
