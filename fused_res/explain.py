@@ -1,8 +1,9 @@
 """`explain(model, *inputs)`: how every residual block of a model runs, and why."""
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -165,6 +166,24 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
     return Explanation(tuple(rows))
 
 
-def _uncompiled() -> AbstractContextManager:
-    """Compiled code runs as it was written; without importing the compiler where nobody has."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+_lock, _stance, _asking = threading.Lock(), ExitStack(), 0
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled code runs as it was written, as long as any thread is inside: torch keeps one stance for all of them.
+
+    Without importing the compiler where nobody has.
+    """
+    global _asking
+    with _lock:
+        if not _asking and "torch._dynamo" in sys.modules:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _asking += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _asking -= 1
+            if not _asking:
+                _stance.close()

@@ -1,6 +1,8 @@
 """`explain`: what it says about the blocks of a model, and that nothing remains of the call."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,3 +233,18 @@ def test_lists_keywords_and_several_inputs_reach_the_model():
         explain(Detector(), images, scale=2.0),
     ):
         assert [(row.name, row.shape) for row in explanation.rows] == [("block", shape) for shape in shapes]
+
+
+def test_asked_by_several_threads_at_once_compiled_code_is_compiled_afterwards(dynamo):
+    block, x = BasicBlock(8, 8).eval(), torch.randn(2, 8, 5, 5)
+    start = threading.Barrier(4)
+
+    def ask():
+        start.wait()
+        return min(len(explain(block, x).rows) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert min(future.result() for future in [pool.submit(ask) for _ in range(4)]) >= 1
+    graphs = []
+    torch.compile(block, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
+    assert len(graphs) == 1
