@@ -235,16 +235,29 @@ def test_lists_keywords_and_several_inputs_reach_the_model():
         assert [(row.name, row.shape) for row in explanation.rows] == [("block", shape) for shape in shapes]
 
 
-def test_asked_by_several_threads_at_once_compiled_code_is_compiled_afterwards(dynamo):
-    block, x = BasicBlock(8, 8).eval(), torch.randn(2, 8, 5, 5)
-    start = threading.Barrier(4)
+class Waiting(nn.Module):
+    """A block that says when it runs, and then waits."""
 
-    def ask():
-        start.wait()
-        return min(len(explain(block, x).rows) for _ in range(20))
+    def __init__(self, runs, goes_on):
+        super().__init__()
+        self.block, self.runs, self.goes_on = BasicBlock(8, 8), runs, goes_on
 
-    with ThreadPoolExecutor(4) as pool:
-        assert min(future.result() for future in [pool.submit(ask) for _ in range(4)]) >= 1
+    def forward(self, x):
+        self.runs.set()
+        assert self.goes_on.wait(60)
+        return self.block(x)
+
+
+def test_asked_by_threads_that_leave_in_the_order_they_came_compiled_code_is_compiled_afterwards(dynamo):
+    first, second, left = threading.Event(), threading.Event(), threading.Event()
+    x = torch.randn(2, 8, 5, 5)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(explain, Waiting(first, second), x)
+        assert first.wait(60)
+        other = pool.submit(explain, Waiting(second, left), x)
+        assert len(one.result().rows) == 1
+        left.set()
+        assert len(other.result().rows) == 1
     graphs = []
-    torch.compile(block, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
+    torch.compile(BasicBlock(8, 8).eval(), backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(x)
     assert len(graphs) == 1
