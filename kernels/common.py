@@ -253,7 +253,8 @@ _recorders: list[list[Launch]] = []
 class Limits(NamedTuple):
     """What a GPU allows a tile. shared: bytes of shared memory of a block. results: of a matrix product, of a thread.
 
-    Where `mma` instructions multiply, what they read takes registers, too; `wgmma` and `tcgen05` read shared memory.
+    Where `mma` instructions multiply, what they read takes registers, too; `wgmma` reads shared memory. `tcgen05` does as well, but
+    the kernels' results pass through registers on their way out of its own memory, and so many spill.
     """
 
     shared: float
@@ -262,7 +263,7 @@ class Limits(NamedTuple):
     @classmethod
     def of(cls, capability: int, shared: int) -> "Limits":
         """capability: 86 for compute capability 8.6."""
-        return cls(shared, 128 if 90 <= capability < 120 else 64)
+        return cls(shared, 128 if 90 <= capability < 100 else 64)
 
 
 _NONE = Limits(math.inf, 128)

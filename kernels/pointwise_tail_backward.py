@@ -19,6 +19,7 @@ from fused_res.kernels.common import (
     dot_precision,
     first_row,
     launch,
+    limits,
     load_row,
     load_rows,
     meta,
@@ -292,10 +293,14 @@ def pointwise_tail_backward_apply_kernel(
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
 
-def default_apply_tile(inner: int, narrow_dtype: bool) -> ProductTile:
-    """Pixels by inner channels, over the channels and once more the inner channels."""
-    columns = max(16, min(64, triton.next_power_of_2(inner)))
-    return ProductTile(128, columns, 64, 4, 3) if narrow_dtype else ProductTile(64, columns, 32, 8, 3)
+def default_apply_tile(inner: int, narrow_dtype: bool, results: int) -> ProductTile:
+    """Pixels by inner channels, over the channels and once more the inner channels; of 2 bytes as measured on an H200
+    (benchmarks.tiles), if a thread may have so many results.
+    """
+    wide = max(16, triton.next_power_of_2(inner))
+    if narrow_dtype and results < 128:
+        return ProductTile(64, min(128, wide), 64, 8, 3)
+    return ProductTile(128, min(64, wide), 64, 4, 3) if narrow_dtype else ProductTile(64, min(64, wide), 32, 8, 3)
 
 
 def pointwise_tail_backward_apply(
@@ -318,7 +323,7 @@ def pointwise_tail_backward_apply(
         dz = to_rows(check_image("into", into, z.image.shape, g))
     else:
         dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
-    block_p, block_k, depth, warps, stages = tile or default_apply_tile(size, narrow_dtype)
+    block_p, block_k, depth, warps, stages = tile or default_apply_tile(size, narrow_dtype, limits(g.device).results)
     tiles = triton.cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
     launch(
