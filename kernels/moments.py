@@ -192,8 +192,8 @@ def default_tile(channels: int, narrow_dtype: bool, precision: str, results: int
     wide = max(16, triton.next_power_of_2(channels))
     if precision == "ieee" and not narrow_dtype:
         return ProductTile(min(64, wide), min(64, wide), 64, 8, STAGES)
-    if results < 128:
-        return ProductTile(min(64, wide), min(64, wide), 16, 4 if narrow_dtype else 8, STAGES)
+    if results < 128 and wide >= 64:
+        return ProductTile(64, 64, 16, 4 if narrow_dtype else 8, STAGES)
     if wide <= 64:
         return ProductTile(wide, wide, 32 if narrow_dtype else 16, 4, STAGES)
     return ProductTile(128, 128, 32 if wide == 128 and not narrow_dtype else 16, 8, STAGES)

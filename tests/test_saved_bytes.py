@@ -23,13 +23,13 @@ def stages():
             inplanes, size = planes * 4, size // stride
 
 
-def kept(level, dtype):
-    """Bytes that all blocks hold at batch 2, inputs included, which are the outputs of the blocks before."""
+def kept(level, dtype, batch):
+    """Bytes that all blocks hold, inputs included, which are the outputs of the blocks before."""
     backend = "native" if backends.supports("native", torch.device("cpu"), dtype) is None else "reference"
     total = 0
     for block, channels, size in stages():
         block = block.to(dtype).to(memory_format=torch.channels_last)
-        x = torch.randn(2, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        x = torch.randn(batch, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
         if level == "eager":
             block = eager(block)
             total += saved_bytes(lambda block=block, x=x: block(x), block)
@@ -39,10 +39,19 @@ def kept(level, dtype):
     return total
 
 
+def projected(block):
+    return [] if block.downsample is None else [block.downsample[0].in_channels]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_moment_form_keeps_half_of_what_eager_keeps(dtype):
-    held = {level: kept(level, dtype) for level in ("eager", *LEVELS)}
+    """For every image; and, whatever the batch, the moments of what the last convolutions and the projections read, in float64."""
+    one, two = ({level: kept(level, dtype, batch) for level in ("eager", *LEVELS)} for batch in (1, 2))
+    held = {level: two[level] - one[level] for level in two}
     print({level: round(count / held["eager"], 3) for level, count in held.items()})
     assert held["moment"] <= 0.52 * held["eager"]
+    read = [width for block, *_ in stages() for width in (block.conv3.in_channels, *projected(block))]
+    rest = one["moment"] - held["moment"]
+    assert 0 < rest <= 1.05 * sum(8 * width * width for width in read)
     assert held["bn_act"] == held["epilogue"] == held["prologue"] < 0.9 * held["eager"]
