@@ -9,9 +9,11 @@ A backend module has four functions:
 - `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have three more. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
-pixels; without it, all of them do. `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth
-trying and that the weight's device can run, and `tile(*numbers)`: one of them from its numbers.
+It may have four more. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
+pixels; without it, all of them do. `pays(primitive, unit, pixels) -> bool`: whether, with something fused into it, it is faster
+than the library's and the passes that it leaves; without it, it is taken to be. `tiles(primitive, weight, pixels, operands)`: the
+tiles of its convolution that are worth trying and that the weight's device can run, and `tile(*numbers)`: one of them from its
+numbers.
 """
 
 import functools
