@@ -76,7 +76,7 @@ def bn_finalize_kernel(
 
 
 @triton.jit
-def bn_running_kernel(running_mean, running_var, bias, gamma, beta, residual_scale, vectors, C, eps, BLOCK: tl.constexpr):
+def bn_finalize_running_kernel(running_mean, running_var, bias, gamma, beta, residual_scale, vectors, C, eps, BLOCK: tl.constexpr):
     """Running statistics become mean, variance, invstd, scale and shift of a BN behind a convolution without its bias.
 
     running_mean, running_var: [C]. bias, gamma, beta: [C], residual_scale: [1], each or None. vectors: [5, C], float32.
@@ -122,7 +122,7 @@ def bn_running(
     """Contract: fused_res/primitives/bn_finalize.py. dtype: float32."""
     vectors, block = torch.empty(5, len(mean), dtype=dtype, device=mean.device), 128
     launch(
-        bn_running_kernel,
+        bn_finalize_running_kernel,
         triton.cdiv(len(mean), block),
         *(None if t is None else t.contiguous() for t in (mean, var, bias, gamma, beta, residual_scale)),
         *(vectors, len(mean), eps),

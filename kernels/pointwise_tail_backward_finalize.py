@@ -17,7 +17,7 @@ from fused_res.kernels.pointwise_direct import direct_partials, merge_direct
 
 
 @triton.jit
-def scaled_weight_kernel(weight, vectors, scaled, C, K, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+def pointwise_tail_backward_finalize_weight_kernel(weight, vectors, scaled, C, K, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     """scaled = diag(scale) W, as a matrix product multiplies it.
 
     weight, W: [C, K]. vectors: [5, C], float32. scaled: [C, K].
@@ -34,7 +34,7 @@ def scaled_weight(branch: Any) -> Tensor:
     weight = branch.weight.flatten(1).contiguous()
     scaled, block = torch.empty_like(weight), 1024
     launch(
-        scaled_weight_kernel,
+        pointwise_tail_backward_finalize_weight_kernel,
         triton.cdiv(weight.numel(), block),
         *(weight, branch.vectors, scaled, *weight.shape),
         PRECISION=dot_precision(weight),

@@ -57,7 +57,7 @@ def too_much_shared(x, y, P, C, B: tl.constexpr):
 
 @triton.jit
 def spills(x, y, P, C, B: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, 8192)
+    at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, 16384)
     a = tl.load(x + at)
     tl.store(y + at, a / tl.sum(a))
 
