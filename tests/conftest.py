@@ -37,6 +37,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.kernel)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a file whose tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _float32_is_not_tf32():
     """torch's convolutions round float32 to TF32 on a GPU unless told not to. Tests of TF32 ask for it."""

@@ -13,20 +13,13 @@ from fused_res.benchmarks import agreement, clocks, lines, peers, results, runne
 from fused_res.benchmarks.cases import Case, Network
 from fused_res.benchmarks.peers import Setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 CASES = (Case("small.0", "bottleneck", 16, 4, 6), Case("small.1", "bottleneck", 16, 4, 6))
 TINY = Network("tiny", "basic", (1, 1, 1, 1))
 WRONG = peers.level_peer("prologue")
 PEERS = ("eager NCHW", "eager channels_last", "bare convolutions", "fused_res", WRONG)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from fused_res.benchmarks.cases import NETWORKS, SUITES, Case, Network, occurren
 from fused_res.benchmarks.clocks import Timing
 from fused_res.benchmarks.peers import Setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SMALL = Case("small.identity", "bottleneck", 16, 4, 6)
 TINY = Network("tiny", "basic", (1, 1, 1, 1))
@@ -43,15 +45,6 @@ class FakeClock(clocks.CpuClock):
 
     def time(self, call):
         return Timing(self.times[call()])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

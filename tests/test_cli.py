@@ -13,19 +13,12 @@ import torch
 from fused_res import accuracy, check, cli, console, environment
 from fused_res.benchmarks import peers, results, suite
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 # conftest.py may have switched this process to Triton's interpreter; a user's has not.
 VARIABLES = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 ONLY = ["--backend", "reference", "--dtype", "fp32", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

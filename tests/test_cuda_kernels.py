@@ -28,7 +28,10 @@ CHANNELS = (1, 3, 8, 20, 64, 100, 520, 300)
 PIXELS = (1, 2, 17, 130, 601)
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +44,6 @@ def emulator(program):
     emulator = cuda.Emulator(program)
     yield emulator
     emulator.close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The oracle's tensors are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def pixels_for(channels):

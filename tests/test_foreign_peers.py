@@ -16,6 +16,8 @@ from fused_res.benchmarks import peers, runner
 from fused_res.benchmarks.cases import Case, Network
 from fused_res.benchmarks.peers import Setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 CASES = (
     Case("basic", "basic", 8, 8, 6),
@@ -24,15 +26,6 @@ CASES = (
     Case("grouped projection", "bottleneck", 16, 8, 7, 2, groups=4, base_width=32),
 )
 EAGER = ("eager NCHW", "eager channels_last")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row_of(name, case, mode, dtype=torch.float32):

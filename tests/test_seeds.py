@@ -6,18 +6,11 @@ import torch
 from fused_res import accuracy, check, cli
 from fused_res.tolerance import MARGIN, scatter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SHAPES = {str(shape): shape for shape in check.SHAPES}
 SHAPE = SHAPES["Bottleneck identity"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def judge(seeds, shape=SHAPE, level="bn_act", dtype=torch.bfloat16):
