@@ -3,8 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fused_res.anatomy import Anatomy
 from fused_res.explain import Explanation, explain
 from fused_res.functional import AvgPool, ConvBN, residual_block
+from fused_res.fusing import fuse, unfuse
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.planner import use_backend
 
@@ -18,12 +20,15 @@ except PackageNotFoundError:  # run from a source tree
     __version__ = "0+unknown"
 
 __all__ = [
+    "Anatomy",
     "AvgPool",
     "BasicBlock",
     "Bottleneck",
     "ConvBN",
     "Explanation",
     "explain",
+    "fuse",
     "residual_block",
+    "unfuse",
     "use_backend",
 ]

@@ -4,16 +4,16 @@ A module is only ever bypassed if calling it would do exactly what the operator 
 listening. docs/limits.md lists the reasons.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_res import known
 from fused_res.originals import TENSORS, AvgPool2d, BatchNorm2d, Conv2d, Identity, Sequential, replaced
-from fused_res.spec import AvgPool, ConvBN, pair
-
-T = TypeVar("T")
+from fused_res.reading import lookup, same_padding
+from fused_res.spec import AvgPool, pair
 
 NO_DATA = "x is on the meta device, without data"
 _HOOKS = {
@@ -102,10 +102,17 @@ def _mode_reason() -> str | None:
 
 def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
     """Why this child is not a plain module of the expected type, or None where it is."""
-    if type(module) is not expected:
-        kind = type(module)
-        alike = f"{kind.__module__}." if kind.__name__ == expected.__name__ else ""
-        return f"{name} is a {alike}{kind.__name__}, not nn.{expected.__name__}"
+    return observed(name, module) if type(module) is expected else _other(name, module, expected)
+
+
+def _other(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str:
+    kind = type(module)
+    alike = f"{kind.__module__}." if kind.__name__ == expected.__name__ else ""
+    return f"{name} is a {alike}{kind.__name__}, not nn.{expected.__name__}"
+
+
+def observed(name: str, module: nn.Module) -> str | None:
+    """Why calling this module is not just what its type says: hooks, overrides, tensors that act for themselves."""
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return f"{name} has {next(what for attribute, what in _HOOKS.items() if getattr(module, attribute))}"
     own = module.__dict__
@@ -147,14 +154,20 @@ def _overridden(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) -> str | None:
-    """Why a convolution and its BN cannot be part of the operator, or None where they can."""
-    reason = foreign(conv_name, conv, Conv2d) or foreign(bn_name, bn, BatchNorm2d)
+def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module, acts: tuple[type, ...] = (Identity,)) -> str | None:
+    """Why a convolution and its BN cannot be part of the operator, or None where they can.
+
+    Args:
+        acts: what the activation may be of a BN that has one of its own.
+    """
+    reason = foreign(conv_name, conv, Conv2d)
+    if reason is None:
+        reason = observed(bn_name, bn) if type(bn) is BatchNorm2d else _norm_reason(bn_name, bn, acts)
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros":
         return f"{conv_name} has padding_mode={conv.padding_mode!r}"
-    if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*_same(conv), strict=True)):
+    if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*same_padding(conv), strict=True)):
         return f"{conv_name} pads unevenly (padding='same')"
     buffers = bn._buffers
     if (lookup(buffers, bn, "running_mean") is None) != (lookup(buffers, bn, "running_var") is None):
@@ -162,52 +175,37 @@ def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module) ->
     return None
 
 
-def _same(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """padding, dilation and kernel under padding='same', for the weight that is there now."""
-    dilation, kernel = pair(conv.dilation, "dilation"), tuple(conv.weight.shape[2:])
-    return tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)), dilation, kernel
+def _norm_reason(name: str, norm: nn.Module, acts: tuple[type, ...]) -> str | None:
+    about = known.about(type(norm), "norms")
+    if about is None:
+        return _other(name, norm, BatchNorm2d)
+    reason = observed(name, norm)
+    if reason is None and known.ACTIVATED in about:
+        reason = foreign(f"{name}.drop", norm.drop, Identity)
+        if reason is None:
+            act = next((kind for kind in acts if type(norm.act) is kind), acts[0])
+            reason = foreign(f"{name}.act", norm.act, act)
+    return reason
 
 
-def lookup(registered: dict[str, T], module: nn.Module, name: str) -> T:
-    """`getattr(module, name)`, at once where it is registered."""
-    try:
-        return registered[name]
-    except KeyError:
-        return getattr(module, name)
+def idle_reason(name: str, module: nn.Module | None, now: bool = True) -> str | None:
+    """Why calling this child, where a block calls it at all, does something; in evaluation mode, unless `now`."""
+    if module is None:
+        return None
+    if type(module) is Identity or known.about(type(module), "drops") is None:
+        return foreign(name, module, Identity)
+    if now and module.training and module.drop_prob:
+        return f"{name} drops at random (drop_prob={module.drop_prob})"
+    return observed(name, module)
 
 
-def _steps(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """stride, padding and dilation, in whatever form `torch.nn.functional.conv2d` takes them."""
-    stride, padding, dilation = pair(conv.stride, "stride"), conv.padding, pair(conv.dilation, "dilation")
-    if padding == "same":
-        if stride != (1, 1):
-            raise RuntimeError("padding='same' is not supported for strided convolutions")
-        return stride, _same(conv)[0], dilation
-    return stride, (0, 0) if padding == "valid" else pair(padding, "padding"), dilation
-
-
-def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
-    """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
-    stride, padding, dilation = conv.stride, conv.padding, conv.dilation
-    usual = type(stride) is type(padding) is type(dilation) is tuple and len(stride) == len(padding) == len(dilation) == 2
-    if not usual:
-        stride, padding, dilation = _steps(conv)
-    weights, parameters, buffers = conv._parameters, bn._parameters, bn._buffers
-    try:
-        weight, bias, gamma, beta = weights["weight"], weights["bias"], parameters["weight"], parameters["bias"]
-        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-    except KeyError:  # tensors that are not registered
-        weight, bias, gamma, beta = conv.weight, conv.bias, bn.weight, bn.bias
-        running_mean, running_var = bn.running_mean, bn.running_var
-    training, counted = bn.training, None
-    live = training or running_mean is None
-    if training and bn.track_running_stats:
-        counted = lookup(buffers, bn, "num_batches_tracked")
-    elif training:
-        running_mean = running_var = None
-    # By position, in the order of the fields: by name takes twice as long.
-    numbers = stride, padding, dilation, conv.groups, live, bn.momentum, bn.eps
-    return ConvBN(weight, bias, gamma, beta, running_mean, running_var, counted, *numbers)
+def container_reason(name: str, module: nn.Module, children: int) -> str | None:
+    """Why calling this module is not just to call its children one after the other, as many as are expected."""
+    if type(module) is not Sequential and known.about(type(module), "containers") is None:
+        return _other(name, module, Sequential)
+    if len(module._modules) != children:
+        return f"{name} has {len(module._modules)} layers, not {children}"
+    return observed(name, module)
 
 
 class Shortcut(NamedTuple):
@@ -227,31 +225,31 @@ class Shortcut(NamedTuple):
 _IDENTITY = Shortcut("identity")
 
 
-def shortcut_of(downsample: nn.Module | None) -> Shortcut:
-    """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision and timm build it."""
-    if downsample is None or foreign("downsample", downsample, Identity) is None:
+def shortcut_of(downsample: nn.Module | None, name: str = "downsample") -> Shortcut:
+    """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision builds it, or in a known class."""
+    if downsample is None or foreign(name, downsample, Identity) is None:
         return _IDENTITY
-    reason = foreign("downsample", downsample, Sequential)
+    names = known.about(type(downsample), "shortcuts")
+    reason = foreign(name, downsample, Sequential) if names is None else observed(name, downsample)
     if reason is not None:
         return Shortcut("as it is", reason=reason)
-    children = list(downsample)
-    first = len(children) - 2
-    if first not in (0, 1):
-        return Shortcut("as it is", reason=f"downsample has {len(children)} layers, not [pool,] conv, bn")
-    names = f"downsample.{first}", f"downsample.{first + 1}"
+    children = downsample._modules if names is None else {child: getattr(downsample, child) for child in names}
+    if len(children) not in (2, 3):
+        return Shortcut("as it is", reason=f"{name} has {len(children)} layers, not [pool,] conv, bn")
+    named = [(f"{name}.{child}", module) for child, module in children.items()]
     pool = None
-    if first == 1 and foreign("downsample.0", children[0], Identity) is not None:
-        reason = foreign("downsample.0", children[0], AvgPool2d)
-        if reason is None and children[0].divisor_override is not None:
-            reason = "downsample.0 has a divisor_override"
+    if len(named) == 3 and foreign(*named[0], Identity) is not None:
+        pool_name, p = named[0]
+        reason = foreign(pool_name, p, AvgPool2d)
+        if reason is None and p.divisor_override is not None:
+            reason = f"{pool_name} has a divisor_override"
         if reason is not None:
             return Shortcut("as it is", reason=reason)
-        p = children[0]
         kernel = pair(p.kernel_size, "kernel_size")
         stride = kernel if p.stride is None or p.stride == () else pair(p.stride, "stride")
         pool = AvgPool(kernel, stride, pair(p.padding, "padding"), p.ceil_mode, p.count_include_pad)
-    conv, bn = children[first:]
-    reason = unit_reason(names[0], conv, names[1], bn)
+    (conv_name, conv), (bn_name, bn) = named[-2:]
+    reason = unit_reason(conv_name, conv, bn_name, bn)
     if reason is not None:
         return Shortcut("as it is", reason=reason)
-    return Shortcut("projection" if pool is None else "pooled projection", conv, bn, pool, "/".join(names))
+    return Shortcut("projection" if pool is None else "pooled projection", conv, bn, pool, f"{conv_name}/{bn_name}")

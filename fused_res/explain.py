@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fused_res import planner
-from fused_res.block.dry_run import convolutions
+from fused_res.block.dry_run import convolutions, saved_bytes
 from fused_res.block.validate import compute_dtype
-from fused_res.eligibility import shortcut_of
 from fused_res.functional import with_dtype
-from fused_res.modules import ResidualBlock
+from fused_res.fusible import Fusible
+from fused_res.fusing import find
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
 
@@ -42,6 +42,9 @@ class Row:
     `backend` is "eager" where it runs through its child modules, and `level` then None; `reason` says why, or why the
     shortcut runs by itself. `units` names its convolutions, main branch first; `convolutions` are those that run as such in a
     forward and, in training, in a backward to everything. `measured`: whether tuning found the level.
+
+    `saved_bytes` and `eager_saved_bytes`: what this call would keep for a backward to everything, without parameters and output,
+    fused and through the child modules; None where it runs unfused or in evaluation mode.
     """
 
     name: str
@@ -55,6 +58,8 @@ class Row:
     convolutions: tuple[Convolution, ...]
     reason: str | None
     measured: bool = False
+    saved_bytes: int | None = None
+    eager_saved_bytes: int | None = None
 
     def who_convolves(self) -> str:
         """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
@@ -84,47 +89,54 @@ class Explanation:
         return [asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        head = ("block", "class", "input", "dtype", "backend", "level", "convolutions", "shortcut", "why")
+        head = ("block", "class", "input", "dtype", "backend", "level", "convolutions", "shortcut", "saved/eager", "why")
         lines = [head]
         for row in self.rows:
             what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
             level = f"{row.level} (measured)" if row.measured else row.level or "-"
-            lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, row.reason or ""))
+            saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}/{row.eager_saved_bytes / 1e6:.1f} MB"
+            lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, saved, row.reason or ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _row(name: str, block: ResidualBlock, x: Tensor, sized: bool) -> Row:
+def _row(name: str, block: nn.Module, x: Tensor, sized: bool) -> Row:
     dtype = compute_dtype(x)
-    shortcut = shortcut_of(block.downsample)
     what = (name, type(block).__name__, tuple(x.shape), str(dtype).removeprefix("torch."))
+    if not isinstance(block, Fusible):
+        reason = find(block)[1] or "not fused: fused_res.fuse(model) would"
+        return Row(*what, planner.EAGER, None, "-", (), (), reason)
+    shortcut = block._shortcut()
     reason = block.unfused_reason(x)
     if reason is not None:
         return Row(*what, planner.EAGER, None, shortcut.kind, (), (), reason)
     x, parts = x.to(dtype), with_dtype(block.parts(), dtype)
-    asked, level = planner.plan(x, parts, sized=sized)
+    asked, level = planner.plan(x, parts, sized=sized, level=block._fused_res_level)
     backend = planner.resolve(asked, x.device, dtype)
-    units = tuple(conv for conv, _ in block._names) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
+    units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     run = []
-    for unit, call in convolutions(x, block.residual_scale, parts, level, backend, block.training):
+    for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
-    measured = planner.is_measured(x, parts, sized=sized)
-    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured)
+    measured = planner.is_measured(x, parts, sized=sized, level=block._fused_res_level)
+    saved = saved_bytes(x, parts, level) if block.training else (None, None)
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved)
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, ResidualBlock, bool]]:
-    """The model's blocks with their names, and whether torch.compile runs them."""
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """The model's residual blocks with their names, fused or not, and whether torch.compile runs them."""
     modules = list(model.named_modules())
     compiled = [name for name, module in modules if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None]
     for name, module in modules:
-        if isinstance(module, ResidualBlock):
+        if isinstance(module, Fusible) or find(module) != (None, None):
             inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
             yield without_compiled(name), module, inside
 
 
 def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanation:
-    """How each `BasicBlock` and `Bottleneck` of the model runs when the model is called with these inputs here and now.
+    """How each residual block of the model runs when the model is called with these inputs here and now.
+
+    Ours, those that `fuse` has fused, and those that it knows and has left alone or was not asked to fuse, with the reason.
 
     Runs `model(*inputs, **keywords)` once without gradients and restores buffers and the random state, so that nothing remains of
     the call. `use_backend` and autocast are obeyed. What torch.compile runs is explained as it plans it, for any sizes of images,
@@ -135,7 +147,8 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
         inputs, keywords: what the model takes.
 
     Returns:
-        One row for every call of a block: backend, level, who runs its convolutions, and its shortcut; or why it runs unfused.
+        One row for every call of a block: backend, level, who runs its convolutions, its shortcut, and how many bytes it keeps for
+        backward beside eager; or why it runs unfused.
     """
     rows: list[Row] = []
 

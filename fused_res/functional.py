@@ -100,10 +100,15 @@ def residual_block_with_saved(
 
 
 def run(
-    x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, names: Sequence[str] | None
+    x: Tensor,
+    block: Block,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    names: Sequence[str] | None,
+    level: str | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`residual_block_with_saved` of a block with the value of its shortcut, where that is given."""
-    call = prepare(x, block, skip, residual_scale, names)
+    """`residual_block_with_saved` of a block, with the value of a shortcut that is given, at the level that the block asks for."""
+    call = prepare(x, block, skip, residual_scale, names, level)
     if call.casts:
         x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
     if call.given:

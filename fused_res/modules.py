@@ -5,40 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fused_res import planner, recompute, reference
-from fused_res.eligibility import (
-    NO_DATA,
-    Shortcut,
-    foreign,
-    input_reason,
-    lookup,
-    observer_reason,
-    scale_reason,
-    shortcut_of,
-    unit_of,
-    unit_reason,
-)
-from fused_res.functional import is_transformed, run
-from fused_res.notices import say_once
-from fused_res.originals import ReLU
-from fused_res.recompute import Way
-from fused_res.scriptable import scriptable
-from fused_res.spec import Block
-
-EMPTY = "the batch is empty"
-_NOTHING_TO_COMPUTE = (EMPTY, NO_DATA)
-
-
-def _speak_of_export() -> None:
-    say_once(
-        "export",
-        "torch.export keeps a block as one operator: quantisers and converters see no convolution in it. For those, export under "
-        'fused_res.use_backend("eager")',
-    )
-
-
-# torch.export is not to follow this, but to do it.
-_speak_of_export._dynamo_marked_constant = True
+from fused_res import reference
+from fused_res.anatomy import TORCHVISION
+from fused_res.fusible import Fusible
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -49,11 +18,7 @@ def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, bias=False)
 
 
-def _numbered(depth: int) -> tuple[tuple[str, str], ...]:
-    return tuple((f"conv{i}", f"bn{i}") for i in range(1, depth + 1))
-
-
-class ResidualBlock(nn.Module):
+class ResidualBlock(Fusible, nn.Module):
     """What both blocks share: `out = relu(a * main(x) + shortcut(x))` over the child modules `conv1 bn1 conv2 bn2 …`.
 
     The child modules may be replaced at any time. What the operator cannot stand for (another type, a hook, a
@@ -62,8 +27,6 @@ class ResidualBlock(nn.Module):
 
     expansion: int
     depth: int
-    _names: tuple[tuple[str, str], ...]
-    _labels: tuple[str, ...]
 
     def _set_shortcut(self, downsample: nn.Module | None, stride: int, residual_scale: float | None) -> None:
         # Comes last: optimizers number parameters in the order of their registration, which is torchvision's.
@@ -75,73 +38,15 @@ class ResidualBlock(nn.Module):
         scale = None if residual_scale is None else nn.Parameter(torch.tensor(self._first_scale))
         self.register_parameter("residual_scale", scale)
 
-    def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        modules = self._modules
-        try:
-            return [(modules[conv], modules[bn]) for conv, bn in self._names]
-        except KeyError:  # children that are not registered
-            return [(getattr(self, conv), getattr(self, bn)) for conv, bn in self._names]
-
-    def unfused_reason(self, x: Tensor) -> str | None:
-        """Why this block, called with x now, runs through its child modules; None where the operator runs.
-
-        `use_backend("eager")`, an empty batch, tracing and function transforms are such reasons too.
-        """
-        if planner.is_eager_forced():
-            return 'use_backend("eager")'
-        reason = input_reason(x) or observer_reason()
-        if reason is not None:
-            return reason
-        if x.numel() == 0:
-            return EMPTY
-        if is_transformed():
-            return "a torch.func transform or forward-mode AD is active"
-        relu, scale = lookup(self._modules, self, "relu"), lookup(self._parameters, self, "residual_scale")
-        reason = foreign("relu", relu, ReLU) or scale_reason(scale)
-        if reason is not None:
-            return reason
-        for (conv_name, bn_name), (conv, bn) in zip(self._names, self._layers(), strict=True):
-            reason = unit_reason(conv_name, conv, bn_name, bn)
-            if reason is not None:
-                return reason
-        return None
-
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            reason = self.unfused_reason(x)
-            if reason is None and torch.compiler.is_exporting():
-                _speak_of_export()
-        else:
-            pack = recompute.checkpoint()
-            if pack is not None:
-                return self._settled(x, pack)
-            reason = self.unfused_reason(x)
-        return self._run(x, shortcut_of(self.downsample)) if reason is None else self._run_modules(x, reason)
+        return self._call(x)
 
-    def _settled(self, x: Tensor, pack: Callable) -> Tensor:
-        """The call in a checkpoint, whose recompute runs as its forward did."""
-        way = recompute.settle(pack, self, lambda: Way(planner.forced(), self.unfused_reason(x), shortcut_of(self.downsample)))
-        with planner.under(way.forced):
-            return self._run_modules(x, way.reason) if way.reason is not None else self._run(x, way.shortcut)
-
-    def _run(self, x: Tensor, shortcut: Shortcut) -> Tensor:
-        block = self._parts(shortcut)
-        skip = self.downsample(x) if block.given else None
-        scale = lookup(self._parameters, self, "residual_scale")
-        return run(x, block, skip, scale, (*self._labels, shortcut.names))[0]
-
-    def parts(self) -> Block:
-        """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
-        return self._parts(shortcut_of(self.downsample))
-
-    def _parts(self, shortcut: Shortcut) -> Block:
-        projection = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
-        main = [unit_of(conv, bn) for conv, bn in self._layers()]
-        return Block(main, projection, shortcut.pool, shortcut.kind == "as it is")
+    def _unfused(self, x: Tensor) -> Tensor:
+        return reference.run_modules(x, self._layers(), self.downsample, self.residual_scale, self.relu)
 
     def operands(self, x: Tensor) -> dict:
         """The arguments of `fused_res.functional.residual_block`, beside x, that this block stands for now."""
-        shortcut = shortcut_of(self.downsample)
+        shortcut = self._shortcut()
         parts = self._parts(shortcut)
         return {
             "main": parts.main,
@@ -151,16 +56,6 @@ class ResidualBlock(nn.Module):
             "names": [*self._labels, shortcut.names],
         }
 
-    def _run_modules(self, x: Tensor, reason: str) -> Tensor:
-        if reason not in _NOTHING_TO_COMPUTE and not planner.is_eager_forced():
-            asked = planner.forced()
-            if asked is not None:
-                raise RuntimeError(f"backend {asked.backend!r} cannot run this block: {reason}")
-            if not torch.compiler.is_compiling():
-                message = f"runs unfused, through its child modules: {reason}"
-                say_once(f"{type(self).__name__} {message}", message, self)
-        return reference.run_modules(x, self._layers(), self.downsample, self.residual_scale, self.relu)
-
     def reset_parameters(self) -> None:
         """Give `residual_scale` its first value again; the child modules have `reset_parameters` of their own.
 
@@ -168,10 +63,6 @@ class ResidualBlock(nn.Module):
         """
         if self.residual_scale is not None:
             nn.init.constant_(self.residual_scale, self._first_scale)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in this block's place: its child modules, in a module that TorchScript understands."""
-        return scriptable(self) if type(self).forward is ResidualBlock.forward else self
 
     def zero_init_last(self) -> None:
         """Set the last BN's gamma to 0, so that the block starts as `relu(shortcut(x))` (https://arxiv.org/abs/1706.02677).
@@ -182,13 +73,28 @@ class ResidualBlock(nn.Module):
         Raises:
             RuntimeError: the last BN has no gamma.
         """
-        name, bn = self._names[-1][1], self._layers()[-1][1]
+        name, bn = self._anatomy.units[-1][1], self._layers()[-1][1]
         if getattr(bn, "weight", None) is None:
             raise RuntimeError(f"zero_init_last: {name} has no weight to set to 0")
         nn.init.zeros_(bn.weight)
 
     def extra_repr(self) -> str:
         return "" if self.residual_scale is None else "residual_scale=True"
+
+
+def _scripted(self, x: Tensor) -> Tensor:
+    out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+    if hasattr(self, "conv3"):
+        out = self.bn3(self.conv3(self.relu(out)))
+    if self.residual_scale is not None:
+        out = self.residual_scale * out
+    if self.downsample is not None:
+        x = self.downsample(x)
+    return self.relu((out + x).to(out.dtype))
+
+
+# TorchScript compiles the source of what a function wraps: here the child modules, as eager calls them.
+ResidualBlock.forward.__wrapped__ = _scripted
 
 
 class BasicBlock(ResidualBlock):
@@ -214,8 +120,7 @@ class BasicBlock(ResidualBlock):
 
     expansion = 1
     depth = 2
-    _names = _numbered(depth)
-    _labels = tuple(f"{conv}/{bn}" for conv, bn in _names)
+    _anatomy = TORCHVISION[2]._replace(residual_scale="residual_scale")
 
     def __init__(
         self,
@@ -263,8 +168,7 @@ class Bottleneck(ResidualBlock):
 
     expansion = 4
     depth = 3
-    _names = _numbered(depth)
-    _labels = tuple(f"{conv}/{bn}" for conv, bn in _names)
+    _anatomy = TORCHVISION[3]._replace(residual_scale="residual_scale")
 
     def __init__(
         self,

@@ -89,7 +89,7 @@ def is_eager_forced() -> bool:
     return request is not None and request.backend == EAGER
 
 
-def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bool = True) -> Plan:
+def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bool = True, level: str | None = None) -> Plan:
     """How a call of the block with x runs.
 
     Args:
@@ -97,6 +97,7 @@ def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bo
         block: its parts; weights may be symbolic, then the level is the first.
         dtype: what the block computes in, x's if None.
         sized: whether the plan may depend on N, H and W; it does not where torch.compile or torch.export trace.
+        level: that of `fuse`, which stands where `use_backend` names none.
 
     Returns:
         The backend as it was asked for, so that an exported program may run on another device than it was traced on, and a level
@@ -104,7 +105,7 @@ def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bo
         where torch.compile or torch.export trace.
     """
     asked, dtype = forced() or Forced(AUTO, None), dtype or x.dtype
-    level, numbers = asked.level, numbers_of(x, block, sized)
+    level, numbers = asked.level or level, numbers_of(x, block, sized)
     if level is None:
         level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, dtype, numbers)
     elif numbers is not None and numbers[-1] is not None and settings.tune():
@@ -118,10 +119,12 @@ def _constant(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
-def is_measured(x: Tensor, block: Block, *, sized: bool = True) -> bool:
-    """Whether tuning found the level that `plan` gave, not a rule or `use_backend`."""
+def is_measured(x: Tensor, block: Block, *, sized: bool = True, level: str | None = None) -> bool:
+    """Whether tuning found the level that `plan` gave, not a rule, `use_backend` or `fuse`."""
     asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block, sized)
-    return asked.level is None and plans.decided(("measured", *_key(asked.backend, x.device, x.dtype, numbers))) is not None
+    return (asked.level or level) is None and plans.decided(
+        ("measured", *_key(asked.backend, x.device, x.dtype, numbers))
+    ) is not None
 
 
 def _key(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple | None) -> tuple:

@@ -17,9 +17,10 @@ from fused_res.planner import Forced
 
 
 class Way(NamedTuple):
-    """How a block runs: what `use_backend` asked for, why it runs unfused if it does, and its shortcut."""
+    """How a block runs: what `use_backend` and `fuse` asked for, why it runs unfused if it does, and its shortcut."""
 
     forced: Forced | None
+    level: str | None
     reason: str | None
     shortcut: Shortcut
 

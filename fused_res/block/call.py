@@ -37,15 +37,22 @@ class Call(NamedTuple):
     narrow: bool
 
 
-def prepare(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, names: Sequence[str] | None) -> Call:
+def prepare(
+    x: Tensor,
+    block: Block,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    names: Sequence[str] | None,
+    level: str | None = None,
+) -> Call:
     """Checks the arguments and plans the call, unless one like it has been here before.
 
     Raises as `fused_res.functional.residual_block` documents.
     """
     if not _is_plain(x, block, skip, residual_scale):
-        return _prepare(x, block, skip, residual_scale, names, watched=True)
-    key = _key(x, block, skip, residual_scale)
-    return plans.derived(key) or plans.derive(key, _prepare(x, block, skip, residual_scale, names, watched=False))
+        return _prepare(x, block, skip, residual_scale, names, level, watched=True)
+    key = (level, *_key(x, block, skip, residual_scale))
+    return plans.derived(key) or plans.derive(key, _prepare(x, block, skip, residual_scale, names, level, watched=False))
 
 
 def _is_plain(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
@@ -73,7 +80,13 @@ def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | 
 
 
 def _prepare(
-    x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, names: Sequence[str] | None, watched: bool
+    x: Tensor,
+    block: Block,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    names: Sequence[str] | None,
+    level: str | None,
+    watched: bool,
 ) -> Call:
     names = check_arguments(x, block, skip, residual_scale, names)
     sizes = check_batch(x, block, names)
@@ -84,7 +97,7 @@ def _prepare(
     _, spec, eps = pack(block)
     read = [x, skip, *(tensor for unit in block.units() for tensor in unit[:2])]
     casts = any(tensor is not None and tensor.dtype != dtype for tensor in read)
-    plan = planner.plan(x, block, dtype)
+    plan = planner.plan(x, block, dtype, level=level)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     return Call(

@@ -1,4 +1,4 @@
-"""Which convolutions a block asks for at a level: its schedules run once, on tensors without data."""
+"""Which convolutions a block asks for at a level, and what it keeps: its schedules run once, on tensors without data."""
 
 from typing import NamedTuple
 
@@ -29,6 +29,17 @@ def _without_data(unit: ConvBN | None) -> ConvBN | None:
     return unit._replace(**{name: _meta(value) for name, value in unit._asdict().items() if isinstance(value, Tensor)})
 
 
+def _bare(block: Block) -> Block:
+    return block._replace(main=[_without_data(unit) for unit in block.main], projection=_without_data(block.projection))
+
+
+def _output(x: Tensor, block: Block) -> tuple[int, ...]:
+    size = tuple(x.shape[2:])
+    for unit in block.main:
+        size = unit.output_size(*size)
+    return (x.shape[0], block.main[-1].weight.shape[0], *size)
+
+
 def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> list[Asked]:
     """The convolutions of a forward and, if `training`, of a backward to everything, in order.
 
@@ -39,12 +50,8 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     Returns:
         The calls, with the block's own weights.
     """
-    image, scale = _meta(x), _meta(residual_scale)
-    bare = block._replace(main=[_without_data(unit) for unit in block.main], projection=_without_data(block.projection))
-    n, size = x.shape[0], tuple(x.shape[2:])
-    for unit in block.main:
-        size = unit.output_size(*size)
-    skip = image.new_empty((n, block.main[-1].weight.shape[0], *size)) if block.given else None
+    image, scale, bare = _meta(x), _meta(residual_scale), _bare(block)
+    skip = image.new_empty(_output(x, block)) if block.given else None
     with torch.no_grad(), plans.recording() as calls:
         out, saved = forward(image, skip, scale, bare, level, training, backend)
         if training:
@@ -54,3 +61,33 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     units = {id(unit.weight): i for i, unit in enumerate(bare.units())}
     numbered = ((units[id(call.unit.weight)], call) for call in calls)
     return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]
+
+
+def saved_bytes(x: Tensor, block: Block, level: str) -> tuple[int, int]:
+    """What a call keeps for a backward to everything, without parameters, the output, and what a given shortcut keeps.
+
+    Returns:
+        At this level, and in eager: x, what each convolution and each ReLU in front of another one made, and two vectors for
+        each BN.
+    """
+    image, bare = _meta(x), _bare(block)
+    skip = image.new_empty(_output(x, block)) if block.given else None
+    tensors, spec, eps = pack(bare)
+    _, saved = torch.ops.fused_res.block_forward(image, skip, None, tensors, spec, eps, True, level, "reference")
+    own = x.numel() * x.element_size() + sum(tensor.nbytes for tensor in saved)
+    eager, size = x.numel(), tuple(x.shape[2:])
+    for i, unit in enumerate(block.main):
+        size = unit.output_size(*size)
+        eager += _pixels(x, size) * unit.weight.shape[0] * (1 if i == len(block.main) - 1 else 2)
+    if block.projection is not None:
+        start = tuple(x.shape[2:])
+        if block.pool is not None:
+            start = block.pool.output_size(*start)
+            eager += x.shape[1] * _pixels(x, start)
+        eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
+    vectors = sum(2 * 4 * unit.weight.shape[0] for unit in block.units() if unit.training)
+    return own, eager * x.element_size() + vectors
+
+
+def _pixels(x: Tensor, size: tuple[int, int]) -> int:
+    return x.shape[0] * size[0] * size[1]

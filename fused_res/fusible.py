@@ -1,0 +1,203 @@
+"""What our blocks and fused ones of other people have in common: they run as one operator, or through their children."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fused_res import known, planner, recompute
+from fused_res.anatomy import Anatomy, containers
+from fused_res.block.validate import compute_dtype
+from fused_res.eligibility import (
+    NO_DATA,
+    Shortcut,
+    container_reason,
+    foreign,
+    idle_reason,
+    input_reason,
+    observer_reason,
+    scale_reason,
+    shortcut_of,
+    unit_reason,
+)
+from fused_res.functional import is_transformed, run
+from fused_res.notices import say_once
+from fused_res.originals import BatchNorm2d, Identity, ReLU
+from fused_res.reading import child, lookup, unit_of
+from fused_res.recompute import Way
+from fused_res.spec import Block
+
+EMPTY = "the batch is empty"
+NOT_IMAGES = "x has {} dimensions"
+_UNSAID = (EMPTY, NO_DATA, *map(NOT_IMAGES.format, (0, 1, 2, 3, 5, 6)))
+"""Reasons without a warning: there is nothing to compute, or eager raises."""
+
+
+def _speak_of_export() -> None:
+    say_once(
+        "export",
+        "torch.export keeps a block as one operator: quantisers and converters see no convolution in it. For those, export under "
+        'fused_res.use_backend("eager")',
+    )
+
+
+# torch.export is not to follow this, but to do it.
+_speak_of_export._dynamo_marked_constant = True
+
+
+class Fusible:
+    """A mixin for `nn.Module`s that compute `out = relu(a * main(x) + shortcut(x))` over the child modules that `_anatomy` names.
+
+    Child modules are read anew at every call. What the operator cannot stand for (another type, a hook, a parametrization, …)
+    runs through the child modules themselves, after one warning; `fused_res.explain` tells the reason.
+    """
+
+    _anatomy: Anatomy
+    _promotes = False
+    """Whether an unfused block's output may be of another dtype than its main branch (`fused_res.traced.Trace`)."""
+    _fused_res_level: str | None = None
+    """The level that `fuse` was asked for."""
+    _labels: tuple[str, ...]
+    """What error messages call the units of the main branch."""
+    _containers: tuple[tuple[str, int], ...]
+
+    def __init_subclass__(cls, **keywords: object) -> None:
+        super().__init_subclass__(**keywords)
+        if "_anatomy" in vars(cls):
+            cls._labels = tuple(f"{conv}/{bn}" for conv, bn in cls._anatomy.units)
+            cls._containers = containers(cls._anatomy)
+
+    def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(child(self, conv), child(self, bn)) for conv, bn in self._anatomy.units]
+
+    def _shortcut(self) -> Shortcut:
+        name = self._anatomy.shortcut
+        return shortcut_of(None if name is None else child(self, name), name or "")
+
+    def _scale(self) -> Tensor | None:
+        name = self._anatomy.residual_scale
+        return None if name is None else lookup(self._parameters, self, name)
+
+    def unfused_reason(self, x: Tensor) -> str | None:
+        """Why this block, called with x now, runs through its child modules; None where the operator runs.
+
+        `use_backend("eager")`, an empty batch, tracing and function transforms are such reasons too.
+        """
+        if planner.is_eager_forced():
+            return 'use_backend("eager")'
+        reason = input_reason(x) or observer_reason()
+        if reason is not None:
+            return reason
+        if x.numel() == 0:
+            return EMPTY
+        if is_transformed():
+            return "a torch.func transform or forward-mode AD is active"
+        return self.standing_reason() or self._input_reason(x)
+
+    def standing_reason(self, now: bool = True) -> str | None:
+        """Why this block runs unfused as it stands, whatever it is called with; as it would in evaluation mode unless `now`."""
+        anatomy = self._anatomy
+        for name in anatomy.activations:
+            reason = foreign(name, child(self, name), ReLU)
+            if reason is not None:
+                return reason
+        if anatomy.residual_scale is not None:
+            reason = scale_reason(self._scale())
+            if reason is not None:
+                return reason
+        inner = (ReLU,) if anatomy.activated_norms else (ReLU, Identity)
+        last = anatomy.units[-1]
+        for unit in anatomy.units:
+            conv, bn = unit
+            norm = child(self, bn)
+            reason = unit_reason(conv, child(self, conv), bn, norm, (Identity,) if unit is last else inner)
+            if reason is None and anatomy.activated_norms and unit is not last and not _is_activated(norm):
+                reason = f"{bn} is a {type(norm).__name__}, without a ReLU of its own"
+            if reason is not None:
+                return reason
+        for name in anatomy.idle:
+            reason = idle_reason(name, child(self, name), now)
+            if reason is not None:
+                return reason
+        for name, children in self._containers:
+            reason = container_reason(name, child(self, name), children)
+            if reason is not None:
+                return reason
+        return None
+
+    def _input_reason(self, x: Tensor) -> str | None:
+        """Where eager's output is of another dtype than what the operator computes in."""
+        if x.dim() != 4:
+            return NOT_IMAGES.format(x.dim())
+        shortcut = None
+        for name, bn in self._norms():
+            if type(bn) is not BatchNorm2d and known.FROZEN in known.about(type(bn), "norms"):
+                dtype, found = compute_dtype(x), torch.promote_types(compute_dtype(x), bn.weight.dtype)
+                if bn.weight.dtype != dtype:
+                    return f"{name} is a {type(bn).__name__} in {bn.weight.dtype}: it makes {found} of images in {dtype}"
+        if self._promotes and torch.is_autocast_enabled(x.device.type):
+            shortcut = self._shortcut()
+            if shortcut.kind == "as it is" or (shortcut.kind == "identity" and compute_dtype(x) != x.dtype):
+                return f"the sum of {compute_dtype(x)} and a shortcut of another dtype is of the wider one"
+        return None
+
+    def _norms(self) -> Iterator[tuple[str, nn.Module]]:
+        for _, name in self._anatomy.units:
+            yield name, child(self, name)
+        shortcut = self._shortcut()
+        if shortcut.bn is not None and type(shortcut.bn) is not BatchNorm2d:
+            yield shortcut.names.split("/")[1], shortcut.bn
+
+    def _call(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            reason = self.unfused_reason(x)
+            if reason is None and torch.compiler.is_exporting():
+                _speak_of_export()
+        else:
+            pack = recompute.checkpoint()
+            if pack is not None:
+                return self._settled(x, pack)
+            reason = self.unfused_reason(x)
+        return self._run(x, self._shortcut(), self._fused_res_level) if reason is None else self._run_modules(x, reason)
+
+    def _settled(self, x: Tensor, pack: Callable) -> Tensor:
+        """The call in a checkpoint, whose recompute runs as its forward did."""
+
+        def decide() -> Way:
+            return Way(planner.forced(), self._fused_res_level, self.unfused_reason(x), self._shortcut())
+
+        way = recompute.settle(pack, self, decide)
+        with planner.under(way.forced):
+            return self._run_modules(x, way.reason) if way.reason is not None else self._run(x, way.shortcut, way.level)
+
+    def _run(self, x: Tensor, shortcut: Shortcut, level: str | None) -> Tensor:
+        block = self._parts(shortcut)
+        skip = child(self, self._anatomy.shortcut)(x) if block.given else None
+        return run(x, block, skip, self._scale(), (*self._labels, shortcut.names), level)[0]
+
+    def parts(self) -> Block:
+        """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
+        return self._parts(self._shortcut())
+
+    def _parts(self, shortcut: Shortcut) -> Block:
+        projection = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
+        main = [unit_of(conv, bn) for conv, bn in self._layers()]
+        return Block(main, projection, shortcut.pool, shortcut.kind == "as it is")
+
+    def _run_modules(self, x: Tensor, reason: str) -> Tensor:
+        if reason not in _UNSAID and not planner.is_eager_forced():
+            asked = planner.forced()
+            if asked is not None:
+                raise RuntimeError(f"backend {asked.backend!r} cannot run this block: {reason}")
+            if not torch.compiler.is_compiling():
+                message = f"runs unfused, through its child modules: {reason}"
+                say_once(f"{type(self).__name__} {message}", message, self)
+        return self._unfused(x)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _is_activated(norm: nn.Module) -> bool:
+    about = None if type(norm) is BatchNorm2d else known.about(type(norm), "norms")
+    return about is not None and known.ACTIVATED in about

@@ -1,0 +1,184 @@
+"""`fuse(model)` and `unfuse(model)`: the residual blocks of a model run as one operator each, in place, and as they were again.
+
+A block keeps its identity, its children and all that hangs on it. Only its class changes, to one that is derived from its own, as
+`torch.distributed.fsdp.fully_shard` does it: `isinstance` holds, `type(block) is …` does not.
+"""
+
+import copyreg
+import functools
+import types
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fused_res.anatomy import Anatomy, recognise
+from fused_res.block.levels import LEVELS
+from fused_res.fusible import Fusible
+from fused_res.traced import trace
+
+M = TypeVar("M", bound=nn.Module)
+
+_LEVEL = "_fused_res_level"
+
+
+class Fused(Fusible):
+    """What a fused block's class puts before its original one."""
+
+    _original: type[nn.Module]
+    _forward: Callable
+    """The original's, as it was when it was compared with the anatomy."""
+
+    def _dispatch(self, *args: object, **kwargs: object) -> Tensor:
+        original = self._original
+        if original.forward is not type(self)._forward or len(args) + len(kwargs) != 1:  # replaced since then, or called oddly
+            return original.forward(self, *args, **kwargs)
+        return self._call(args[0] if args else next(iter(kwargs.values())))
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        return self._original.forward(self, x)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        found = super().__reduce_ex__(max(protocol, 2))
+        if found[0] is not copyreg.__newobj__:  # the original has a way of its own
+            return found
+        return (_rebuild, (self._original, self._anatomy, self._promotes), *found[2:])
+
+
+def _forward(self, *args, **kwargs):
+    return self._dispatch(*args, **kwargs)
+
+
+@functools.cache
+def _fused_class(original: type[nn.Module], anatomy: Anatomy, promotes: bool) -> type[nn.Module]:
+    # TorchScript compiles the source of what is wrapped, and looks up its names among the function's globals.
+    forward = types.FunctionType(_forward.__code__, original.forward.__globals__, "forward")
+    forward.__wrapped__ = original.forward
+
+    def fill(space: dict) -> None:
+        space |= {
+            "__module__": __name__,
+            "__qualname__": f"Fused{original.__name__}",
+            "__doc__": f"{original.__name__}, running as one operator: see fused_res.fuse.",
+            "__annotations__": dict(vars(original).get("__annotations__", {})),
+            "forward": forward,
+            "_anatomy": anatomy,
+            "_promotes": promotes,
+            "_original": original,
+            "_forward": staticmethod(original.forward),
+        }
+
+    return types.new_class(f"Fused{original.__name__}", (Fused, original), exec_body=fill)
+
+
+def _rebuild(original: type[nn.Module], anatomy: Anatomy, promotes: bool) -> nn.Module:
+    """An empty fused block, for pickle and copy to fill."""
+    kind = _fused_class(original, anatomy, promotes)
+    return kind.__new__(kind)
+
+
+def find(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
+    """The class that a module gets when it is fused, or why it cannot be; twice None where it is no block that is known."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, None
+    anatomy, reason = recognise(module)
+    if anatomy is None or reason is not None:
+        return None, reason
+    reason, promotes = trace(module, anatomy)
+    if reason is not None:
+        return None, reason
+    original, kind = type(module), _fused_class(type(module), anatomy, promotes)
+    module.__class__ = kind
+    try:
+        reason = module.standing_reason(now=False)
+    finally:
+        module.__class__ = original
+    return (kind, None) if reason is None else (None, reason)
+
+
+def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, level: str | None = None, strict: bool = False) -> M:
+    """Make the residual blocks of a model run as one operator each, in place. `unfuse` takes it back.
+
+    Known are the blocks of torchvision's ResNets (also inside its detection and segmentation models), of timm's and of Hugging Face
+    transformers', and classes that say what they are made of (`fused_res.Anatomy`). Before a block is fused its `forward` is traced
+    and compared with what is known of it. What would not be the same afterwards stays as it is: blocks with hooks or
+    parametrizations inside, other activations and normalisations than ReLU and BN, attention, anti-aliasing, a patched `forward`;
+    `fused_res.explain(model, x)` says why. So it is at every later call: a block whose children have changed runs through them.
+
+    Modules, parameters, buffers, their names, state dicts, hooks and optimisers stay the same objects. A fused block's class is
+    derived from its original one. Models can be copied, pickled, compiled, exported, scripted, traced and sharded, fused or not; a
+    model that `fully_shard` has wrapped after it was fused cannot be unfused.
+
+    Args:
+        model: any module, a block itself included. What is fused already stays so.
+        filter: which blocks, given each and its name in the model; all if None.
+        level: one of `fused_res.planner.LEVELS`, for forward, recompute and backward, in training and evaluation, or None for what
+            was measured or follows from the sizes. `use_backend(name, level)` goes before it. Calling `fuse` again sets it anew.
+        strict: whether to raise instead of leaving alone what cannot be fused.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is not an `nn.Module`, or filter is not callable.
+        ValueError: an unknown level; with `strict` a block that cannot be fused, with the reasons of all, or no block at all. Then
+            nothing has changed.
+    """
+    _check(model)
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a callable or None, got {type(filter).__name__}")
+    if level is not None and level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    chosen: list[tuple[nn.Module, type[nn.Module]]] = []
+    refused: list[str] = []
+    for name, module in model.named_modules():
+        kind, reason = (type(module), None) if isinstance(module, Fusible) else find(module)
+        if (kind is None and reason is None) or (filter is not None and not filter(module, name)):
+            continue
+        if reason is None:
+            chosen.append((module, kind))
+        else:
+            refused.append(f"{name or type(module).__name__}: {reason}")
+    if strict and (refused or not chosen):
+        raise ValueError("model: " + ("; ".join(refused) if refused else "no residual block that is known was found"))
+    for module, kind in chosen:
+        if type(module) is not kind:
+            module.__class__ = kind
+        _set_level(module, level)
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Give every block of a model that `fuse` has fused its original class again, in place.
+
+    Returns:
+        The model itself, each block of exactly the class that it had, and without a level.
+
+    Raises:
+        TypeError: model is not an `nn.Module`.
+        RuntimeError: a block's class was changed again after it was fused, by `fully_shard`, say. Then nothing has changed.
+    """
+    _check(model)
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible)]
+    for name, module in blocks:
+        if isinstance(module, Fused) and "_original" not in vars(type(module)):
+            raise RuntimeError(
+                f"{name or 'model'}: its class became {type(module).__name__} after it was fused (by fully_shard?): unfuse before"
+            )
+    for _, module in blocks:
+        if isinstance(module, Fused):
+            module.__class__ = type(module)._original
+        _set_level(module, None)
+    return model
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+def _set_level(block: nn.Module, level: str | None) -> None:
+    vars(block).pop(_LEVEL, None)
+    if level is not None:
+        vars(block)[_LEVEL] = level
