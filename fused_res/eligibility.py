@@ -233,6 +233,8 @@ def shortcut_of(downsample: nn.Module | None, name: str = "downsample") -> Short
     reason = foreign(name, downsample, Sequential) if names is None else observed(name, downsample)
     if reason is not None:
         return Shortcut("as it is", reason=reason)
+    if names is None and not downsample._modules:
+        return _IDENTITY
     children = downsample._modules if names is None else {child: getattr(downsample, child) for child in names}
     if len(children) not in (2, 3):
         return Shortcut("as it is", reason=f"{name} has {len(children)} layers, not [pool,] conv, bn")

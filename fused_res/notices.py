@@ -11,6 +11,7 @@ from torch import nn
 
 _said: set[str] = set()
 _LIBRARIES = (str(Path(sysconfig.get_path("stdlib"))), "<eval_with_key>", "<frozen ")
+_PACKAGE = str(Path(__file__).parent)
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 
 
@@ -42,7 +43,11 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _is_ours(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "fused_res")
+    # A fused block's forward has the globals of the original's.
+    return frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "torch",
+        "fused_res",
+    )
 
 
 def _is_users(frame: FrameType) -> bool:

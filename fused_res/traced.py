@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_res.anatomy import Anatomy
+from fused_res.eligibility import shortcut_of
 from fused_res.reading import child
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
@@ -24,15 +25,25 @@ class Trace(NamedTuple):
     promotes: bool
 
 
+class _Proxy(fx.Proxy):
+    """torch.fx takes `a += b` for `a = a + b`; here it matters."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
-    """Goes into whatever the anatomy does not name."""
+    """Goes into modules that the anatomy does not name, unless they are torch's own."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         super().__init__()
         self._leaves = set(anatomy.names())
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return name in self._leaves
+        return name in self._leaves or super().is_leaf_module(module, name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 class _OtherwiseError(Exception):
@@ -44,7 +55,7 @@ class _Reader:
 
     def __init__(self, block: nn.Module, anatomy: Anatomy, graph: fx.Graph) -> None:
         self.anatomy = anatomy
-        self.has_shortcut = anatomy.shortcut is not None and child(block, anatomy.shortcut) is not None
+        self.has_shortcut = anatomy.shortcut is not None and shortcut_of(child(block, anatomy.shortcut)).kind != "identity"
         self.is_scaled = anatomy.residual_scale is not None and getattr(block, anatomy.residual_scale) is not None
         nodes = list(graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]

@@ -162,6 +162,12 @@ def torchvision_resnet():
 
 
 @pytest.fixture(scope="session")
+def libraries():
+    """Imports a module of a library of models, or skips the test: `libraries("timm", "timm.models.resnet")`."""
+    return _import
+
+
+@pytest.fixture(scope="session")
 def timm_resnet():
     return _import("timm", "timm.models.resnet")
 

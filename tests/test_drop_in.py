@@ -121,13 +121,12 @@ def test_optimizer_state_of_torchvisions_network_continues_on_ours(torchvision_r
         torch.testing.assert_close(by_name[1][parameter], expected, rtol=0, atol=0, msg=parameter)
 
 
-def test_frozen_batch_norm_layers_give_torchvisions_numbers(torchvision_resnet, monkeypatch):
-    monkeypatch.setattr("fused_res.notices._said", set())
+def test_frozen_batch_norm_layers_run_fused_and_give_torchvisions_numbers(torchvision_resnet):
     frozen = importlib.import_module("torchvision.ops").FrozenBatchNorm2d
     ours, theirs = _networks(torchvision_resnet, "Bottleneck", [1, 1, 1, 1], norm_layer=frozen)
     images, labels = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 7])
-    with pytest.warns(UserWarning, match="bn1 is a FrozenBatchNorm2d"):
-        got = _train(ours, images, labels, 1)
+    assert {row.reason for row in fused_res.explain(ours, images).rows} == {None}
+    got = _train(ours, images, labels, 1)
     assert max(_errors(got, _train(theirs, images, labels, 1)).values()) < 1e-12
 
 

@@ -85,8 +85,15 @@ def saved_bytes(x: Tensor, block: Block, level: str) -> tuple[int, int]:
             start = block.pool.output_size(*start)
             eager += x.shape[1] * _pixels(x, start)
         eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
-    vectors = sum(2 * 4 * unit.weight.shape[0] for unit in block.units() if unit.training)
+    vectors = sum(2 * unit.weight.shape[0] * _statistic_bytes(x, unit) for unit in block.units() if unit.training)
     return own, eager * x.element_size() + vectors
+
+
+def _statistic_bytes(x: Tensor, unit: ConvBN) -> int:
+    """Of one value that eager's BN keeps for backward: on a CPU of the dtype of its parameters."""
+    if x.device.type == "cpu":
+        return (x if unit.gamma is None else unit.gamma).element_size()
+    return max(4, x.element_size())
 
 
 def _pixels(x: Tensor, size: tuple[int, int]) -> int:
