@@ -100,9 +100,9 @@ def _mode_reason() -> str | None:
     return None
 
 
-def foreign(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str | None:
+def foreign(name: str, module: nn.Module | None, expected: type[nn.Module], now: bool = True) -> str | None:
     """Why this child is not a plain module of the expected type, or None where it is."""
-    return observed(name, module) if type(module) is expected else _other(name, module, expected)
+    return observed(name, module, now) if type(module) is expected else _other(name, module, expected)
 
 
 def _other(name: str, module: nn.Module | None, expected: type[nn.Module]) -> str:
@@ -111,8 +111,11 @@ def _other(name: str, module: nn.Module | None, expected: type[nn.Module]) -> st
     return f"{name} is a {alike}{kind.__name__}, not nn.{expected.__name__}"
 
 
-def observed(name: str, module: nn.Module) -> str | None:
-    """Why calling this module is not just what its type says: hooks, overrides, tensors that act for themselves."""
+def observed(name: str, module: nn.Module, now: bool = True) -> str | None:
+    """Why calling this module is not just what its type says: hooks, overrides, tensors that act for themselves.
+
+    Unless `now`, sharded parameters are none: `fully_shard` has them whole while the module runs.
+    """
     if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
         return f"{name} has {next(what for attribute, what in _HOOKS.items() if getattr(module, attribute))}"
     own = module.__dict__
@@ -133,7 +136,8 @@ def observed(name: str, module: nn.Module) -> str | None:
             return reason
     for tensors in (module._parameters, module._buffers):
         if tensors and not _PLAIN.issuperset(map(type, tensors.values())):
-            reason = next((r for n, t in tensors.items() if (r := _acting(f"{name}.{n}", t)) is not None), None)
+            kept = {n: t for n, t in tensors.items() if now or type(t).__qualname__ != "DTensor"}
+            reason = next((r for n, t in kept.items() if (r := _acting(f"{name}.{n}", t)) is not None), None)
             if reason is not None:
                 return reason
     return None
@@ -154,15 +158,18 @@ def _overridden(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module, acts: tuple[type, ...] = (Identity,)) -> str | None:
+def unit_reason(
+    conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module, acts: tuple[type, ...] = (Identity,), now: bool = True
+) -> str | None:
     """Why a convolution and its BN cannot be part of the operator, or None where they can.
 
     Args:
         acts: what the activation may be of a BN that has one of its own.
+        now: as for `observed`.
     """
-    reason = foreign(conv_name, conv, Conv2d)
+    reason = foreign(conv_name, conv, Conv2d, now)
     if reason is None:
-        reason = observed(bn_name, bn) if type(bn) is BatchNorm2d else _norm_reason(bn_name, bn, acts)
+        reason = observed(bn_name, bn, now) if type(bn) is BatchNorm2d else _norm_reason(bn_name, bn, acts, now)
     if reason is not None:
         return reason
     if conv.padding_mode != "zeros":
@@ -175,11 +182,11 @@ def unit_reason(conv_name: str, conv: nn.Module, bn_name: str, bn: nn.Module, ac
     return None
 
 
-def _norm_reason(name: str, norm: nn.Module, acts: tuple[type, ...]) -> str | None:
+def _norm_reason(name: str, norm: nn.Module, acts: tuple[type, ...], now: bool) -> str | None:
     about = known.about(type(norm), "norms")
     if about is None:
         return _other(name, norm, BatchNorm2d)
-    reason = observed(name, norm)
+    reason = observed(name, norm, now)
     if reason is None and known.ACTIVATED in about:
         reason = foreign(f"{name}.drop", norm.drop, Identity)
         if reason is None:

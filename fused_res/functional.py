@@ -115,11 +115,14 @@ def run(
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
     tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
-    out, saved = block_forward(x, skip, residual_scale, block, tensors, call, save)
-    moves = [Move(unit, v, pixels) for unit, v, pixels in zip(block.units(), saved, call.pixels, strict=False) if unit.training]
-    if moves:
-        move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
-    return out, saved
+    units = block.units()
+
+    def settle(saved: list[Tensor]) -> None:
+        moves = [Move(unit, v, pixels) for unit, v, pixels in zip(units, saved, call.pixels, strict=False) if unit.training]
+        if moves:
+            move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
+
+    return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

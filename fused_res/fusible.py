@@ -95,7 +95,10 @@ class Fusible:
         return self.standing_reason() or self._input_reason(x)
 
     def standing_reason(self, now: bool = True) -> str | None:
-        """Why this block runs unfused as it stands, whatever it is called with; as it would in evaluation mode unless `now`."""
+        """Why this block runs unfused as it stands, whatever it is called with.
+
+        Unless `now`, less what is otherwise while it is called, or in evaluation mode.
+        """
         anatomy = self._anatomy
         for name in anatomy.activations:
             reason = foreign(name, child(self, name), ReLU)
@@ -110,7 +113,7 @@ class Fusible:
         for unit in anatomy.units:
             conv, bn = unit
             norm = child(self, bn)
-            reason = unit_reason(conv, child(self, conv), bn, norm, (Identity,) if unit is last else inner)
+            reason = unit_reason(conv, child(self, conv), bn, norm, (Identity,) if unit is last else inner, now)
             if reason is None and anatomy.activated_norms and unit is not last and not _is_activated(norm):
                 reason = f"{bn} is a {type(norm).__name__}, without a ReLU of its own"
             if reason is not None:

@@ -256,8 +256,9 @@ class _Direct(torch.autograd.Function):
     """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
 
     @staticmethod
-    def forward(ctx, block, call, found, x, skip, residual_scale, *tensors):
+    def forward(ctx, block, call, found, settle, x, skip, residual_scale, *tensors):
         out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend, call.narrow)
+        settle(saved)
         _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
         return out
@@ -267,16 +268,22 @@ class _Direct(torch.autograd.Function):
         call = functools.partial(_below_autograd, functools.partial(_backward, apart=False))
         if torch.is_grad_enabled() or is_watched(dout):
             call = torch.ops.fused_res.block_backward.default
-        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[3:6], ctx.needs_input_grad[6:], call)
-        return None, None, None, *found, *of_tensors
+        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:], call)
+        return None, None, None, None, *found, *of_tensors
 
 
-def block_forward(x, skip, residual_scale, block, tensors, call, save):
-    """The operator `fused_res::block_forward` on the block's tensors and the numbers of its call; directly where nobody watches."""
+def block_forward(x, skip, residual_scale, block, tensors, call, save, settle):
+    """The operator `fused_res::block_forward` on the block's tensors and the numbers of its call; directly where nobody watches.
+
+    `settle` is called once with what was saved. Where it can be, it is before autograd packs that: a checkpoint without reentry
+    stops its recompute there, and eager's BNs have moved their statistics by then.
+    """
+    if save and not call.watched:
+        saved: list[Tensor] = []
+        return _Direct.apply(block, call, saved, settle, x, skip, residual_scale, *tensors), saved
     if call.watched:
-        return _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
-    if not save:
-        return _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend, call.narrow)
-    saved: list[Tensor] = []
-    out = _Direct.apply(block, call, saved, x, skip, residual_scale, *tensors)
+        out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
+    else:
+        out, saved = _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend, call.narrow)
+    settle(saved)
     return out, saved
