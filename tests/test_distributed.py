@@ -1,4 +1,4 @@
-"""Blocks under DistributedDataParallel: two processes on this machine over gloo.
+"""Blocks under DistributedDataParallel and fully_shard: two processes on this machine over gloo.
 
 The processes run this file as a script, so that they need nothing of pytest.
 """
@@ -13,21 +13,26 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_res
 from blocks import Eager
+from users import Functional
 
 WORLD = 2
-SCENARIOS = ("step", "eager step", "frozen, two forwards", "two forwards", "channels_last", "float32")
+SCENARIOS = ("step", "eager step", "fused step", "frozen, two forwards", "two forwards", "channels_last", "float32")
+ORDERS = ("fuse, shard", "shard, fuse")
 
 
-def network(eager=False):
-    """Two of our blocks with a 1x1 convolution among their parameters, or their modules run by hand."""
+def network(kind="ours"):
+    """Two blocks with a 1x1 convolution among their parameters: ours, their modules run by hand, or somebody's that are fused."""
     torch.manual_seed(0)
+    if kind == "fused":
+        return fused_res.fuse(nn.Sequential(Functional(4, 8, 2), Functional(8, 8)), strict=True).double()
     shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     blocks = [fused_res.BasicBlock(4, 8, 2, shortcut), fused_res.Bottleneck(8, 2, residual_scale=0.5)]
-    return nn.Sequential(*(Eager(b) if eager else b for b in blocks)).double()
+    return nn.Sequential(*(Eager(b) if kind == "eager" else b for b in blocks)).double()
 
 
 def images(scenario, rank):
@@ -36,7 +41,7 @@ def images(scenario, rank):
 
 
 def prepare(scenario):
-    model = network(eager=scenario == "eager step")
+    model = network({"eager step": "eager", "fused step": "fused"}.get(scenario, "ours"))
     if scenario == "frozen, two forwards":
         model.eval()
     # In float32 the library lays out the gradient of a 1x1 weight otherwise than the weight.
@@ -57,6 +62,26 @@ def state(module):
     return {n: p.grad.clone() for n, p in module.named_parameters()}, buffers
 
 
+def shard(order, rank):
+    """Output and mean gradients of a network that is fused and sharded, and what `unfuse` says to that."""
+    model = fused_res.unfuse(network("fused"))
+    if order == "fuse, shard":
+        fused_res.fuse(model, strict=True)
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    if order == "shard, fuse":
+        fused_res.fuse(model, strict=True)
+    out = model(images(order, rank))
+    out.square().sum().backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    try:
+        fused_res.unfuse(model)
+    except RuntimeError as error:
+        return out.detach(), gradients, str(error)
+    return out.detach(), gradients, [type(block).__name__ for block in model]
+
+
 def worker(rank, folder):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -72,6 +97,8 @@ def worker(rank, folder):
         results[scenario] = state(model)
         parallel(images(scenario, rank))
         results[f"{scenario}: broadcast buffers"] = state(model)[1]
+    for order in ORDERS:
+        results[order] = shard(order, rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -132,6 +159,25 @@ def test_gradients_and_buffers_equal_those_of_eager_blocks(results):
             assert got.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sharding_and_fusing_go_in_either_order_and_unfusing_says_where_it_cannot(results, order):
+    expected = []
+    for rank in range(WORLD):
+        model = fused_res.unfuse(network("fused"))
+        out, gradients, said = results[0][rank][order]
+        torch.testing.assert_close(out, model(images(order, rank)))
+        model(images(order, rank)).square().sum().backward()
+        expected.append((state(model)[0], gradients))
+        if order == "fuse, shard":
+            assert said == "0: its class became FSDPFusedFunctional after it was fused (by fully_shard?): unfuse before"
+        else:
+            assert said == ["FSDPFunctional"] * 2
+    for name in expected[0][0]:
+        mean = sum(single[name] for single, _ in expected) / WORLD
+        for _, gradients in expected:
+            torch.testing.assert_close(gradients[name], mean, rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

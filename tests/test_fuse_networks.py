@@ -169,36 +169,55 @@ def train(net, x, steps):
     return {"out": out.detach(), **gradients, **net.state_dict()}
 
 
-def compare(make, get, count, steps, size):
+def x_of(size):
+    return torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def error_of(got, expected):
+    """The largest relative L2 error of all tensors; counters must be the same."""
+    assert got.keys() == expected.keys()
+    worst = 0.0
+    for name, value in expected.items():
+        if value.is_floating_point():
+            worst = max(worst, float((got[name] - value).norm() / value.norm().clamp_min(1e-30)))
+        else:
+            assert torch.equal(got[name], value), name
+    return worst
+
+
+def compare(make, get, count, steps, size, limit):
     net = build(make, get)
     twin, classes = copy.deepcopy(net), [type(m) for m in net.modules()]
-    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    x = x_of(size)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fuse(net, strict=True)
         rows = explain(net, x).rows
         got, expected = train(net, x, steps), train(twin, x, steps)
     assert [(row.reason, row.backend) for row in rows] == [(None, "native")] * count
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        if value.is_floating_point():
-            error = (got[name] - value).norm() / value.norm().clamp_min(1e-30)
-            assert error < 1e-7, f"{name}: {error}"
-        else:
-            assert torch.equal(got[name], value), name
-    assert any(isinstance(m, fused_res.fusing.Fused) for m in net.modules())
+    assert error_of(got, expected) < limit(expected)
+    assert sum(isinstance(m, fused_res.fusing.Fused) for m in net.modules()) == count
     assert [type(m) for m in unfuse(net).modules()] == classes
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_fused_network_trains_as_the_original(libraries, name):
-    compare(SMALL[name][0], libraries, SMALL[name][1], steps=2, size=33)
+    compare(SMALL[name][0], libraries, SMALL[name][1], steps=2, size=33, limit=lambda _: 1e-8)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_networks_train_as_the_originals(libraries, name):
-    compare(WHOLE[name][0], libraries, WHOLE[name][1], steps=3, size=64)
+    """Within ten times what the memory layout changes in the original: so deep a network makes much of the last bit."""
+    make, count = WHOLE[name]
+
+    def limit(expected):
+        net = build(make, libraries).to(memory_format=torch.channels_last)
+        spread = error_of(train(net, x_of(64), 3), expected)
+        assert spread < 1e-4
+        return max(1e-10, 10 * spread)
+
+    compare(make, libraries, count, steps=3, size=64, limit=limit)
 
 
 @pytest.mark.parametrize("name", LEFT)

@@ -1,0 +1,65 @@
+"""A pytest plugin for other people's tests: every model that timm or torchvision makes is fused before they see it.
+
+`pytest -p fuse_everything`, with this folder on PYTHONPATH. It counts the blocks that it has fused, and those that were left alone.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import fused_res
+from fused_res.fusing import Fused, find
+
+_counts: Counter[str] = Counter()
+_operators = []
+
+
+def _import_torchvision() -> None:
+    """Beside a torch of another build its compiled operators cannot be loaded; its models need none of them."""
+    folder = importlib.util.find_spec("torchvision").submodule_search_locations[0]
+    for path in Path(folder).glob("_C*.so"):
+        try:
+            torch.ops.load_library(path)
+        except OSError:
+            continue
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _operators.append(library)
+
+
+def _fusing(make):
+    @functools.wraps(make)
+    def made(*args, **kwargs):
+        model = make(*args, **kwargs)
+        if isinstance(model, torch.nn.Module):
+            fused_res.fuse(model)
+            for module in model.modules():
+                if isinstance(module, Fused):
+                    _counts["fused"] += 1
+                elif find(module)[1] is not None:
+                    _counts["left alone"] += 1
+        return model
+
+    return made
+
+
+def pytest_configure():
+    warnings.filterwarnings("ignore", message="fused_res")
+    _import_torchvision()
+    import timm
+    import torchvision.models._api
+
+    for module in (timm, timm.models, timm.models._factory):
+        module.create_model = _fusing(module.create_model)
+    for name, make in torchvision.models._api.BUILTIN_MODELS.items():
+        torchvision.models._api.BUILTIN_MODELS[name] = _fusing(make)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"fused_res: {_counts['fused']} blocks fused, {_counts['left alone']} left alone")
