@@ -1,8 +1,10 @@
 """How long a step takes: on the CPU by the performance counter, on the GPU by events; and in what state the machine was."""
 
+import gc
 import os
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -106,32 +108,58 @@ class CudaClock:
         return {"warm_ms": self._warm, "wall_ms": self._wall}
 
 
-def captured(call: Call) -> Call:
-    """The step as a CUDA graph; calling it replays the graph. Raises what the capture raises.
+class CaptureFailedError(RuntimeError):
+    """A step cannot be captured: in which part of it, in which of its calls, and with which error."""
+
+    def __init__(self, part: str, error: Exception) -> None:
+        calls = [frame.name for frame in traceback.extract_tb(error.__traceback__)[1:]]
+        said = next(iter(str(error).strip().splitlines()), "")
+        super().__init__(f"{part}, in {' > '.join(calls[-4:])}: {type(error).__name__}: {said}")
+
+
+def captured(call: Call) -> Callable[[], None]:
+    """The step as a CUDA graph; calling it replays the graph, whose results are let go of.
+
+    Warm-up and capture are on one stream of their own, as in torch's recipe for whole steps: there libraries make their handles
+    and workspaces beforehand, and autograd its AccumulateGrad nodes. Such a node keeps the stream that it was made on as long as
+    any autograd graph of its leaf lives; where that is another one, the gradient that reaches it leaves the capture, and ends it.
+    So no step's graph may outlive the step, in what ran before as well (`memory.saved_bytes`). `.grad` is not an issue: steps use
+    `torch.autograd.grad`.
 
     The graph has a random state of its own: a capture that fails would leave the device's generator in one, where it refuses
-    all further work.
+    all further work. It would also leave its stream the current one.
+
+    Raises:
+        CaptureFailedError: with the error of the step, where that fails, rather than with that of the capture's end.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
     untouched = generator.graphsafe_get_state()
-    generator.graphsafe_set_state(generator.clone_state())
+    part, first = "warm-up", None
     try:
-        with torch.cuda.graph(graph):
-            results = call()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        current.wait_stream(stream)
+        generator.graphsafe_set_state(generator.clone_state())
+        part = "begin of the capture"
+        with torch.cuda.graph(graph, stream=stream):
+            part = "capture"
+            try:
+                call()
+            except Exception as error:
+                first = error
+                raise
+            part = "end of the capture"
+    except Exception as error:
+        raise CaptureFailedError(part, first or error) from (first or error)
     finally:
         generator.graphsafe_set_state(untouched)
-
-    def replay() -> object:
-        graph.replay()
-        return results
-
-    return replay
+        torch.cuda.set_stream(current)
+        del first  # its traceback holds this frame
+    return graph.replay
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -11,14 +11,17 @@ from fused_res.benchmarks.peers import Peer, Setup
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module) -> int:
     """Bytes that a forward keeps for backward, each storage once.
 
-    Parameters and buffers are left out, and the output, which is the next block's input and counted there.
+    Parameters and buffers are left out, and the output, which is the next block's input and counted there. Nothing of the forward
+    stays: a hook that returned the tensor itself would close a circle where a node saves its own result, as a ReLU does, and keep
+    the autograd graph for good, with the AccumulateGrad nodes of all leaves. Those belong to the stream that they were made on,
+    and no later backward could be captured on another one.
     """
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels import conv
-from fused_res.kernels.common import Variant, aligned, first_row, launch, offset, variant
+from fused_res.kernels.common import Variant, aligned, first_row, launch, limits, offset, variant
 from fused_res.kernels.conv import (
     Config,
     MetaCase,
@@ -142,7 +142,9 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
     left = gradient(dy, (n, k, g.out_height, g.out_width), weight)
     pixels = n * g.out_height * g.out_width
     if config is None:
-        area = 128 * 64 if left.coefficients is not None else 128 * 128
+        # What `mma` reads takes registers, too, and what is computed takes them twice: it spills on compute capability 12.0.
+        twice = right.vectors is not None and weight.element_size() == 2 and limits(weight.device).results < 128
+        area = 128 * 64 if left.coefficients is not None or twice else 128 * 128
         sampled = (r, s) == (1, 1) and (g.out_height, g.out_width) != (height, width)
         if left.coefficients is not None and right.vectors is not None and sampled:
             area = 64 * 64  # two operands to compute, and their places

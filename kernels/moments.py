@@ -227,7 +227,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     mean = torch.empty(channels, dtype=torch.float64, device=device)
     covariance = torch.empty(channels, channels, dtype=torch.float64, device=device)
     together = min(32, triton.next_power_of_2(tiles))
-    elements = 512 // together
+    elements = (512 if together == 32 else 256) // together  # with few tiles a thread has more elements, and spills sooner
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
     launch(
         moments_merge_kernel,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fused_res.benchmarks import ceiling, clocks, peers, profiling, runner
+from fused_res.benchmarks import agreement, ceiling, clocks, memory, peers, profiling, runner
 from fused_res.benchmarks.cases import SUITES, Case
 from fused_res.benchmarks.peers import Setup
 
@@ -26,10 +26,37 @@ def test_clock_measures_what_the_gpu_does(device):
 
 
 def test_a_captured_step_replays(device):
-    x = torch.ones(1024, device=device)
-    replay = clocks.captured(lambda: x.mul(2))
+    x, out = torch.ones(1024, device=device), torch.zeros(1024, device=device)
+    replay = clocks.captured(lambda: torch.mul(x, 2, out=out))
     x.fill_(3.0)
-    assert replay().eq(6.0).all()
+    replay()
+    assert out.eq(6.0).all()
+
+
+@pytest.mark.parametrize("name", ["eager channels_last", "eager NCHW", peers.BARE, peers.OURS])
+def test_a_training_step_is_captured_after_all_that_comes_before(device, name):
+    """Every peer shares x with eager, whose steps and measurements on the default stream come first."""
+    setup = Setup(CASE, 4, torch.bfloat16, device)
+    for first in ("eager channels_last", name):
+        peer = peers.make(first, setup)
+        memory.measure(peer, setup)
+        agreement.quantities(peer, 0, agreement.buffers(peer))
+    before = peer.step(0)
+    clocks.captured(lambda: peer.step(0))()
+    after = peer.step(0)
+    assert all(torch.isfinite(value).all() and value.shape == after[key].shape for key, value in before.items())
+
+
+def test_a_capture_that_fails_names_the_call_and_leaves_the_stream(device):
+    x, before = torch.ones(4, device=device), torch.cuda.current_stream()
+
+    def waits():
+        return x.sum().item()
+
+    with pytest.raises(clocks.CaptureFailedError, match=r"^capture, in .*waits: "):
+        clocks.captured(waits)
+    assert torch.cuda.current_stream() == before
+    test_a_captured_step_replays(device)
 
 
 def test_state_and_ceiling(device):
@@ -74,6 +101,7 @@ def test_every_usual_peer_runs_or_is_not_installed(device, mode, autotuned):
         assert "graph_reason" in rows[1]
         return
     ours = next(row for row in rows if row["peer"] == "fused_res")
+    assert not [(row["peer"], row["graph_reason"]) for row in rows if "eager" in row["peer"] and "graph_reason" in row]
     assert all(ours[column]["median"] > 0 for column in ("ms", "warm_ms", "wall_ms", "graph_ms", "host_ms"))
     assert ours["peak_bytes"] > 0
 
