@@ -12,6 +12,7 @@ from fused_res.kernels.common import (
     add_shortcut,
     affine,
     aligned,
+    cdiv,
     is_open,
     launch_tiles,
     load_row,
@@ -61,7 +62,7 @@ def bn_act(
     signs = torch.empty(pixels, -(-channels // 8), dtype=torch.uint8, device=y.device) if keep_signs else None
     block = tile(pixels, channels, y.element_size(), vectors=4)
     arguments = (y, vectors, skip, y2, vectors2, out, signs, pixels, channels)
-    launch_tiles(bn_act_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments)
+    launch_tiles(bn_act_kernel, cdiv(pixels, block.rows), block, channels, *arguments)
     return out, signs
 
 

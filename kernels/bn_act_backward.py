@@ -13,6 +13,7 @@ from fused_res.kernels.common import (
     Variant,
     affine,
     aligned,
+    cdiv,
     is_open,
     launch,
     launch_tiles,
@@ -185,7 +186,7 @@ def bn_act_backward_finalize(
     block = partials_tile(tiles)
     launch(
         bn_act_backward_finalize_kernel,
-        triton.cdiv(channels, block.channels),
+        cdiv(channels, block.channels),
         *(partials, vectors, gamma, beta, residual_scale, coefficients, tiles, pixels, channels),
         SUMS=sums,
         ROW=row,
@@ -270,7 +271,7 @@ def bn_act_backward_apply(
     block = tile(pixels, channels, y.element_size(), vectors=2)
     arguments = (dout, y, vectors, coefficients, signs, y2, coefficients2, dy, dy2, masked, pixels, channels)
     modes = {"TRAINING": training, "TRAINING2": training2}
-    launch_tiles(bn_act_backward_apply_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, **modes)
+    launch_tiles(bn_act_backward_apply_kernel, cdiv(pixels, block.rows), block, channels, *arguments, **modes)
     return dy, dy2, masked
 
 

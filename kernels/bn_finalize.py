@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import UNROLL, Variant, launch, meta, offset, partials_tile, store_vectors, variant
+from fused_res.kernels.common import UNROLL, Variant, cdiv, launch, meta, offset, partials_tile, store_vectors, variant
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def bn_finalize(
     last = pixels - rows * (tiles - 1)
     launch(
         bn_finalize_kernel,
-        triton.cdiv(channels, block.channels),
+        cdiv(channels, block.channels),
         *(partials, gamma, beta, residual_scale, vectors, tiles, rows, last, pixels, channels, eps),
         BLOCK_T=block.rows,
         BLOCK_C=block.channels,
@@ -123,7 +123,7 @@ def bn_running(
     vectors, block = torch.empty(5, len(mean), dtype=dtype, device=mean.device), 128
     launch(
         bn_finalize_running_kernel,
-        triton.cdiv(len(mean), block),
+        cdiv(len(mean), block),
         *(None if t is None else t.contiguous() for t in (mean, var, bias, gamma, beta, residual_scale)),
         *(vectors, len(mean), eps),
         BLOCK=block,

@@ -18,6 +18,7 @@ from fused_res.kernels.common import (
     activate,
     affine,
     alignment,
+    cdiv,
     dot_precision,
     is_open,
     limits,
@@ -25,6 +26,7 @@ from fused_res.kernels.common import (
     load_rows,
     meta,
     narrow,
+    next_power_of_2,
     through_bn,
 )
 from fused_res.spec import ConvBN
@@ -218,7 +220,7 @@ def gradient(dy: Any, shape: tuple[int, ...], weight: Tensor) -> Source:
     n, k, h, w = shape
     y, vectors, signs = None, None, None
     if not dy.masked and dy.signs is not None:
-        signs = check_dense("dy.signs", dy.signs, (n * h * w, triton.cdiv(k, 8)), torch.uint8, weight)
+        signs = check_dense("dy.signs", dy.signs, (n * h * w, cdiv(k, 8)), torch.uint8, weight)
     elif not dy.masked:
         vectors = check_dense("dy.vectors", dy.vectors, (5, k), torch.float32, weight)
     if dy.training or vectors is not None:
@@ -282,16 +284,16 @@ def configurations(
     pixels: of the result; for wgrad, of the output. weight_shape: [K, C, R, S]. area: tiles of at most this many results come
     first, for kernels that need many registers beside them; then tiles with no more columns than there are channels.
     """
-    k, c = (max(16, triton.next_power_of_2(channels)) for channels in weight_shape[:2])
+    k, c = (max(16, next_power_of_2(channels)) for channels in weight_shape[:2])
     table = _POINTWISE if tuple(weight_shape[2:]) == (1, 1) else _TAPS
     fitted: dict[Config, tuple[bool, bool, int]] = {}
     for tile in table[dtype.itemsize]:
         if direction == "fprop":
             config = Config(tile.rows, min(tile.columns, k), min(tile.depth, c), *tile[3:])
-            programs, wide = triton.cdiv(pixels, config.block_p) * triton.cdiv(k, config.block_k), tile.columns > k
+            programs, wide = cdiv(pixels, config.block_p) * cdiv(k, config.block_k), tile.columns > k
         elif direction == "dgrad":
             config = Config(tile.rows, min(tile.depth, k), min(tile.columns, c), *tile[3:])
-            programs, wide = triton.cdiv(pixels, config.block_p) * triton.cdiv(c, config.block_c), tile.columns > c
+            programs, wide = cdiv(pixels, config.block_p) * cdiv(c, config.block_c), tile.columns > c
         elif tile.columns > tile.rows:  # spills in float16 on compute capability 9.0, where both operands are computed
             continue
         else:  # parts of the pixels make up for few blocks
@@ -427,7 +429,7 @@ def meta_gradient(dy: Tensor, mask: str) -> Any:
     if mask == "none":
         fields |= {"y": None, "coefficients": None}
     elif mask == "signs":
-        fields["signs"] = meta(n * h * w, triton.cdiv(k, 8), dtype=torch.uint8)
+        fields["signs"] = meta(n * h * w, cdiv(k, 8), dtype=torch.uint8)
     elif mask == "y":
         fields["vectors"] = meta(5, k)
     return SimpleNamespace(image=dy, **fields, masked=mask == "applied", training=True)

@@ -10,16 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
-    aligned,
-    first_row,
-    launch,
-    load_rows,
-    meta,
-    store_gradient,
-    variant,
-)
+from fused_res.kernels.common import Variant, aligned, cdiv, first_row, launch, load_rows, meta, store_gradient, variant
 from fused_res.kernels.conv import (
     Config,
     check_dense,
@@ -162,7 +153,7 @@ def conv_dgrad(
     g = geometry(height, width, unit)
     source = gradient(dy, (n, weight.shape[0], g.out_height, g.out_width), weight)
     dx = torch.empty(like.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
-    pixels = n * triton.cdiv(height, g.stride_h) * triton.cdiv(width, g.stride_w)
+    pixels = n * cdiv(height, g.stride_h) * cdiv(width, g.stride_w)
     if config is None:
         plain = source.coefficients is None and inner is None and g.stride_h * g.stride_w == 1
         light = weight.element_size() == 2 and tuple(weight.shape[2:]) == (1, 1) and g.stride_h * g.stride_w == 1
@@ -170,7 +161,7 @@ def conv_dgrad(
         able = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)
         config = next(fitting("dgrad", able, weight, dy))
     config = Config(*config)
-    tiles = triton.cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
+    tiles = cdiv(pixels, config.block_p) * g.stride_h * g.stride_w
     y, vectors, partials = None, None, None
     if inner is not None:
         y = check_image("inner", inner.image, like.shape, weight)
@@ -180,7 +171,7 @@ def conv_dgrad(
     addend = Addition(None, None, 1, 1) if add is None else _checked(add, like, weight)
     launch(
         conv_dgrad_kernel,
-        tiles * triton.cdiv(channels, config.block_c),
+        tiles * cdiv(channels, config.block_c),
         *(taps_first(weight), source, dx, addend, y, vectors, partials, g),
         *(step // gcd(step, dilation) for step, dilation in zip(unit.stride, unit.dilation, strict=True)),
         *(pixels, channels, weight.shape[0]),
@@ -196,10 +187,10 @@ def conv_dgrad(
 def _checked(add: Any, like: Tensor, weight: Tensor) -> Addition:
     """An `Addend` for a gradient of the shape of `like`."""
     down, right = add.stride
-    n, c, h, w = *like.shape[:2], triton.cdiv(like.shape[2], down), triton.cdiv(like.shape[3], right)
+    n, c, h, w = *like.shape[:2], cdiv(like.shape[2], down), cdiv(like.shape[3], right)
     signs = add.signs
     if signs is not None:
-        signs = check_dense("add.signs", signs, (n * h * w, triton.cdiv(c, 8)), torch.uint8, weight)
+        signs = check_dense("add.signs", signs, (n * h * w, cdiv(c, 8)), torch.uint8, weight)
     return Addition(check_image("add", add.image, (n, c, h, w), weight), signs, down, right)
 
 
@@ -207,8 +198,8 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for case in meta_cases(dtype):
         n, c, h, w = case.x.shape
         inner = meta_activated(case)
-        addend = SimpleNamespace(image=case.x, signs=meta(n * h * w, triton.cdiv(c, 8), dtype=torch.uint8), stride=(1, 1))
-        half = meta_image(n, c, triton.cdiv(h, 2), triton.cdiv(w, 2), dtype=dtype)
+        addend = SimpleNamespace(image=case.x, signs=meta(n * h * w, cdiv(c, 8), dtype=torch.uint8), stride=(1, 1))
+        half = meta_image(n, c, cdiv(h, 2), cdiv(w, 2), dtype=dtype)
 
         def dgrad(name, mask, *epilogue, sample=False, case=case):
             arguments = (meta_gradient(case.dy, mask), case.x, case.unit, *epilogue)

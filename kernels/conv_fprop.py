@@ -14,6 +14,7 @@ from fused_res.kernels.common import (
     add_shortcut,
     affine,
     aligned,
+    cdiv,
     first_row,
     launch,
     load_row,
@@ -142,7 +143,7 @@ def conv_fprop(
         area = 64 * 64 if output is not None and output.y2 is not None else 128 * 64 if sampled else 128 * 128
         config = next(fitting("fprop", configurations("fprop", weight.dtype, pixels, weight.shape, area=area), weight, x))
     config = Config(*config)
-    tiles = triton.cdiv(pixels, config.block_p)
+    tiles = cdiv(pixels, config.block_p)
     shape = (n, channels_out, g.out_height, g.out_width)
     y = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
     partials = None
@@ -153,7 +154,7 @@ def conv_fprop(
     after = (None, None, None, None) if output is None else _checked(output, shape, weight)
     launch(
         conv_fprop_kernel,
-        tiles * triton.cdiv(channels_out, config.block_k),
+        tiles * cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
         **constants(config, unit),
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels import conv
-from fused_res.kernels.common import Variant, aligned, first_row, launch, limits, offset, variant
+from fused_res.kernels.common import Variant, aligned, cdiv, first_row, launch, limits, next_power_of_2, offset, variant
 from fused_res.kernels.conv import (
     Config,
     MetaCase,
@@ -129,9 +129,9 @@ def split(pixels: int, programs: int, block_p: int) -> tuple[int, int]:
     By the shape alone, so that results repeat; at least one part, and none of a few blocks only if that can be helped.
     """
     parts = max(1, min(conv.PROGRAMS // programs, pixels // (4 * block_p)))
-    parts = max(parts, triton.cdiv(pixels, 2**30))  # places within a part take 32 bits
-    rows = block_p * max(1, triton.cdiv(triton.cdiv(pixels, parts), block_p))
-    return max(1, triton.cdiv(pixels, rows)), rows
+    parts = max(parts, cdiv(pixels, 2**30))  # places within a part take 32 bits
+    rows = block_p * max(1, cdiv(cdiv(pixels, parts), block_p))
+    return max(1, cdiv(pixels, rows)), rows
 
 
 def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) -> Tensor:
@@ -150,7 +150,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
             area = 64 * 64  # two operands to compute, and their places
         config = next(fitting("wgrad", configurations("wgrad", weight.dtype, pixels, weight.shape, area=area), weight, dy, x))
     config = Config(*config)
-    programs = triton.cdiv(k, config.block_k) * triton.cdiv(c, config.block_c) * r * s
+    programs = cdiv(k, config.block_k) * cdiv(c, config.block_c) * r * s
     parts, rows = split(pixels, programs, config.block_p)
     partials = torch.empty(parts, weight.numel(), dtype=torch.float32, device=weight.device)
     launch(
@@ -162,11 +162,11 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
         **constants(config, unit),
     )
     dweight = torch.empty_like(weight)
-    block_t = min(64, triton.next_power_of_2(parts))
+    block_t = min(64, next_power_of_2(parts))
     block_e = 2048 // block_t
     launch(
         conv_wgrad_sum_kernel,
-        triton.cdiv(weight.numel(), block_e),
+        cdiv(weight.numel(), block_e),
         *(partials, dweight, parts, weight.numel(), c, *dweight.stride()),
         R=r,
         S=s,

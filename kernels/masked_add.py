@@ -10,6 +10,7 @@ from torch import Tensor
 from fused_res.kernels.common import (
     Variant,
     aligned,
+    cdiv,
     launch_tiles,
     load_rows,
     locate,
@@ -71,7 +72,7 @@ def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[in
     pixels = n * h * w
     block = tile(pixels, channels, dx.element_size(), vectors=4)
     arguments = (dx, image.contiguous(memory_format=torch.channels_last), signs, *dx.shape[2:], h, w, *stride, pixels, channels)
-    launch_tiles(masked_add_kernel, triton.cdiv(pixels, block.rows), block, channels, *arguments, SCATTERED=tuple(stride) != (1, 1))
+    launch_tiles(masked_add_kernel, cdiv(pixels, block.rows), block, channels, *arguments, SCATTERED=tuple(stride) != (1, 1))
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -15,11 +15,13 @@ from fused_res.kernels.common import (
     Variant,
     aligned,
     alignment,
+    cdiv,
     dot_precision,
     first_row,
     launch,
     limits,
     narrow,
+    next_power_of_2,
     offset,
     split_rows,
     store_vectors,
@@ -189,7 +191,7 @@ def moments_merge_kernel(
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str, results: int) -> ProductTile:
     """Channels by channels, over the pixels: what registers allow, where a thread may have so many results; there are two sums."""
-    wide = max(16, triton.next_power_of_2(channels))
+    wide = max(16, next_power_of_2(channels))
     if precision == "ieee" and not narrow_dtype:
         return ProductTile(min(64, wide), min(64, wide), 64, 8, STAGES)
     if results < 128 and wide >= 64:
@@ -204,7 +206,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     read, pixels, precision = operand("z", z, z.image), z.pixels, dot_precision(z.image)
     channels, narrow_dtype = z.image.shape[1], z.image.element_size() == 2
     block, _, step, warps, stages = tile or default_tile(channels, narrow_dtype, precision, limits(z.image.device).results)
-    across = triton.cdiv(channels, block)
+    across = cdiv(channels, block)
     tiles, rows = split_rows(pixels, across * (across + 1) // 2, step, least=256, most=_MOST_ROWS)
     device = z.image.device
     vectors = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
@@ -226,12 +228,12 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
     )
     mean = torch.empty(channels, dtype=torch.float64, device=device)
     covariance = torch.empty(channels, channels, dtype=torch.float64, device=device)
-    together = min(32, triton.next_power_of_2(tiles))
+    together = min(32, next_power_of_2(tiles))
     elements = (512 if together == 32 else 256) // together  # with few tiles a thread has more elements, and spills sooner
     counts = tiles, rows, pixels - rows * (tiles - 1), pixels, channels
     launch(
         moments_merge_kernel,
-        triton.cdiv(channels * channels, elements),
+        cdiv(channels * channels, elements),
         *(vectors, products, mean, covariance, *counts),
         BLOCK_T=together,
         BLOCK_E=elements,

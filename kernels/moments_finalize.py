@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, launch, meta, offset, store_vectors, variant, within
+from fused_res.kernels.common import Variant, cdiv, launch, meta, offset, store_vectors, variant, within
 from fused_res.kernels.conv import meta_image
 from fused_res.kernels.operands import load_wide, meta_activation
 from fused_res.kernels.pointwise_direct import direct_partials, merge_direct
@@ -93,7 +93,7 @@ def row_statistics(found: Any, weight: Tensor, weighted: Tensor) -> tuple[Tensor
     suspect = torch.empty(channels, dtype=torch.bool, device=weight.device)
     launch(
         moments_finalize_rows_kernel,
-        triton.cdiv(channels, 4),
+        cdiv(channels, 4),
         *(*found[:2], weight, weighted, stats, suspect, channels, inner),
         RATIO=SUSPECT,
         BLOCK_C=4,
@@ -111,7 +111,7 @@ def moments_finalize(found: Any, z: Any, unit: Any, residual_scale: Tensor | Non
     vectors = torch.empty(5, channels, dtype=torch.float32, device=weight.device)
     launch(
         moments_finalize_kernel,
-        triton.cdiv(channels, 16),
+        cdiv(channels, 16),
         *(stats, suspect, direct.sums, unit.gamma, unit.beta, residual_scale, vectors, *direct[1:], channels, unit.eps),
         BLOCK_T=32,
         BLOCK_C=16,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, activate, dot_precision, launch, meta, narrow, offset, variant, within
+from fused_res.kernels.common import Variant, activate, cdiv, dot_precision, launch, meta, narrow, offset, variant, within
 from fused_res.kernels.conv import check_dense, check_image, load_signs, meta_image
 from fused_res.layout import to_rows
 
@@ -45,7 +45,7 @@ def operand(name: str, z: Any, like: Tensor) -> Operand:
     if z.pixels >= 2**31:
         raise ValueError(f"{name}: expected fewer than 2^31 pixels at stride {z.stride}, got {z.pixels}")
     (height, width), (down, right) = z.image.shape[2:], z.stride
-    w, h = triton.cdiv(width, right), triton.cdiv(height, down)
+    w, h = cdiv(width, right), cdiv(height, down)
     return Operand(rows, vectors, w, h * w, height * width, down * width, right)
 
 
@@ -54,7 +54,7 @@ def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
     rows = to_rows(dout)
     if len(rows) != pixels:
         raise ValueError(f"dout: expected {pixels} pixels, as z has, got {len(rows)}")
-    check_dense("signs", signs, (pixels, triton.cdiv(rows.shape[1], 8)), torch.uint8, rows)
+    check_dense("signs", signs, (pixels, cdiv(rows.shape[1], 8)), torch.uint8, rows)
     return rows
 
 
@@ -161,7 +161,7 @@ def multiplied(matrix: Tensor) -> Tensor:
     out, block = torch.empty_like(matrix), 1024
     launch(
         operands_multiplied_kernel,
-        triton.cdiv(matrix.numel(), block),
+        cdiv(matrix.numel(), block),
         matrix,
         out,
         matrix.numel(),

@@ -12,6 +12,7 @@ from fused_res.kernels.common import (
     Variant,
     aligned,
     alignment,
+    cdiv,
     dot_precision,
     first_row,
     launch,
@@ -175,11 +176,11 @@ def direct_partials(
     """The direct pass itself, for a weight [C, K] and rows of dout: for kernels that merge its tiles with `merge_direct`."""
     pixels, stats, (channels, inner) = z.pixels, dout is None, weight.shape
     block_p, block_c = 16, 64
-    tiles, rows = split_rows(pixels, triton.cdiv(channels, block_c), block_p, least=256)
+    tiles, rows = split_rows(pixels, cdiv(channels, block_c), block_p, least=256)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
     launch(
         pointwise_direct_kernel,
-        tiles * triton.cdiv(channels, block_c),
+        tiles * cdiv(channels, block_c),
         *(operand("z", z, weight), weight, suspect, dout, signs, mean, partials, pixels, channels, inner, rows),
         ALIGN_K=alignment(inner),
         BLOCK_P=block_p,
@@ -196,7 +197,7 @@ def _merged(partials: Partials, suspect: Tensor, stats: bool) -> Tensor:
     out = torch.empty((2, channels) if stats else (channels,), dtype=torch.float64, device=suspect.device)
     launch(
         pointwise_direct_merge_kernel,
-        triton.cdiv(channels, 16),
+        cdiv(channels, 16),
         *(partials.sums, suspect, out, *partials[1:], channels),
         STATS=stats,
         BLOCK_T=32,

@@ -16,6 +16,7 @@ from fused_res.kernels.common import (
     affine,
     aligned,
     alignment,
+    cdiv,
     dot_precision,
     first_row,
     is_open,
@@ -23,6 +24,7 @@ from fused_res.kernels.common import (
     limits,
     load_row,
     meta,
+    next_power_of_2,
     offset,
     pack,
     relu,
@@ -114,7 +116,7 @@ def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products
     """Pixels by channels, over the inner channels; of 2 bytes as measured on an H200 (benchmarks.tiles), if a thread may have so
     many results.
     """
-    wide = max(16, triton.next_power_of_2(channels))
+    wide = max(16, next_power_of_2(channels))
     if narrow_dtype and results < 128:
         return ProductTile(64, min(128, wide), 64, 8, 3)
     if narrow_dtype:
@@ -138,7 +140,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductT
     tile = tile or default_tile(channels, narrow_dtype, precision, side is not None, limits(image.device).results)
     launch(
         pointwise_tail_kernel,
-        triton.cdiv(pixels, tile.rows) * triton.cdiv(channels, tile.columns),
+        cdiv(pixels, tile.rows) * cdiv(channels, tile.columns),
         *(
             operand("main.z", main.z, weight),
             weight,

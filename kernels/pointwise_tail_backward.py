@@ -16,6 +16,7 @@ from fused_res.kernels.common import (
     Variant,
     aligned,
     alignment,
+    cdiv,
     dot_precision,
     first_row,
     launch,
@@ -24,6 +25,7 @@ from fused_res.kernels.common import (
     load_rows,
     meta,
     narrow,
+    next_power_of_2,
     offset,
     split_rows,
     store_gradient,
@@ -171,7 +173,7 @@ def pointwise_tail_backward_merge_kernel(
 
 def default_reduce_tile(channels: int, inner: int, narrow_dtype: bool, precision: str) -> ProductTile:
     """Channels by inner channels, over the pixels: what registers allow; of 2 bytes as measured on an H200 (benchmarks.tiles)."""
-    wide, deep = triton.next_power_of_2(channels), triton.next_power_of_2(inner)
+    wide, deep = next_power_of_2(channels), next_power_of_2(inner)
     if narrow_dtype:
         return ProductTile(max(16, min(128, wide)), max(16, min(64, deep)), 32, 4, 3)
     depth, warps = (32, 8) if precision == "tf32" else (16, 4)
@@ -188,7 +190,7 @@ def pointwise_tail_backward_reduce(
     block_c, block_k, step, warps, stages = tile
     one = channels <= block_c and inner <= block_k
     through = torch.empty(pixels, inner, dtype=g.dtype, device=device) if one and scaled is not None else None
-    blocks = triton.cdiv(channels, block_c) * triton.cdiv(inner, block_k)
+    blocks = cdiv(channels, block_c) * cdiv(inner, block_k)
     tiles, rows = split_rows(pixels, blocks, step, least=128)
     starts = torch.empty(tiles, inner, dtype=torch.float32, device=device)
     totals = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
@@ -212,10 +214,10 @@ def pointwise_tail_backward_reduce(
     )
     total = torch.empty(channels, dtype=torch.float64, device=device)
     product = torch.empty(channels, inner, dtype=torch.float64, device=device)
-    together = min(32, triton.next_power_of_2(tiles))
+    together = min(32, next_power_of_2(tiles))
     launch(
         pointwise_tail_backward_merge_kernel,
-        triton.cdiv(channels * inner, 1024 // together),
+        cdiv(channels * inner, 1024 // together),
         *(starts, totals, products, mean, total, product, tiles, channels, inner),
         ALIGN=alignment(channels),
         ALIGN_K=alignment(inner),
@@ -297,7 +299,7 @@ def default_apply_tile(inner: int, narrow_dtype: bool, results: int) -> ProductT
     """Pixels by inner channels, over the channels and once more the inner channels; of 2 bytes as measured on an H200
     (benchmarks.tiles), if a thread may have so many results.
     """
-    wide = max(16, triton.next_power_of_2(inner))
+    wide = max(16, next_power_of_2(inner))
     if narrow_dtype and results < 128:
         return ProductTile(64, min(128, wide), 64, 8, 3)
     return ProductTile(128, min(64, wide), 64, 4, 3) if narrow_dtype else ProductTile(64, min(64, wide), 32, 8, 3)
@@ -324,11 +326,11 @@ def pointwise_tail_backward_apply(
     else:
         dz = torch.empty(pixels, size, dtype=g.dtype, device=g.device) if through is None else through
     block_p, block_k, depth, warps, stages = tile or default_apply_tile(size, narrow_dtype, limits(g.device).results)
-    tiles = triton.cdiv(pixels, block_p)
+    tiles = cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
     launch(
         pointwise_tail_backward_apply_kernel,
-        tiles * triton.cdiv(size, block_k),
+        tiles * cdiv(size, block_k),
         *(g, signs, operand("z", z, g), scaled, gradients.mean, gradients.quadratic, gradients.constant, through, dz, partials),
         *(pixels, channels, size),
         ALIGN=alignment(channels),

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, dot_precision, launch, load_row, meta, narrow, offset, store_vectors, variant, within
+from fused_res.kernels.common import (
+    Variant,
+    cdiv,
+    dot_precision,
+    launch,
+    load_row,
+    meta,
+    narrow,
+    offset,
+    store_vectors,
+    variant,
+    within,
+)
 from fused_res.kernels.conv import meta_image
 from fused_res.kernels.moments_finalize import row_statistics
 from fused_res.kernels.operands import incoming, load_wide, meta_activation
@@ -35,7 +47,7 @@ def scaled_weight(branch: Any) -> Tensor:
     scaled, block = torch.empty_like(weight), 1024
     launch(
         pointwise_tail_backward_finalize_weight_kernel,
-        triton.cdiv(weight.numel(), block),
+        cdiv(weight.numel(), block),
         *(weight, branch.vectors, scaled, *weight.shape),
         PRECISION=dot_precision(weight),
         BLOCK=block,
@@ -172,7 +184,7 @@ def pointwise_tail_backward_finalize(
     coefficients = torch.empty(4, channels, dtype=torch.float32, device=device)
     launch(
         pointwise_tail_backward_finalize_rows_kernel,
-        triton.cdiv(channels, 4),
+        cdiv(channels, 4),
         *(sums[0], sums[1], weight, scaled if flows else None, vectors, suspect if live else None, direct[0]),
         *(gamma, beta, residual_scale, coefficients, shares, wide, *direct[1:], channels, inner, columns),
         BLOCK_T=32,
@@ -190,7 +202,7 @@ def pointwise_tail_backward_finalize(
     dweight, block = torch.empty_like(weight), 1024
     launch(
         pointwise_tail_backward_finalize_kernel,
-        triton.cdiv(channels * inner, block) + (triton.cdiv(inner * inner, block) if flows else 0),
+        cdiv(channels * inner, block) + (cdiv(inner * inner, block) if flows else 0),
         *(sums[1], weighted, vectors, form, dweight, quadratic, constant, pixels, channels, inner, columns),
         BLOCK=block,
         warps=4,

@@ -110,6 +110,7 @@ def tile(*numbers: int) -> tuple:
     return importlib.import_module("fused_res.kernels.conv").Config(*numbers)
 
 
+@functools.cache
 def find(primitive: str) -> Callable | None:
     stem = _KERNELS.get(primitive)
     return getattr(importlib.import_module(f"fused_res.kernels.{stem}"), primitive) if stem else None
