@@ -305,6 +305,19 @@ def limits(device: torch.device) -> Limits:
     return _limits(driver.active.get_current_device() if device.index is None else device.index)
 
 
+_watchers: list[Callable] = []
+
+
+@contextmanager
+def watching(call: Callable) -> Iterator[None]:
+    """Inside, launches go through `call(launch, *arguments, **constants)`."""
+    _watchers.append(call)
+    try:
+        yield
+    finally:
+        _watchers.pop()
+
+
 def _tensors(arguments: tuple) -> Iterator[Tensor]:
     """The tensors among arguments and tuples of them."""
     for argument in arguments:
@@ -318,7 +331,13 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
     """Run the kernel on the current stream of the device of the first tensor among the arguments."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
-        return
+    elif _watchers:
+        _watchers[-1](_launch, kernel, programs, *arguments, warps=warps, **constants)
+    else:
+        _launch(kernel, programs, *arguments, warps=warps, **constants)
+
+
+def _launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
     with torch.cuda.device_of(next(_tensors(arguments))):
         kernel[(programs,)](*arguments, **constants, num_warps=warps)
 

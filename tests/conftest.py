@@ -105,6 +105,12 @@ def _every_kernel_of_triton_is_used(monkeypatch):
     monkeypatch.setattr("fused_res.backends.triton.pays", lambda primitive, unit, pixels: True)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_recorded_yet(monkeypatch):
+    """What a test replaces in the schedules' ways is not passed by by programs of the tests before."""
+    monkeypatch.setattr("fused_res.plans._derived", {})
+
+
 @pytest.fixture
 def device():
     """Where the kernels run compiled, or else interpreted."""

@@ -9,17 +9,20 @@ A backend module has four functions:
 - `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
   none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have four more. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that kind runs this unit over so many
-pixels; without it, all of them do. `pays(primitive, unit, pixels) -> bool`: whether, with something fused into it, it is faster
-than the library's and the passes that it leaves; without it, it is taken to be. `tiles(primitive, weight, pixels, operands)`: the
-tiles of its convolution that are worth trying and that the weight's device can run, and `tile(*numbers)`: one of them from its
-numbers.
+It may have five more. `watching(call) -> AbstractContextManager`: inside, a launch of a kernel that is none of torch's operators
+is handed to `call`, as a function and its arguments. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that
+kind runs this unit over so many pixels; without it, all of them do. `pays(primitive, unit, pixels) -> bool`: whether, with
+something fused into it, it is faster than the library's and the passes that it leaves; without it, it is taken to be.
+`tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth trying and that the weight's device can
+run, and `tile(*numbers)`: one of them from its numbers.
 """
 
 import functools
 import importlib
 import pkgutil
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -43,6 +46,12 @@ def load(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def watched(name: str, call: Callable) -> AbstractContextManager:
+    """Inside, `call` gets the launches of this backend's kernels that are none of torch's operators."""
+    watching = getattr(load(name), "watching", None)
+    return nullcontext() if watching is None else watching(call)
 
 
 def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

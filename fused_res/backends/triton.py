@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ def tiles(primitive: str, weight: Tensor, pixels: int, operands: tuple) -> list[
 def tile(*numbers: int) -> tuple:
     """One of `tiles`."""
     return importlib.import_module("fused_res.kernels.conv").Config(*numbers)
+
+
+def watching(call: Callable) -> AbstractContextManager:
+    return importlib.import_module("fused_res.kernels.common").watching(call)
 
 
 @functools.cache

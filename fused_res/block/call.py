@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
     `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
-    narrow: as `fused_res.block.op.is_narrow` says.
+    narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
     """
 
     dtype: torch.dtype
@@ -35,6 +35,7 @@ class Call(NamedTuple):
     backend: str
     watched: bool
     narrow: bool
+    programs: dict
 
 
 def prepare(
@@ -101,5 +102,5 @@ def _prepare(
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     return Call(
-        dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched, is_narrow(x, block)
+        dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched, is_narrow(x, block), {}
     )

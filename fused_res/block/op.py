@@ -6,7 +6,7 @@ it; a new level adds neither an argument nor an output. The backward's own deriv
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
 from fused_res import backends
+from fused_res.block import program
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.held import copy_of, kept_of
@@ -81,6 +82,22 @@ def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     return in_layout(out, _output_channels_last(x, block, narrow)), saved
 
 
+def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):
+    """`_run` of a call that is not watched, by its program."""
+
+    def schedule(x, skip, residual_scale, *_):
+        return _run(x, skip, residual_scale, block, save, call.level, call.backend, call.narrow)
+
+    inputs = x, skip, residual_scale, *tensors
+    key = save, *_circumstances(x.device, inputs)
+    with _no_autocast(x.device.type):
+        return program.run(call.programs, key, schedule, inputs, call.backend)
+
+
+def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tuple:
+    return program.switches(device), tuple([None if tensor is None else tensor.stride() for tensor in inputs])
+
+
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     n, size, pixels = x.shape[0], tuple(x.shape[2:]), []
@@ -130,6 +147,20 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
         if needed:
             found.append(as_parameter(getattr(units[u], name), tensor, apart))
     return found
+
+
+def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
+    """`_backward`, gradients of vectors not apart, of a call that is not watched, by its program."""
+
+    def schedule(dout, x, residual_scale, *rest):
+        return _backward(dout, x, residual_scale, rest[: len(tensors)], rest[len(tensors) :], *numbers, level, backend, apart=False)
+
+    numbers = spec, eps, needs
+    inputs = dout, x, residual_scale, *tensors, *saved
+    # How kernels read sign bits depends on where they lie.
+    key = tuple(needs), saved[-1].data_ptr() % 16, *_circumstances(x.device, inputs)
+    with _no_autocast(x.device.type):
+        return program.run(call.programs, key, schedule, inputs, call.backend)
 
 
 def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
@@ -257,15 +288,16 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block, call, found, settle, x, skip, residual_scale, *tensors):
-        out, saved = _below_autograd(_run, x, skip, residual_scale, block, True, call.level, call.backend, call.narrow)
+        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, True, call)
         settle(saved)
+        ctx.call = call
         _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        call = functools.partial(_below_autograd, functools.partial(_backward, apart=False))
+        call = functools.partial(_below_autograd, _backward_as_called, ctx.call)
         if torch.is_grad_enabled() or is_watched(dout):
             call = torch.ops.fused_res.block_backward.default
         *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:], call)
@@ -284,6 +316,6 @@ def block_forward(x, skip, residual_scale, block, tensors, call, save, settle):
     if call.watched:
         out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
     else:
-        out, saved = _below_autograd(_run, x, skip, residual_scale, block, False, call.level, call.backend, call.narrow)
+        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, False, call)
     settle(saved)
     return out, saved
