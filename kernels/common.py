@@ -310,7 +310,7 @@ _watchers: list[Callable] = []
 
 @contextmanager
 def watching(call: Callable) -> Iterator[None]:
-    """Inside, launches go through `call(launch, *arguments, **constants)`."""
+    """Inside, launches go through `call(launch, *arguments, **constants)`, where `launch` runs on the current device."""
     _watchers.append(call)
     try:
         yield
@@ -331,15 +331,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
     """Run the kernel on the current stream of the device of the first tensor among the arguments."""
     if _recorders:
         _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
-    elif _watchers:
-        _watchers[-1](_launch, kernel, programs, *arguments, warps=warps, **constants)
-    else:
-        _launch(kernel, programs, *arguments, warps=warps, **constants)
-
-
-def _launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+        return
     with torch.cuda.device_of(next(_tensors(arguments))):
-        kernel[(programs,)](*arguments, **constants, num_warps=warps)
+        if _watchers:
+            _watchers[-1](kernel[(programs,)], *arguments, **constants, num_warps=warps)
+        else:
+            kernel[(programs,)](*arguments, **constants, num_warps=warps)
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

@@ -198,13 +198,18 @@ def run(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Tensor 
     Args:
         programs: those of one plan.
         schedule: returns tensors, None, and lists and tuples of them. It reads no tensors but its arguments.
-        inputs: plain tensors.
+        inputs: plain tensors on one device.
         backend: whose kernels run.
     """
     program = programs.get(key)
     if program is None:
         return _record(programs, key, schedule, inputs, backend)
-    return schedule(*inputs) if program is _NEVER else program(*inputs)
+    if program is _NEVER:
+        return schedule(*inputs)
+    if not inputs[0].is_cuda:
+        return program(*inputs)
+    with torch.cuda.device_of(inputs[0]):
+        return program(*inputs)
 
 
 def _record(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Tensor | None], backend: str) -> object:
