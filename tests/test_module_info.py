@@ -22,6 +22,9 @@ from torch.testing._internal.common_device_type import instantiate_device_type_t
 from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, modules
 from torch.testing._internal.common_utils import TestCase, freeze_rng_state
 
+# That import has forbidden to set torch.backends' flags, in this process and for good. Other test files set them.
+torch.backends.__allow_nonbracketed_mutation_flag = True
+
 
 class FusedFunctional(Functional):
     def __init__(self, *args):
