@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import all_same, every, same, within
 from convolutions import DTYPES, assert_same_sums, every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads, statistics
 
@@ -63,15 +64,15 @@ def check(main, shortcut, backend):
     assert out.shape == (n, main.weight.shape[0], h, w)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(main.z.image, before[0])
-    assert torch.equal(main.weight, before[1])
+    same(main.z.image, before[0])
+    same(main.weight, before[1])
     # One rounding of what is stored, and those of the arithmetic, which grow with the terms.
     arithmetic = 2.0**-48 if dtype == torch.float64 else 2.0**-21
     finfo = torch.finfo(dtype)
     limit = arithmetic * size + finfo.eps / 2 * total.abs() + finfo.smallest_normal * finfo.eps
     rows = to_rows(out)
-    assert ((rows.double() - total.relu()).abs() <= limit).all()
-    assert torch.equal(signs, pack_signs(~(rows <= 0)))
+    within(rows.double(), total.relu(), limit)
+    same(signs, pack_signs(~(rows <= 0)))
     return out, signs
 
 
@@ -96,7 +97,7 @@ def test_without_signs(backend, device):
     main, shortcut = arguments(Draw(3, device), (2, 3, 3), 20, 12, torch.float32, "skip")
     out, signs = pointwise_tail(main, shortcut, backend=backend)
     assert signs is None
-    assert torch.equal(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
+    same(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,12 +119,12 @@ def test_not_finite_passes(backend, device, shortcut, poison):
     poisoned = main._replace(z=Activation(main.z.image, main.z.vectors))
     out, signs = pointwise_tail(poisoned, shortcut, keep_signs=True, backend=backend)
     bad = out[1, :, 2, 4]
-    assert (~bad.isfinite() | (bad == 0)).all()
+    every(~bad.isfinite() | (bad == 0))
     assert bad.isnan().all() or poison == float("inf")
     assert not bad.isfinite().all()
-    assert torch.equal(unpack_signs(signs, 30), ~(to_rows(out) <= 0))
+    same(unpack_signs(signs, 30), ~(to_rows(out) <= 0))
     out[1, :, 2, 4] = clean[1, :, 2, 4]
-    assert torch.equal(out, clean)
+    same(out, clean)
 
 
 @every_dtype
@@ -141,7 +142,7 @@ def test_misaligned_and_repeated(backend, device, dtype, shortcut):
     first, second = (pointwise_tail(main, shortcut, keep_signs=True, backend=backend) for _ in range(2))
     third = pointwise_tail(moved(main), shortcut._replace(**images), keep_signs=True, backend=backend)
     for a, b, c in zip(first, second, third, strict=True):
-        assert torch.equal(a, b)
+        same(a, b)
         assert_same_sums(c, a)
 
 
@@ -152,7 +153,7 @@ def test_same_bits_whatever_the_threads(cpu_backend, shortcut):
     main, shortcut = arguments(Draw(7, "cpu"), (2, 30, 40), 40, 270, torch.float32, shortcut)
     first, *others = run_with_threads(lambda: pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend))
     for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        all_same(first, other)
 
 
 def test_past_the_caches(cpu_backend):
@@ -163,8 +164,8 @@ def test_past_the_caches(cpu_backend):
         z = Activation(main.z.image[i : i + 1], main.z.vectors)
         out, its = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
         if cpu_backend == "native":
-            assert torch.equal(out, whole[i : i + 1])
-            assert torch.equal(its, part)
+            same(out, whole[i : i + 1])
+            same(its, part)
         torch.testing.assert_close(out, whole[i : i + 1])
 
 

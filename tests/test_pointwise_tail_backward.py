@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import every, same, within
 from convolutions import assert_same_sums, every_dtype, misaligned
 from pointwise import Draw, exact_rows, run_with_threads, statistics
 
@@ -70,14 +71,14 @@ def run(c, backend, *, inner=False, reread=False):
         sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, backend=backend
     )
     inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, backend=backend)
-    assert torch.equal(c.branch.z.image, before[0])
-    assert torch.equal(c.dout, before[1])
+    same(c.branch.z.image, before[0])
+    same(c.dout, before[1])
     return sums, gradients, inflow
 
 
 def close(got, want, error, rounding=0.0):
     """Errors in units of the largest value, and of each value."""
-    assert ((got.double() - want).abs() <= error * want.abs().max() + rounding * want.abs() + 1e-30).all()
+    within(got.double(), want, error * want.abs().max() + rounding * want.abs() + 1e-30)
 
 
 def check(c, backend, error, **options):
@@ -146,9 +147,9 @@ def test_sums_of_the_bn_below(backend, device, dtype):
     assert inflow.partials.dtype == statistics(dtype)
     unsure = (near * to_rows(inflow.image).double().abs()).sum(0)
     size = g.abs().sum(0) + 1
-    assert ((sums[0] - g.sum(0)).abs() <= 4e-6 * size + unsure).all()
+    within(sums[0], g.sum(0), 4e-6 * size + unsure)
     size = (g * (y - v[0])).abs().sum(0) + 1
-    assert ((sums[1] - (g * (y - v[0])).sum(0)).abs() <= 4e-6 * size + unsure * (y - v[0]).abs().amax(0)).all()
+    within(sums[1], (g * (y - v[0])).sum(0), 4e-6 * size + unsure * (y - v[0]).abs().amax(0))
     if inflow.masked:
         assert not to_rows(inflow.image)[~(opened | near)].any()
 
@@ -165,8 +166,8 @@ def test_products_are_exact_on_integers(backend, device):
     z, g = Activation(image), torch.where(opened, to_rows(dout), 0).double()
     for centre in (mean, None):
         total, product, through = pointwise_tail_backward_reduce(dout, pack_signs(opened), z, centre, scaled, backend=backend)
-        assert torch.equal(total, g.sum(0))
-        assert torch.equal(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
+        same(total, g.sum(0))
+        same(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
         assert through is None or torch.equal(through.double(), g @ scaled.double())
         quadratic, constant = draw(33, 33), draw(33)
         steps = [t for t in (None, through) if t is not None or through is None]
@@ -181,7 +182,7 @@ def test_products_are_exact_on_integers(backend, device):
             want = g @ scaled.double()
             if centre is not None:
                 want = want - (to_rows(image).double() - centre) @ quadratic.double() - constant.double()
-            assert torch.equal(to_rows(dz).double(), want)
+            same(to_rows(dz).double(), want)
 
 
 @every_dtype
@@ -208,8 +209,8 @@ def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride,
     found = pointwise_tail_backward_apply(dout, pack_signs(opened), z, scaled, None, gradients, into=into, backend=backend)
     assert found.image is into
     assert found.partials is None
-    assert torch.equal(into, wanted.to(dtype))
-    assert torch.equal(z.image, before)
+    same(into, wanted.to(dtype))
+    same(z.image, before)
 
 
 def test_an_image_that_cannot_be_joined(backend, device):
@@ -240,17 +241,17 @@ def test_values_at_the_end_of_float16(backend, device, dtype):
     g, rows = torch.where(opened, to_rows(dout), 0).double(), to_rows(image).double()
     mean, signs = rows.mean(0), pack_signs(opened)
     total, product, _ = pointwise_tail_backward_reduce(dout, signs, z, mean, None, backend=backend)
-    assert torch.equal(total, g.sum(0))
+    same(total, g.sum(0))
     terms = g.abs().T @ (rows - mean).abs()
     half = torch.finfo(dtype).eps / 2
-    assert ((product - g.T @ (rows - mean)).abs() <= (half + 2.0**-20) * terms).all()
+    within(product, g.T @ (rows - mean), (half + 2.0**-20) * terms)
 
     quadratic, constant = draw.integers(33, 33, dtype=dtype) * 2.0**-12, draw.integers(33, dtype=torch.float32)
     gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
     dz = to_rows(pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, backend=backend).image)
     want = g @ scaled.double() - (rows - mean) @ quadratic.double() - constant
     terms = g.abs() @ scaled.double().abs() + (rows - mean).abs() @ quadratic.double().abs()
-    assert ((dz.double() - want).abs() <= half * want.abs() + (half + 2.0**-20) * terms).all()
+    within(dz.double(), want, half * want.abs() + (half + 2.0**-20) * terms)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -262,7 +263,7 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     c.dout[~opened] = poison
     z = Activation(c.branch.z.image, c.branch.z.vectors)
     sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
-    assert torch.equal(sums.total, clean[0].total)
+    same(sums.total, clean[0].total)
     c.dout[1, 4, 2, 3] = float("nan")
     c.signs[1 * h * w + 2 * w + 3, 0] |= 1 << 4
     sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
@@ -275,8 +276,8 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     clean = run(c, backend)
     c.signs[:, 4] |= 0xFE
     again = run(c, backend)
-    assert torch.equal(clean[0].product, again[0].product)
-    assert torch.equal(clean[2].image, again[2].image)
+    same(clean[0].product, again[0].product)
+    same(clean[2].image, again[2].image)
 
 
 @every_dtype
@@ -292,7 +293,7 @@ def test_misaligned_and_repeated(backend, device, dtype, reread):
     z = Activation(misaligned(c.branch.z.image), c.branch.z.vectors)
     c.branch, c.dout = c.branch._replace(z=z, weight=misaligned(c.branch.weight)), misaligned(c.dout)
     for once, again, moved in zip(first, second, results(), strict=True):
-        assert torch.equal(once, again)
+        same(once, again)
         assert_same_sums(moved, once)
 
 
@@ -307,10 +308,10 @@ def test_same_bits_whatever_the_threads(cpu_backend, reread):
     c = SimpleNamespace(branch=branch, gamma=None, beta=None, scale=None, dout=dout, signs=signs, training=True)
     first, *others = run_with_threads(lambda: run(c, cpu_backend, inner=True, reread=reread))
     for other in others:
-        assert torch.equal(first[0].total, other[0].total)
-        assert torch.equal(first[0].product, other[0].product)
-        assert torch.equal(first[2].image, other[2].image)
-        assert torch.equal(first[2].partials, other[2].partials)
+        same(first[0].total, other[0].total)
+        same(first[0].product, other[0].product)
+        same(first[2].image, other[2].image)
+        same(first[2].partials, other[2].partials)
 
 
 def test_row_orthogonal_to_the_data(backend, device):
@@ -327,7 +328,7 @@ def test_row_orthogonal_to_the_data(backend, device):
         sums, Moments(*found), c.branch, None, None, None, None, c.dout, c.signs, backend=backend
     )
     assert gradients.dgamma[4] == 0
-    assert gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]].all()
+    every(gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
@@ -352,6 +353,6 @@ def test_finalize_of_every_width(backend, device, inner, outer, training):
     spoilt, others = finalize(), [0, *range(2, outer)]
     assert spoilt.dweight[1].isnan().any()
     assert spoilt.dgamma[1].isnan()
-    assert torch.equal(spoilt.dweight[others], first.dweight[others])
-    assert torch.equal(spoilt.dgamma[others], first.dgamma[others])
+    same(spoilt.dweight[others], first.dweight[others])
+    same(spoilt.dgamma[others], first.dgamma[others])
     assert training == (spoilt.quadratic is not None and bool(spoilt.quadratic.isnan().all()))
