@@ -40,7 +40,7 @@ def test_a_few_cases(name, backend):
     run()
 
 
-@pytest.mark.parametrize(("name", "backend_name", "case"), KEPT, ids=str)
+@pytest.mark.parametrize(("name", "backend_name", "case"), KEPT, ids=[f"{i}-{name}-{on}" for i, (name, on, _) in enumerate(KEPT)])
 def test_what_failed_once(name, backend_name, case, poisoned_memory, request):
     if backend_name == "triton":
         pytest.importorskip("triton")

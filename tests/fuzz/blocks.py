@@ -252,13 +252,14 @@ def _as(case: Whole, p: Problem, dtype: torch.dtype, x_layout: str, dout_layout:
     scale = leaf(p.scale, inner)
 
     def unit(u):
-        bn = [None if t is None else t.to(inner, copy=True) for t in u[4:6]]
+        of_vectors = "sliced" if case.weight_layout == "sliced" else "contiguous"
+        bn = [None if t is None else laid(t.to(inner, copy=True), of_vectors) for t in u[4:6]]
         count = None if u.num_batches_tracked is None else u.num_batches_tracked.clone()
         return u._replace(
             weight=leaf(u.weight, outer, case.weight_layout),
-            bias=leaf(u.bias, outer),
-            gamma=leaf(u.gamma, inner),
-            beta=leaf(u.beta, inner),
+            bias=leaf(u.bias, outer, of_vectors),
+            gamma=leaf(u.gamma, inner, of_vectors),
+            beta=leaf(u.beta, inner, of_vectors),
             running_mean=bn[0],
             running_var=bn[1],
             num_batches_tracked=count,

@@ -65,6 +65,7 @@ class Values:
 
     def __init__(self, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
+        self.parameters = seed
 
     def wide(self, *shape: int, kind: str = "normal") -> Tensor:
         """In float64. far: a mean far above the deviation. sparse: mostly zeros."""
@@ -93,7 +94,12 @@ class Values:
         return torch.stack((mean, var, (var + 1e-5).rsqrt(), scale, shift)).to(statistics(dtype))
 
     def maybe(self, wanted: bool, *shape: int, dtype: torch.dtype) -> Tensor | None:
-        return self.wide(*shape).to(dtype) if wanted else None
+        """A parameter that may be missing; of a vector, every other one is a column of a matrix."""
+        if not wanted:
+            return None
+        tensor = self.wide(*shape).to(dtype)
+        self.parameters += 1
+        return torch.stack((tensor, tensor + 1), -1)[..., 0] if shape and self.parameters % 2 else tensor
 
 
 def shifted(tensor: Tensor, offset: int) -> Tensor:
