@@ -2,25 +2,14 @@
 
 import pytest
 import torch
+from addends import addend_case as case
 from compare import same
 from convolutions import Draw, every_dtype, misaligned
 
-from fused_res.layout import to_rows
-from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.operands import Addend
 
 STRIDES = [(1, 1), (2, 2), (1, 3)]
-
-
-def case(shape, stride, dtype, device, signs=True):
-    draw, (n, c, h, w) = Draw(0, device), shape
-    dx = draw.integers(*shape, dtype=dtype)
-    image = draw.integers(n, c, -(-h // stride[0]), -(-w // stride[1]), dtype=dtype)
-    opened = draw.integers(*image.shape) > 0 if signs else torch.ones_like(image, dtype=torch.bool)
-    expected = dx.double()
-    expected[:, :, :: stride[0], :: stride[1]] += torch.where(opened, image.double(), 0)
-    return dx, Addend(image, pack_signs(to_rows(opened)) if signs else None, stride), expected.to(dtype)
 
 
 @every_dtype

@@ -6,12 +6,10 @@ import os
 import convolutions
 import pointwise
 import pytest
-import test_masked_add
-import test_moments
-import test_pointwise_tail
-import test_pointwise_tail_backward
 import torch
+from addends import addend_case
 from compare import all_same, every, same, within
+from moment_steps import SHORTCUTS, backward_case, check_backward, check_moments, check_tail, tail_arguments
 
 from blocks import projection
 from fused_res import accuracy, backends, explain, use_backend
@@ -312,15 +310,15 @@ def test_matrix_products_on_every_instruction_set(capability, poisoned_memory, d
     for shape, inner, outer in (((2, 1, 9), 3, 5), ((3, 7, 9), 70, 20), ((2, 9, 12), 33, 300)):
         draw = pointwise.Draw(inner, "cpu")
         for prologue in (True, False):
-            test_moments.check(draw.activation(shape[0], inner, *shape[1:], dtype, prologue=prologue), "native")
-        for shortcut in test_pointwise_tail.SHORTCUTS:
-            arguments = test_pointwise_tail.arguments(draw, shape, inner, outer, dtype, shortcut)
-            test_pointwise_tail.check(*arguments, "native")
+            check_moments(draw.activation(shape[0], inner, *shape[1:], dtype, prologue=prologue), "native")
+        for shortcut in SHORTCUTS:
+            arguments = tail_arguments(draw, shape, inner, outer, dtype, shortcut)
+            check_tail(*arguments, "native")
         for reread in (False, True):
-            case = test_pointwise_tail_backward.case(draw, "native", shape, inner, outer, dtype)
-            test_pointwise_tail_backward.check(case, "native", error, inner=True, reread=reread)
+            case = backward_case(draw, "native", shape, inner, outer, dtype)
+            check_backward(case, "native", error, inner=True, reread=reread)
         for stride in ((1, 1), (2, 2)):
-            dx, addend, expected = test_masked_add.case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
+            dx, addend, expected = addend_case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
             ops().masked_add(dx.permute(0, 2, 3, 1), addend.image.permute(0, 2, 3, 1), addend.signs, *stride)
             same(dx, expected)
 

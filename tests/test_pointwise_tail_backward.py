@@ -6,6 +6,9 @@ import pytest
 import torch
 from compare import every, same, within
 from convolutions import assert_same_sums, every_dtype, misaligned
+from moment_steps import backward_case as case
+from moment_steps import check_backward as check
+from moment_steps import run_backward as run
 from pointwise import Draw, exact_rows, run_with_threads, statistics
 
 from fused_res.layout import to_image, to_rows
@@ -24,85 +27,8 @@ from fused_res.primitives.pointwise_tail_backward import (
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
-EPS = 1e-3
 # Images, inner and outer channels; the last has several tiles and stretches of channels in every backend.
 SHAPES = [((1, 3, 6), 3, 5), ((3, 5, 7), 33, 70), ((2, 9, 12), 64, 300)]
-
-
-def case(draw, backend, shape, inner, outer, dtype, *, training=True, prologue=True, stride=(1, 1), residual_scale=0.5, mean=0.0):
-    """Operands of the three steps, and from autograd in float64 what should come of them."""
-    n, h, w = shape
-    wide, size = statistics(dtype), ((h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
-    z = draw.activation(n, inner, *size, dtype, prologue=prologue, stride=stride, mean=mean)
-    weight = (draw.normal(outer, inner, 1, 1) / inner**0.5).to(dtype)
-    gamma, beta = draw.normal(outer, dtype=wide), draw.normal(outer, dtype=wide)
-    running = draw.normal(outer, dtype=torch.float64), draw.normal(outer, dtype=torch.float64).abs() + 0.5
-    dout, opened = draw.normal(n, outer, h, w, dtype=dtype), draw.opened(n * h * w, outer)
-    scale = torch.tensor(residual_scale, dtype=wide, device=draw.device)
-
-    rows = exact_rows(z, backend).requires_grad_()
-    leaves = [t.double().requires_grad_() for t in (weight, gamma, beta, scale)]
-    bias = torch.zeros(outer, dtype=torch.float64, device=draw.device, requires_grad=True)
-    y = rows @ leaves[0].flatten(1).T + bias
-    mean, var = (y.mean(0), y.var(0, correction=0)) if training else running
-    invstd = 1 / (var + EPS).sqrt()
-    total = leaves[3] * (leaves[1] * (y - mean) * invstd + leaves[2])
-    g = torch.where(opened, to_rows(dout), 0)
-    total.backward(g.double())
-    vectors = torch.stack((mean, var, invstd, leaves[3] * leaves[1] * invstd, leaves[3] * (leaves[2] - leaves[1] * invstd * mean)))
-    parameters = zip(("dw", "dgamma", "dbeta", "da"), leaves, strict=True)
-    truth = SimpleNamespace(dz=rows.grad, dbias=bias.grad, **{name: leaf.grad for name, leaf in parameters})
-    branch = Pointwise(z, weight, vectors.detach().to(wide))
-    return SimpleNamespace(
-        branch=branch, gamma=gamma, beta=beta, scale=scale, dout=dout, signs=pack_signs(opened), g=g, training=training, truth=truth
-    )
-
-
-def run(c, backend, *, inner=False, reread=False):
-    """The three steps; with `reread` the last one reads the incoming gradient again."""
-    before = c.branch.z.image.clone(), c.dout.clone()
-    z = Activation(c.branch.z.image, c.branch.z.vectors, c.branch.z.stride)
-    found = moments(z, backend=backend) if c.training else None
-    scaled = scaled_weight(c.branch, backend=backend)
-    mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, backend=backend)
-    assert sums.total.dtype == sums.product.dtype == torch.float64
-    gradients = pointwise_tail_backward_finalize(
-        sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, backend=backend
-    )
-    inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, backend=backend)
-    same(c.branch.z.image, before[0])
-    same(c.dout, before[1])
-    return sums, gradients, inflow
-
-
-def close(got, want, error, rounding=0.0):
-    """Errors in units of the largest value, and of each value."""
-    within(got.double(), want, error * want.abs().max() + rounding * want.abs() + 1e-30)
-
-
-def check(c, backend, error, **options):
-    sums, gradients, inflow = run(c, backend, **options)
-    dtype, truth = c.branch.weight.dtype, c.truth
-    half = torch.finfo(dtype).eps / 2
-    n, _, h, w = c.dout.shape
-    close(sums.total, c.g.double().sum(0), error)
-    assert gradients.dweight.dtype == inflow.image.dtype == dtype
-    assert inflow.image.shape == (n, c.branch.weight.shape[1], h, w)
-    close(gradients.dweight, truth.dw, error, half)
-    close(gradients.dgamma, truth.dgamma, error)
-    close(gradients.dbeta, truth.dbeta, error)
-    assert (gradients.dscale.double().sum() - truth.da).abs() <= error * gradients.dscale.double().abs().sum()
-    if c.training:
-        assert not gradients.dbias.any()
-    else:
-        close(gradients.dbias, truth.dbias, error)
-    # A and B are rounded to z's dtype. Where the gradient is masked already, 0 is right wherever the ReLU below was shut.
-    dz = truth.dz
-    if inflow.masked:
-        dz = torch.where((exact_rows(c.branch.z, backend) > 0) | (to_rows(inflow.image) != 0), dz, 0)
-    close(to_rows(inflow.image), dz, error + 4 * half, half)
-    return inflow
 
 
 @every_dtype
