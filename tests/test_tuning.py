@@ -314,21 +314,29 @@ def asked_by(block, x, backend, dtype):
     return list(calls.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_triton_convolutions_pass_the_trial_in_the_interpreter(training, dtype, proven_interpreter):
-    """Every convolution that some level of some block asks for, with every tile: the judge has no false alarms."""
+@pytest.mark.parametrize(
+    ("training", "dtype", "kind"),
+    [
+        pytest.param(True, torch.float32, "pooled", id="train-float32"),
+        pytest.param(False, torch.bfloat16, "pooled", id="eval-bfloat16"),
+        pytest.param(False, torch.bfloat16, "projection", id="eval-bfloat16-3x3", marks=pytest.mark.long),
+        pytest.param(True, torch.bfloat16, "pooled", id="train-bfloat16", marks=pytest.mark.long),
+        pytest.param(True, torch.bfloat16, "projection", id="train-bfloat16-3x3", marks=pytest.mark.long),
+        pytest.param(False, torch.float32, "pooled", id="eval-float32", marks=pytest.mark.long),
+    ],
+)
+def test_triton_convolutions_pass_the_trial_in_the_interpreter(training, dtype, kind, proven_interpreter):
+    """Every convolution that some level of the block asks for, with every tile: the judge has no false alarms."""
     pytest.importorskip("triton")
     seen = 0
-    for kind in ("pooled",) if dtype == torch.float32 else ("pooled", "projection"):
-        block = make(kind, dtype).train(training)
-        for call in asked_by(block, image(block, 2, 6, dtype), "triton", dtype):
-            if own_kernel(call)[0] is not None:
-                choice, verdict = try_convolution(call, CPU, lambda runs, *_: {n: 1.0 - (n != LIBRARY) / 2 for n in runs})
-                assert choice.own
-                assert verdict.rejected == {}
-                assert len(verdict.seconds) >= 3
-                seen += 1
+    block = make(kind, dtype).train(training)
+    for call in asked_by(block, image(block, 2, 6, dtype), "triton", dtype):
+        if own_kernel(call)[0] is not None:
+            choice, verdict = try_convolution(call, CPU, lambda runs, *_: {n: 1.0 - (n != LIBRARY) / 2 for n in runs})
+            assert choice.own
+            assert verdict.rejected == {}
+            assert len(verdict.seconds) >= 3
+            seen += 1
     assert seen >= 4
 
 
