@@ -450,6 +450,8 @@ def check(case: Whole, backend: str) -> None:
         assert (got.shape, got.dtype) == (want.shape, want.dtype), (
             f"{name}: {got.dtype} {got.shape}, eager {want.dtype} {want.shape}"
         )
+    strides = run.tensors["out"].stride(), eager.tensors["out"].stride()
+    assert strides[0] == strides[1], f"out: strides {strides[0]}, eager {strides[1]}"
     if case.seed % 4 == 0:
         again, _ = _fused(case, _as(case, p, dtype, case.x_layout, case.dout_layout), dtype, backend)
         for name, got in run.tensors.items():
