@@ -13,12 +13,14 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow bench figures gpu gpu-carry lint format aot kernels headers wheel clean
+.PHONY: help setup test test-slow fuzz same bench figures gpu gpu-carry lint format aot kernels headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
+	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
+	@echo "make same    this checkout against another, bit for bit: ARGS=<other checkout>"
 	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
@@ -71,6 +73,12 @@ gpu-carry: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) --dist worksteal -m slow $(ARGS)
+
+fuzz: $(READY)
+	PYTHONPATH=tests OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m fuzz $(ARGS)
+
+same: $(READY)
+	$(BIN)/python .ci/same.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -209,13 +209,13 @@ def _merged(partials: Partials, suspect: Tensor, stats: bool) -> Tensor:
 
 def pointwise_direct_stats(z: Any, weight: Tensor, suspect: Tensor) -> Tensor:
     """Contract: fused_res/primitives/pointwise_direct.py."""
-    return _merged(direct_partials(z, weight.flatten(1), suspect), suspect, True)
+    return _merged(direct_partials(z, weight.flatten(1).contiguous(), suspect), suspect, True)
 
 
 def pointwise_direct_sums(dout: Tensor, signs: Tensor, z: Any, weight: Tensor, mean: Tensor, suspect: Tensor) -> Tensor:
     """Contract: fused_res/primitives/pointwise_direct.py."""
     g = incoming(dout, signs, z.pixels)
-    return _merged(direct_partials(z, weight.flatten(1), suspect, g, signs, mean), suspect, False)
+    return _merged(direct_partials(z, weight.flatten(1).contiguous(), suspect, g, signs, mean), suspect, False)
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -126,7 +126,7 @@ def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products
 
 def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor | None]:
     """Contract: fused_res/primitives/pointwise_tail.py. tile: by default `default_tile`."""
-    image, weight = main.z.image, main.weight.flatten(1)
+    image, weight = main.z.image, main.weight.flatten(1).contiguous()
     n, _, h, w = image.shape
     pixels, channels, inner = n * h * w, *weight.shape
     out = torch.empty(pixels, channels, dtype=image.dtype, device=image.device)
@@ -134,7 +134,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductT
     skip, y2 = (None if image is None else to_rows(image) for image in (shortcut.skip, shortcut.y2))
     vectors2, z2, weight2, inner2, side = shortcut.vectors2, None, None, 1, shortcut.projection
     if side is not None:
-        z2, weight2, vectors2 = operand("projection.z", side.z, image), side.weight.flatten(1), side.vectors
+        z2, weight2, vectors2 = operand("projection.z", side.z, image), side.weight.flatten(1).contiguous(), side.vectors
         inner2 = weight2.shape[1]
     precision, narrow_dtype = dot_precision(image), image.element_size() == 2
     tile = tile or default_tile(channels, narrow_dtype, precision, side is not None, limits(image.device).results)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from compare import every, same, within
 
 from fused_res.spec import ConvBN
 
@@ -103,12 +104,12 @@ def in_float64(operation, *images):
 def assert_same_sums(got, expected, rounding=2.0**-20):
     """The same bits; on a GPU another alignment may mean another share of each thread, whose sums then round differently."""
     if got.device.type == "cpu" or not got.is_floating_point():
-        assert torch.equal(got, expected)
+        same(got, expected)
         return
     assert got.dtype == expected.dtype
     difference = (got.double() - expected.double()).abs()
     limit = rounding * expected.double().abs().max() + torch.finfo(got.dtype).eps * expected.double().abs()
-    assert (difference <= limit).all()
+    every(difference <= limit)
 
 
 def assert_rounded(got, expected, magnitude, images, backend):
@@ -117,9 +118,9 @@ def assert_rounded(got, expected, magnitude, images, backend):
     The library's gradient of a weight rounds after every image on a CPU without instructions for bfloat16, and so on most.
     """
     if backend == "triton" or got.dtype != torch.bfloat16 or got.is_cuda or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert torch.equal(got, expected.to(got.dtype))
+        same(got, expected.to(got.dtype))
         return
-    assert ((got.double() - expected).abs() <= images * torch.finfo(got.dtype).eps / 2 * magnitude).all()
+    within(got.double(), expected, images * torch.finfo(got.dtype).eps / 2 * magnitude)
 
 
 def misaligned(image):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import all_same, same, within
 
 from fused_res.primitives.bn_act import bn_act, pack_signs, unpack_signs
 
@@ -46,7 +47,7 @@ def check_signs(signs, out):
     expected = torch.zeros(pixels, signs.shape[1], dtype=torch.int64)
     for c in range(channels):
         expected[:, c // 8] += (~(out[:, c].cpu() <= 0)).long() << (c % 8)
-    assert torch.equal(signs.cpu().long(), expected)
+    same(signs.cpu().long(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,14 +57,14 @@ def test_rounds_once(backend, device, dtype, shortcut, pixels, channels):
     y, vectors, more = arguments(pixels, channels, dtype, device, shortcut)
     before = [t.clone() for t in (y, vectors, *more.values())]
     out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(before, (y, vectors, *more.values()), strict=True))
+    all_same(before, (y, vectors, *more.values()))
     assert out.dtype == dtype
     parts = list(terms(y, vectors, **more))
     expected = sum(parts).relu()
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     rounding = torch.finfo(dtype).eps / 2 * expected + tiny
     float32 = 3 * 2.0**-24 * sum(part.abs() for part in parts)
-    assert ((out.double() - expected).abs() <= rounding + float32).all()
+    within(out.double(), expected, rounding + float32)
     check_signs(signs, out)
 
 
@@ -72,10 +73,10 @@ def test_rounds_once(backend, device, dtype, shortcut, pixels, channels):
 def test_exact_on_integers(backend, device, dtype, shortcut):
     y, vectors, more = arguments(70, 20, dtype, device, shortcut, integers=True)
     out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
-    assert torch.equal(out.double(), sum(terms(y, vectors, **more)).relu())
+    same(out.double(), sum(terms(y, vectors, **more)).relu())
     check_signs(signs, out)
     without, none = bn_act(y, vectors, **more, backend=backend)
-    assert torch.equal(without, out)
+    same(without, out)
     assert none is None
 
 
@@ -100,7 +101,7 @@ def test_not_finite(backend, device, dtype, shortcut):
     assert out[2, 5] == 0
     check_signs(signs, out)
     clean[0, 3], clean[1, 4], clean[2, 5] = out[0, 3], out[1, 4], out[2, 5]
-    assert torch.equal(out.nan_to_num(-1.0), clean.nan_to_num(-1.0))
+    same(out.nan_to_num(-1.0), clean.nan_to_num(-1.0))
     if more:
         y, vectors, more = arguments(9, 20, dtype, device, shortcut)
         next(iter(more.values()))[8, 19] = float("nan")
@@ -125,7 +126,7 @@ def test_zero_scale_shuts_out_nothing_but_itself(backend, device):
     y, vectors, more = arguments(70, 20, torch.bfloat16, device, "skip")
     vectors[3:] = 0
     out, _ = bn_act(y, vectors, **more, backend=backend)
-    assert torch.equal(out, more["skip"].relu())
+    same(out, more["skip"].relu())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -138,8 +139,8 @@ def test_repeats_bit_for_bit_and_misaligned(backend, device, dtype, shortcut):
 
     first = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
     moved = bn_act(shift(y), shift(vectors), **{k: shift(t) for k, t in more.items()}, keep_signs=True, backend=backend)
-    assert torch.equal(first[0], moved[0])
-    assert torch.equal(first[1], moved[1])
+    same(first[0], moved[0])
+    same(first[1], moved[1])
 
 
 def test_no_rows(backend, device):
@@ -152,7 +153,7 @@ def test_no_rows(backend, device):
 def test_signs_pack_and_unpack(channels):
     opened = torch.rand(6, channels, generator=torch.Generator().manual_seed(channels)) < 0.5
     check_signs(pack_signs(opened), opened.float())
-    assert torch.equal(unpack_signs(pack_signs(opened), channels), opened)
+    same(unpack_signs(pack_signs(opened), channels), opened)
 
 
 def test_bad_arguments(backend, device):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import same, within
 from convolutions import assert_same_sums
 
 from fused_res.primitives.bn_act import pack_signs
@@ -128,12 +129,12 @@ def close(actual, expected, error, rounding=0.0):
     """Errors in units of the largest value of each column, and of each value."""
     expected = expected.double()
     unit = expected.abs().amax(0, keepdim=True) if expected.dim() == 2 else expected.abs().max()
-    assert ((actual.double() - expected).abs() <= error * unit + rounding * expected.abs() + 1e-30).all()
+    within(actual.double(), expected, error * unit + rounding * expected.abs() + 1e-30)
 
 
 def check(c, backend, error):
     coefficients, dys, masked = run(c, backend)
-    assert torch.equal(masked, c.g)
+    same(masked, c.g)
     for branch, rows, dy in zip(c.branches, coefficients, dys, strict=True):
         assert rows.dtype == branch.statistics
         assert dy.dtype == c.dtype
@@ -194,14 +195,14 @@ def test_sums_are_exact_on_integers(backend, device, few_programs, dtype):
     g = dout.double() * opened
     sums = [g.sum(0), (g * (y.double() - vectors[0])).sum(0), (g * (y2.double() - vectors2[0])).sum(0)]
     partials = bn_act_backward_reduce(dout, y, vectors, signs=pack_signs(opened), y2=y2, vectors2=vectors2, backend=backend)
-    assert torch.equal(partials.double().sum(0), torch.stack(sums))
+    same(partials.double().sum(0), torch.stack(sums))
     g = dout.double() * (vectors[3] * y.double() + vectors[4] > 0)
     partials = bn_act_backward_reduce(dout, y, vectors, backend=backend)
-    assert torch.equal(partials.double().sum(0), torch.stack([g.sum(0), (g * (y.double() - vectors[0])).sum(0)]))
+    same(partials.double().sum(0), torch.stack([g.sum(0), (g * (y.double() - vectors[0])).sum(0)]))
     for tiles in (partials, partials.repeat(300, 1, 1)):
         rows = Coefficients(*bn_act_backward_finalize(tiles, 1, 1, vectors, None, None, training=False, backend=backend))
-        assert torch.equal(rows.dbeta.double(), tiles.double().sum(0)[0])
-        assert torch.equal(rows.dgamma.double(), vectors[2] * tiles.double().sum(0)[1])
+        same(rows.dbeta.double(), tiles.double().sum(0)[0])
+        same(rows.dgamma.double(), vectors[2] * tiles.double().sum(0)[1])
 
 
 @pytest.mark.parametrize("signs", [False, True], ids=["inner", "outer"])
@@ -216,10 +217,10 @@ def test_gradient_passes_nan_and_stops_at_zero(backend, device, signs):
     dy, _, masked = bn_act_backward_apply(
         dout, values, vectors, coefficients, training=False, keep_masked=True, backend=backend, **given
     )
-    assert torch.equal(masked, 3.0 * opened)
-    assert torch.equal(dy, 6.0 * opened)
+    same(masked, 3.0 * opened)
+    same(dy, 6.0 * opened)
     partials = bn_act_backward_reduce(dout, values, vectors, backend=backend, **given)
-    assert torch.equal(partials.sum(0)[0], masked[0])
+    same(partials.sum(0)[0], masked[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -242,7 +243,7 @@ def test_frozen_input_stays_out_of_dy(backend, device, poison):
             training2=False,
             backend=backend,
         )
-        assert torch.equal(dy2, clean[1])
+        same(dy2, clean[1])
 
 
 @pytest.mark.parametrize("where", ["dout", "y"])
@@ -255,7 +256,7 @@ def test_not_finite_spoils_its_channel_only(backend, device, where):
     (rows, rows2), dys, _ = run(c, backend)
     assert Coefficients(*rows).dgamma[7].isnan()
     for got, expected in ((rows, clean), (rows2, clean2), (dys[0], clean_dys[0]), (dys[1], clean_dys[1])):
-        assert torch.equal(got[:, others], expected[:, others])
+        same(got[:, others], expected[:, others])
 
 
 def test_bits_past_the_last_channel_do_not_matter(backend, device):
@@ -263,8 +264,8 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     _, clean, _ = run(c, backend)
     c.signs[:, 2] |= 0xF0
     _, dys, masked = run(c, backend)
-    assert torch.equal(masked, c.g)
-    assert torch.equal(dys[0], clean[0])
+    same(masked, c.g)
+    same(dys[0], clean[0])
 
 
 @pytest.mark.parametrize("name", ["inner", "second"])
@@ -273,7 +274,7 @@ def test_repeats_bit_for_bit_and_misaligned(backend, device, name):
     rows, dys, _ = run(c, backend)
     again, again_dys, _ = run(c, backend, keep_masked=False)
     for got, expected in zip((*again, *again_dys), (*rows, *dys), strict=True):
-        assert torch.equal(got, expected)
+        same(got, expected)
     c.dout = torch.cat([c.dout.new_zeros(1), c.dout.flatten()])[1:].view_as(c.dout)
     moved, moved_dys, _ = run(c, backend, keep_masked=False)
     for got, expected in zip((*moved, *moved_dys), (*rows, *dys), strict=True):

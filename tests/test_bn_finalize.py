@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import every, same, within
 from convolutions import assert_same_sums
 
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running
@@ -47,7 +48,7 @@ def check(actual, expected, error):
         mean=expected.mean.abs() + expected.var.sqrt(), shift=(expected.scale * expected.mean).abs() + expected.shift.abs()
     )
     for name, got, true, one in zip(Vectors._fields, actual, expected, unit, strict=True):
-        assert ((got - true).abs() <= error * one.abs()).all(), name
+        within(got, true, error * one.abs(), name)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,9 @@ def test_running_statistics_pass_unchanged(backend, device):
     mean = torch.tensor([0.1, -1000.0, 3e38, 0.0], device=device)
     var = torch.tensor([0.3, 0.0, 1e-30, float("inf")], device=device)
     v = Vectors(*bn_finalize(torch.stack((mean, var)).unsqueeze(0), 1, 1, None, None, EPS, backend=backend))
-    assert torch.equal(v.mean, mean)
-    assert torch.equal(v.var, var)
-    assert torch.equal(v.scale, v.invstd)
+    same(v.mean, mean)
+    same(v.var, var)
+    same(v.scale, v.invstd)
     torch.testing.assert_close(v.invstd, 1 / (var + EPS).sqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(v.shift, -mean * v.invstd, rtol=1e-6, atol=0)
 
@@ -111,7 +112,8 @@ def test_running_statistics(backend, device, dtype, channels, given):
     a = torch.tensor(0.5, device=device) if given == "all" else None
     before = [t.clone() for t in (mean, var)]
     found = bn_running(mean, var, bias, gamma, beta, EPS, a, dtype=torch.float32, backend=backend)
-    assert all(torch.equal(t.nan_to_num(), b.nan_to_num()) for t, b in zip((mean, var), before, strict=True))
+    for t, b in zip((mean, var), before, strict=True):
+        same(t.nan_to_num(), b.nan_to_num())
     plain = torch.stack((mean.double() - (0 if bias is None else bias.double()), var.double())).unsqueeze(0)
     expected = bn_finalize(plain, 1, 1, gamma, beta, EPS, a, backend="reference")
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -127,7 +129,7 @@ def test_equal_tiles_have_no_variance(backend, device):
     partials = torch.tensor([[0.1, 1e6, -3.0], [0, 0, 0]], device=device).expand(70, 2, 3).contiguous()
     v = Vectors(*bn_finalize(partials, 4, 278, None, None, 1.0, backend=backend))
     torch.testing.assert_close(v.mean, partials[0, 0], rtol=2e-7, atol=0)
-    assert (v.var <= 1e-13 * v.mean**2).all()
+    every(v.var <= 1e-13 * v.mean**2)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -140,13 +142,13 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison, tile, row):
     actual = bn_finalize(partials, 2, 140, None, None, EPS, backend=backend)
     assert not actual[1, 7].isfinite()
     others = [c for c in range(12) if c != 7]
-    assert torch.equal(actual[:, others], clean[:, others])
+    same(actual[:, others], clean[:, others])
 
 
 def test_repeats_bit_for_bit_and_misaligned(backend, device):
     partials = partials_of(samples(140, 20, device), 2)
     first = bn_finalize(partials, 2, 140, None, None, EPS, backend=backend)
-    assert torch.equal(bn_finalize(partials, 2, 140, None, None, EPS, backend=backend), first)
+    same(bn_finalize(partials, 2, 140, None, None, EPS, backend=backend), first)
     view = torch.cat([partials.new_zeros(1), partials.flatten()])[1:].view_as(partials)
     assert_same_sums(bn_finalize(view, 2, 140, None, None, EPS, backend=backend), first)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import same, within
 from convolutions import assert_same_sums
 
 from fused_res.primitives.bn_stats import bn_stats
@@ -27,13 +28,13 @@ def check(y, backend, mean_error, squares_error):
     """Errors in units of each channel's deviation, and of each channel's sum of squares."""
     before = y.clone()
     partials, rows = bn_stats(y, backend=backend)
-    assert torch.equal(y, before)
+    same(y, before)
     assert partials.dtype == (torch.float64 if y.dtype == torch.float64 else torch.float32)
     assert partials.shape == (-(-y.shape[0] // rows), 2, y.shape[1])
     expected = truth(y, rows)
     deviation = y.double().std(0, correction=0)
-    assert ((partials[:, 0] - expected[:, 0]).abs() <= mean_error * (deviation + y[0].double().abs() * 1e-3)).all()
-    assert ((partials[:, 1] - expected[:, 1]).abs() <= squares_error * expected[:, 1]).all()
+    within(partials[:, 0], expected[:, 0], mean_error * (deviation + y[0].double().abs() * 1e-3))
+    within(partials[:, 1], expected[:, 1], squares_error * expected[:, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -66,7 +67,7 @@ def test_outlier_in_the_first_row(backend, device, few_programs):
 def test_constant_channel_has_no_variance(backend, device, few_programs):
     y = torch.tensor([3.0, -1000.0, 0.0, 0.25], device=device).expand(1100, 4).contiguous()
     partials, _ = bn_stats(y, backend=backend)
-    assert torch.equal(partials[:, 0], y[: len(partials)])
+    same(partials[:, 0], y[: len(partials)])
     assert not partials[:, 1].any()
 
 
@@ -79,12 +80,12 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison, row):
     partials, _ = bn_stats(y, backend=backend)
     assert not partials[:, 1, 7].isfinite().all()
     others = [c for c in range(20) if c != 7]
-    assert torch.equal(partials[:, :, others], clean[:, :, others])
+    same(partials[:, :, others], clean[:, :, others])
 
 
 def test_repeats_bit_for_bit(backend, device, few_programs):
     y = activations(1001, 20, torch.bfloat16, device)
-    assert torch.equal(bn_stats(y, backend=backend)[0], bn_stats(y, backend=backend)[0])
+    same(bn_stats(y, backend=backend)[0], bn_stats(y, backend=backend)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

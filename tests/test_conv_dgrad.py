@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import same
 from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
@@ -67,7 +68,7 @@ class Case:
         before = [t.clone() for t in (self.image, self.y, self.like, self.unit.weight)]
         inflow = conv_dgrad(self.gradient, self.like, self.unit, backend=backend, **epilogue)
         for tensor, copy in zip((self.image, self.y, self.like, self.unit.weight), before, strict=True):
-            assert torch.equal(tensor, copy)
+            same(tensor, copy)
         assert inflow.image.shape == self.like.shape
         assert inflow.image.is_contiguous(memory_format=torch.channels_last)
         return inflow
@@ -78,7 +79,7 @@ def test_exact_on_integers(backend, device, geometry, dtype):
     for mode in ("plain", "inner"):
         case = Case(geometry, dtype, device, mode)
         dx, partials, masked = case.run(backend)
-        assert torch.equal(dx, case.dx.to(dtype))
+        same(dx, case.dx.to(dtype))
         assert partials is None
         assert not masked
 
@@ -96,7 +97,7 @@ def test_prologue_and_inner_epilogue(backend, device, name, training, mode, dtyp
     g = torch.where(scale * y + shift > 0, case.dx, 0).to(dtype)
     sums = torch.stack((g.double().sum((0, 2, 3)), (g.double() * (y - mean)).sum((0, 2, 3))))
     assert partials.shape[1:] == (2, geometry.c)
-    assert torch.equal(partials.double().sum(0), sums)
+    same(partials.double().sum(0), sums)
     assert torch.equal(dx, g) if masked else torch.equal(torch.where(scale * y + shift > 0, dx, 0), g)
     assert masked == (backend == "triton")
 
@@ -113,8 +114,8 @@ def test_addend(backend, device, name, signs, stride, dtype):
     add = Addend(image, pack_signs(to_rows(opened)) if signs else None, stride)
     dx, before = case.dx, image.clone()
     dx[:, :, :: stride[0], :: stride[1]] += torch.where(opened, image.double(), 0)
-    assert torch.equal(case.run(backend, add=add).image, dx.to(dtype))
-    assert torch.equal(image, before)
+    same(case.run(backend, add=add).image, dx.to(dtype))
+    same(image, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,7 +150,7 @@ def test_not_finite_goes_where_it_is_seen(backend, device, name):
     seen = convolve(case.gradient.image.isnan().float(), case.unit, case.geometry.size) != 0
     case.like.zero_()
     dx = conv_dgrad(case.gradient, case.like, case.unit, add=Addend(case.like), backend=backend).image
-    assert torch.equal(dx.isnan(), seen)
+    same(dx.isnan(), seen)
     inner = Activation(case.like, torch.ones(5, case.geometry.c, device=device))
     inner.image[0, 0, 0, 0] = float("nan")
     partials = conv_dgrad(Gradient(case.image.nan_to_num()), case.like, case.unit, inner=inner, backend=backend).partials
@@ -163,7 +164,7 @@ def test_frozen_input_stays_out(backend, device, mode):
     case = Case(GEOMETRIES["1x1"], torch.float32, device, mode, training=False)
     case.gradient.y = torch.full_like(case.y, float("nan"))
     dx = conv_dgrad(case.gradient, case.like, case.unit, backend=backend).image
-    assert torch.equal(dx, case.dx.float())
+    same(dx, case.dx.float())
 
 
 def test_bits_past_the_last_channel_do_not_matter(backend, device):
@@ -173,7 +174,7 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     signs = pack_signs(to_rows(opened))
     signs[:, 2] |= 0xF0
     dx = case.dx + torch.where(opened, case.like.double(), 0)
-    assert torch.equal(case.run(backend, add=Addend(case.like, signs)).image, dx.float())
+    same(case.run(backend, add=Addend(case.like, signs)).image, dx.float())
 
 
 @every_tiled
@@ -188,7 +189,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     assert len(tiles) >= 2
     for config in tiles:
         dx, _, _ = launcher(case.gradient, case.like, case.unit, None, None, config=config)
-        assert torch.equal(dx, expected), config
+        same(dx, expected, config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -202,18 +203,18 @@ def test_any_layout(backend, device, dtype):
     ):
         dy = Gradient(image, misaligned(case.y), gradient.vectors, gradient.coefficients)
         dx = conv_dgrad(dy, like, case.unit._replace(weight=filters), backend=backend).image
-        assert torch.equal(dx, expected)
+        same(dx, expected)
         assert dx.is_contiguous(memory_format=torch.channels_last)
     sums = case.image.new_ones(()).expand(SMALL.out)
     dx = conv_dgrad(Gradient(sums), case.like, case.unit, add=Addend(torch.zeros_like(case.like)), backend=backend).image
-    assert torch.equal(dx, convolve(sums, case.unit, SMALL.size).to(dtype))
+    same(dx, convolve(sums, case.unit, SMALL.size).to(dtype))
 
 
 def test_misaligned_signs(backend, device):
     case = Case(SMALL._replace(k=64), torch.bfloat16, device, "outer")
     signs = case.gradient.signs
     case.gradient.signs = torch.cat([signs.new_zeros(1), signs.flatten()])[1:].view_as(signs)
-    assert torch.equal(case.run(backend).image, case.dx.bfloat16())
+    same(case.run(backend).image, case.dx.bfloat16())
 
 
 def test_gradients_past_32_bits(device, proven_interpreter):
@@ -239,7 +240,7 @@ def test_gradients_past_32_bits(device, proven_interpreter):
     g, v = values
     expected = coefficients[0] * torch.where(opened, g, 0) + coefficients[1] * v + coefficients[2]
     expected = torch.einsum("hwk,kc->chw", expected, unit.weight[:, :, 0, 0].double())
-    assert torch.equal(dx[0], expected.bfloat16())
+    same(dx[0], expected.bfloat16())
 
 
 def test_nothing_fused_is_the_library(device, monkeypatch):
@@ -255,7 +256,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     expected = convolve(dy, unit, like.shape[2:])
     inner = Activation(like, torch.zeros(5, 20, device=device))
     dx, partials, masked = conv_dgrad(Gradient(dy), like, unit, inner=inner, backend=backend)
-    assert torch.equal(dx.double(), expected)
+    same(dx.double(), expected)
     assert not partials.any()
     assert not masked
 
@@ -266,8 +267,8 @@ def test_repeats_bit_for_bit(backend, device):
     like, dy = draw.normal(SMALL.n, SMALL.c, *SMALL.size), draw.normal(*SMALL.out)
     inner = Activation(like, draw.normal(5, SMALL.c))
     first, second = (conv_dgrad(Gradient(dy), like, unit, inner=inner, backend=backend) for _ in range(2))
-    assert torch.equal(first.image, second.image)
-    assert torch.equal(first.partials, second.partials)
+    same(first.image, second.image)
+    same(first.partials, second.partials)
 
 
 def test_no_images(backend, device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import same, within
 from convolutions import DTYPES, GEOMETRIES, Draw, every_dtype, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
@@ -44,11 +45,11 @@ def test_exact_on_integers(backend, device, geometry, dtype):
     assert y.shape == geometry.out
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (partials, rows) == (None, 0)
-    assert torch.equal(y, convolve(activate(x, vectors), unit).to(dtype))
+    same(y, convolve(activate(x, vectors), unit).to(dtype))
     y = conv_fprop(Activation(x), unit, statistics=True, backend=backend).image
-    assert torch.equal(y, convolve(x, unit).to(dtype))
-    assert torch.equal(x, before[0])
-    assert torch.equal(unit.weight, before[1])
+    same(y, convolve(x, unit).to(dtype))
+    same(x, before[0])
+    same(unit.weight, before[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -64,8 +65,8 @@ def test_statistics_are_those_of_the_stored_values(backend, device, name, dtype)
     assert partials.shape == (len(tiles), 2, geometry.k)
     for (mean, squares), tile in zip(partials.double(), tiles, strict=True):
         deviation = tile.std(0, correction=0) + 1e-3 * tile.abs().amax(0)
-        assert ((mean - tile.mean(0)).abs() <= 1e-6 * deviation).all()
-        assert ((squares - tile.var(0, correction=0) * len(tile)).abs() <= 5e-6 * len(tile) * deviation.square()).all()
+        within(mean, tile.mean(0), 1e-6 * deviation)
+        within(squares, tile.var(0, correction=0) * len(tile), 5e-6 * len(tile) * deviation.square())
     pixels = len(to_rows(y))
     merged = bn_finalize(partials, rows, pixels, None, None, 1e-5, backend=backend)
     torch.testing.assert_close(merged[1].double(), to_rows(y).double().var(0, correction=0), rtol=1e-5, atol=1e-9)
@@ -90,7 +91,7 @@ def test_evaluation_epilogue(backend, device, name, shortcut, dtype):
         total = total + other.double() * vectors2[3].view(-1, 1, 1) + vectors2[4].view(-1, 1, 1)
         output = Output(after, y2=other, vectors2=vectors2)
     y = conv_fprop(Activation(x, vectors), unit, output=output, backend=backend).image
-    assert torch.equal(y, total.relu().to(dtype))
+    same(y, total.relu().to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,7 +122,7 @@ def test_prologue_is_bn_act(device, poisoned_memory):
     for dtype in DTYPES:
         x, vectors = draw.normal(2, 20, 5, 6, dtype=dtype), draw.normal(5, 20)
         y = conv_fprop(Activation(x, vectors), GEOMETRIES["1x1"].unit(identity.to(dtype)), backend="triton").image
-        assert torch.equal(to_rows(y), bn_act(to_rows(x), vectors, backend="triton")[0])
+        same(to_rows(y), bn_act(to_rows(x), vectors, backend="triton")[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -138,7 +139,7 @@ def test_not_finite_passes_the_relu(backend, device, name, poison):
     output = Output(torch.ones(5, geometry.k, device=device))
     for given in ({}, {"output": output}, {"statistics": True}):
         y, partials, _ = conv_fprop(Activation(x, vectors), unit, backend=backend, **given)
-        assert torch.equal(~y.isfinite(), seen)
+        same(~y.isfinite(), seen)
         assert partials is None or not partials[:, 1].isfinite().all(0).any()
 
 
@@ -154,7 +155,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     assert len(tiles) >= 2
     for config in tiles:
         y, partials, rows = launcher(Activation(x, vectors), unit, True, None, config=tuple(config))
-        assert torch.equal(y, expected), config
+        same(y, expected, config)
         assert rows == config.block_p
         assert len(partials) == -(-to_rows(y).shape[0] // rows)
 
@@ -171,11 +172,11 @@ def test_any_layout(backend, device, dtype):
         (x, weight.transpose(2, 3).contiguous().transpose(2, 3)),
     ):
         y = conv_fprop(Activation(image, vectors), unit._replace(weight=filters), backend=backend).image
-        assert torch.equal(y, expected)
+        same(y, expected)
         assert y.is_contiguous(memory_format=torch.channels_last)
     row = x[:, :, :1].expand(-1, -1, x.shape[2], -1)
     y = conv_fprop(Activation(row), unit, statistics=True, backend=backend).image
-    assert torch.equal(y, convolve(row, unit).to(dtype))
+    same(y, convolve(row, unit).to(dtype))
 
 
 def test_images_past_32_bits(device, proven_interpreter):
@@ -194,7 +195,7 @@ def test_images_past_32_bits(device, proven_interpreter):
         unit = geometry.unit(draw.integers(16, 32, *geometry.filter, dtype=torch.bfloat16))
         y = conv_fprop(Activation(x), unit, statistics=True, backend="triton").image
         expected = torch.einsum("hwc,kc->khw", values.double(), unit.weight[:, :, padding, padding].double())
-        assert torch.equal(y[0], expected.bfloat16())
+        same(y[0], expected.bfloat16())
 
 
 def test_tensor_float_32(device, poisoned_memory, monkeypatch):
@@ -234,7 +235,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     x = draw.integers(2, 20, 5, 5)
     expected = convolve(x, unit)
     y, partials, rows = conv_fprop(Activation(x), unit, statistics=True, backend=backend)
-    assert torch.equal(y.double(), expected)
+    same(y.double(), expected)
     assert len(partials) == -(-50 // rows)
 
 
@@ -242,8 +243,8 @@ def test_repeats_bit_for_bit(backend, device):
     draw = Draw(6, device)
     x, unit = draw.normal(2, 20, 9, 8), SMALL.unit(draw.normal(13, 20, 3, 3))
     first, second = (conv_fprop(Activation(x), unit, statistics=True, backend=backend) for _ in range(2))
-    assert torch.equal(first.image, second.image)
-    assert torch.equal(first.partials, second.partials)
+    same(first.image, second.image)
+    same(first.partials, second.partials)
 
 
 def test_no_images(backend, device):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import every, same
 from convolutions import DTYPES, GEOMETRIES, Draw, assert_rounded, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
@@ -75,7 +76,7 @@ class Case:
         before = [t.clone() for t in (self.image, self.y, self.x.image, self.unit.weight)]
         dweight = conv_wgrad(self.gradient, self.x, self.unit, backend=backend)
         for tensor, copy in zip((self.image, self.y, self.x.image, self.unit.weight), before, strict=True):
-            assert torch.equal(tensor, copy)
+            same(tensor, copy)
         assert dweight.shape == self.unit.weight.shape
         return dweight
 
@@ -132,11 +133,11 @@ def test_not_finite_spoils_its_channel_only(backend, device, few_parts):
     clean = run()
     case.image[0, 3, 1, 2] = float("nan")
     dweight = run()
-    assert dweight[3].isnan().all()
+    every(dweight[3].isnan())
     others = [k for k in range(len(clean)) if k != 3]
-    assert torch.equal(dweight[others], clean[others])
+    same(dweight[others], clean[others])
     case.image[0, 3, 1, 2], case.x.image[2, 5, 8, 6] = 1.0, float("nan")
-    assert torch.equal(run().isnan().flatten(1).any(0).nonzero(), torch.tensor([[5]], device=device))
+    same(run().isnan().flatten(1).any(0).nonzero(), torch.tensor([[5]], device=device))
 
 
 @pytest.mark.parametrize("mode", ["outer", "masked"])
@@ -144,7 +145,7 @@ def test_frozen_input_stays_out(backend, device, mode):
     case = Case(GEOMETRIES["1x1"], torch.float32, device, mode, training=False)
     case.gradient.y = torch.full_like(case.y, float("nan"))
     dweight = conv_wgrad(case.gradient, case.x, case.unit, backend=backend)
-    assert torch.equal(dweight, correlate(case.dy, case.z, case.unit).float())
+    same(dweight, correlate(case.dy, case.z, case.unit).float())
 
 
 def test_pixels_past_the_last_do_not_count(device, poisoned_memory):
@@ -153,7 +154,7 @@ def test_pixels_past_the_last_do_not_count(device, poisoned_memory):
     for pixels in (1, 31, 33, 65):
         geometry = GEOMETRIES["1x1"]._replace(n=1, size=(1, pixels))
         case = Case(geometry, torch.float32, device)
-        assert torch.equal(case.run("triton"), correlate(case.dy, case.z, case.unit).float())
+        same(case.run("triton"), correlate(case.dy, case.z, case.unit).float())
 
 
 @every_tiled
@@ -167,7 +168,7 @@ def test_every_configuration(device, poisoned_memory, geometry, dtype):
     tiles = list(conv.fitting("wgrad", tiles, case.unit.weight, case.gradient, case.x))
     assert len(tiles) >= 2
     for config in tiles:
-        assert torch.equal(launcher(case.gradient, case.x, case.unit, config=config), expected), config
+        same(launcher(case.gradient, case.x, case.unit, config=config), expected, config)
 
 
 def test_parts_cover_all_pixels():
@@ -191,12 +192,12 @@ def test_any_layout(backend, device, dtype):
     ):
         dy = Gradient(dy_image, misaligned(case.y), gradient.vectors, gradient.coefficients)
         dweight = conv_wgrad(dy, Activation(x_image, case.x.vectors), case.unit._replace(weight=filters), backend=backend)
-        assert torch.equal(dweight, expected)
+        same(dweight, expected)
         if backend == "triton" and filters.is_contiguous():
             assert dweight.is_contiguous()
     ones = case.image.new_ones(()).expand(SMALL.out)
     dweight = conv_wgrad(Gradient(ones), case.x, case.unit, backend=backend)
-    assert torch.equal(dweight, correlate(ones, case.z, case.unit).to(dtype))
+    same(dweight, correlate(ones, case.z, case.unit).to(dtype))
 
 
 def test_images_past_32_bits(device, proven_interpreter):
@@ -214,7 +215,7 @@ def test_images_past_32_bits(device, proven_interpreter):
     dweight = conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend="triton")
     z = (values.double() * vectors[3].double() + vectors[4].double()).relu()
     expected = torch.einsum("khw,hwc->kc", dy[0].double(), z)
-    assert torch.equal(dweight[:, :, 0, 0], expected.bfloat16())
+    same(dweight[:, :, 0, 0], expected.bfloat16())
 
 
 def test_nothing_fused_is_the_library(device, monkeypatch):
@@ -229,7 +230,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     unit = GEOMETRIES["3x3"].unit(draw.integers(12, 5, 3, 3))._replace(groups=4)
     dy, x, vectors = draw.integers(2, 12, 5, 5), draw.integers(2, 20, 5, 5), draw.vectors(20)
     expected = correlate(dy, activate(x, vectors), unit)
-    assert torch.equal(conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend=backend).double(), expected)
+    same(conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend=backend).double(), expected)
 
 
 def test_repeats_bit_for_bit(backend, device, few_parts):
@@ -237,7 +238,7 @@ def test_repeats_bit_for_bit(backend, device, few_parts):
     unit = SMALL.unit(draw.normal(SMALL.k, SMALL.c, *SMALL.filter))
     x = Activation(draw.normal(SMALL.n, SMALL.c, *SMALL.size), draw.normal(5, SMALL.c))
     dy = Gradient(draw.normal(*SMALL.out))
-    assert torch.equal(conv_wgrad(dy, x, unit, backend=backend), conv_wgrad(dy, x, unit, backend=backend))
+    same(conv_wgrad(dy, x, unit, backend=backend), conv_wgrad(dy, x, unit, backend=backend))
 
 
 def test_no_images(backend, device):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import every, same, within
 
 from fused_res.primitives import bn_act as act
 from fused_res.primitives import bn_act_backward as backward
@@ -60,7 +61,7 @@ def close(got, expected, magnitude, dtype=torch.float32, factor=1.0):
     bound = EPSILON[dtype] * expected.abs() + factor * 2.0**-23 * magnitude
     if dtype == torch.float16:
         bound = bound + 2.0**-25
-    assert torch.equal(got.isnan(), expected.isnan())
+    same(got.isnan(), expected.isnan())
     wrong = ~((got.double() - expected).abs() <= bound) & ~expected.isnan()
     assert not wrong.any(), f"{wrong.sum()} wrong, the worst by {(got.double() - expected).abs().nan_to_num().max()}"
 
@@ -92,7 +93,7 @@ def test_bn_stats_of_a_constant_are_exact(emulator):
     for dtype in DTYPES:
         y = torch.tensor([3.0, -1000.0, 0.0, 0.25], dtype=dtype).repeat(601, 2)
         mean, squares = cuda.run_stats(emulator, y, 601)[0]
-        assert torch.equal(mean, y[0].float())
+        same(mean, y[0].float())
         assert not squares.any()
 
 
@@ -105,9 +106,9 @@ def test_bn_stats_do_not_count_from_an_outlier(emulator, row):
     truth = y.double()
     outlier = y[row].double().abs()
     # Welford's roundings in that thread, a few in the merge of its mean with the others', and those of values near 0.
-    assert ((mean - truth.mean(0)).abs() <= 2.0**-24 * (16 / 1100 * outlier + 8)).all()
+    within(mean, truth.mean(0), 2.0**-24 * (16 / 1100 * outlier + 8))
     expected = (truth - truth.mean(0)).square().sum(0)
-    assert ((squares - expected).abs() <= 64 * 2.0**-24 * expected).all()
+    within(squares, expected, 64 * 2.0**-24 * expected)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
@@ -119,7 +120,7 @@ def test_bn_stats_not_finite_spoils_its_channel_only(emulator, poison, row):
     partials = cuda.run_stats(emulator, y, 130)
     assert not partials[0, 1, 7].isfinite()
     others = [c for c in range(20) if c != 7]
-    assert torch.equal(partials[..., others], clean[..., others])
+    same(partials[..., others], clean[..., others])
 
 
 def test_tiles_cover_all_rows(emulator):
@@ -155,13 +156,13 @@ def test_bn_finalize(emulator, tiles, channels):
         wide = [None if p is None else p.double() for p in (gamma, beta, scale)]
         expected = finalize.plain(partials.double(), rows, pixels, wide[0], wide[1], 1e-5, wide[2])
         size = partials.double().abs().amax((0, 1)) * 4
-        assert ((out - expected).abs() <= 2.0**-23 * 16 * (expected.abs() + size * (1 + expected[3].abs()))).all()
+        within(out, expected, 2.0**-23 * 16 * (expected.abs() + size * (1 + expected[3].abs())))
 
 
 def test_bn_finalize_passes_running_statistics_unchanged(emulator):
     partials, out = torch.tensor([[[1e20, float("inf"), 0.1], [1e-20, float("inf"), 0.3]]]), torch.empty(5, 3)
     emulator.run("bn_finalize", (0, 0, 0, 1, 1, 1, 1, 3), (partials, None, None, None, out), (out,))
-    assert torch.equal(out[:2], partials[0])
+    same(out[:2], partials[0])
 
 
 # bn_act
@@ -179,16 +180,16 @@ def test_bn_act(emulator, dtype, channels, shortcut):
         terms += [] if wide[2] is None else [wide[2]]
         terms += [] if wide[3] is None else [wide[3] * wide[4][3], wide[4][4].expand_as(wide[0])]
         close(out, expected, sum(t.abs() for t in terms).nan_to_num(), dtype)
-        assert torch.equal(signs, act.pack_signs(~(out <= 0)))
+        same(signs, act.pack_signs(~(out <= 0)))
         without, _ = cuda.run_act(emulator, *arguments, signs=False)
-        assert torch.equal(without.view(torch.uint8), out.view(torch.uint8))
+        same(without.view(torch.uint8), out.view(torch.uint8))
 
 
 def test_signs_are_of_the_rounded_output(emulator):
     y, v = torch.ones(2, 8, dtype=torch.float16), torch.zeros(5, 8)
     v[3] = 2.0 ** (-torch.arange(18.0, 26.0))
     out, signs = cuda.run_act(emulator, y, v)
-    assert torch.equal(act.unpack_signs(signs, 8), out > 0)
+    same(act.unpack_signs(signs, 8), out > 0)
     assert signs[0] == 0b01111111  # the smallest number is 2^-24, and half of it rounds to 0
 
 
@@ -198,11 +199,11 @@ def test_forward_and_backward_round_once(emulator):
     v[3] = y[0]
     v[4] = -(y[0] * y[0])
     out, signs = cuda.run_act(emulator, y, v)
-    assert torch.equal(out, torch.full_like(y, 2.0**-24))
-    assert signs.eq(255).all()
+    same(out, torch.full_like(y, 2.0**-24))
+    every(signs.eq(255))
     _, _, masked = cuda.run_apply(emulator, y, y, v, cuda.random(7, 8), None, True, None, None, False, True)
-    assert torch.equal(masked, y)
-    assert torch.equal(cuda.run_reduce(emulator, y, y, v, None, None, None, 3)[0, 0], y.sum(0))
+    same(masked, y)
+    same(cuda.run_reduce(emulator, y, y, v, None, None, None, 3)[0, 0], y.sum(0))
 
 
 # bn_act_backward
@@ -261,7 +262,7 @@ def test_backward_finalize(emulator, channels, tiles, row, training):
         wide = doubled(partials, v, gamma, beta, scale)
         expected = backward.plain_finalize(wide[0], row, pixels, *wide[1:], training)
         sizes = partials.abs().sum(0).amax(0) * (1 + v.abs().amax(0)) ** 3 * 32
-        assert ((out - expected).abs() <= 2.0**-23 * (expected.abs() + sizes)).all()
+        within(out, expected, 2.0**-23 * (expected.abs() + sizes))
 
 
 @pytest.mark.parametrize(("relu", "modes"), [("inner", "10"), ("inner", "00"), ("outer", "11"), ("two", "11"), ("two", "01")])
@@ -306,7 +307,7 @@ def test_masked_add(emulator, dtype, channels, stride, masked):
         image = torch.where(opened != 0, image, float("nan"))
         expected = dx.double()
         expected[:, :: stride[0], :: stride[1]] += torch.where(opened != 0, image.double(), 0)
-        assert torch.equal(cuda.run_add(emulator, dx, image, signs, stride), expected.to(dtype))
+        same(cuda.run_add(emulator, dx, image, signs, stride), expected.to(dtype))
 
 
 def test_masked_add_passes_nan(emulator):
@@ -315,7 +316,7 @@ def test_masked_add_passes_nan(emulator):
     image.fill_(float("nan"))
     expected = dx.isnan()
     expected[:, ::2, ::2] |= act.unpack_signs(signs, 20).view_as(image)
-    assert torch.equal(cuda.run_add(emulator, dx, image, signs, (2, 2)).isnan(), expected)
+    same(cuda.run_add(emulator, dx, image, signs, (2, 2)).isnan(), expected)
 
 
 # What holds for all kernels
@@ -345,7 +346,7 @@ def test_alignment_and_thread_order_change_no_bit(emulator, dtype, channels):
     runs = [dict(all_kernels(emulator, dtype, channels, shift=shift)) for shift in (0, 0, 1)]
     for name, first in runs[0].items():
         for other in runs[1:]:
-            assert torch.equal(first.view(torch.uint8), other[name].view(torch.uint8)), name
+            same(first.view(torch.uint8), other[name].view(torch.uint8), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -356,14 +357,14 @@ def test_number_formats(emulator, dtype):
     kind = cuda.NUMBERS[dtype]
     emulator.run("widen", (kind, 2**16), (bits, wide, back), (wide, back))
     values = bits.view(dtype)
-    assert torch.equal(wide.nan_to_num(1e38), values.float().nan_to_num(1e38))
-    assert torch.equal(back[~values.isnan()], bits[~values.isnan()])
-    assert back.view(dtype)[values.isnan()].isnan().all()
+    same(wide.nan_to_num(1e38), values.float().nan_to_num(1e38))
+    same(back[~values.isnan()], bits[~values.isnan()])
+    every(back.view(dtype)[values.isnan()].isnan())
     finite = wide[wide.isfinite()].sort().values
     between = torch.cat([(finite[:-1].double() * (1 - w) + finite[1:].double() * w).float() for w in (0.25, 0.5, 0.75)])
     narrow = torch.empty(len(between), dtype=torch.int16)
     emulator.run("narrow", (kind, len(between)), (between, narrow), (narrow,))
-    assert torch.equal(narrow.view(dtype), between.to(dtype))
+    same(narrow.view(dtype), between.to(dtype))
 
 
 # The harness catches what it is there for
@@ -395,7 +396,7 @@ def test_every_missing_barrier_shows(emulator):
         right = kernel()
         for barrier in range(5):
             assert not all(torch.equal(kernel(skipped_barrier=barrier), right) for _ in range(3)), f"{name}, barrier {barrier}"
-        assert torch.equal(kernel(skipped_barrier=100), right)
+        same(kernel(skipped_barrier=100), right)
 
 
 def test_a_thread_that_does_not_take_part_shows(emulator):
@@ -431,6 +432,6 @@ def test_planted_faults_show(emulator, fault, error, message):
     with pytest.raises(error, match=message):
         emulator.run("toy", (100, fault), (x, to), (to,))
     emulator.run("toy", (100, 0), (x, to), (to,))
-    assert torch.equal(to, x.flip(0))
+    same(to, x.flip(0))
     emulator.run("toy", (100, 0), (x, to), (to,), skipped_barrier=0)
     assert not torch.equal(to, x.flip(0))

@@ -12,7 +12,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "masked_add")
-ARCHS = ("sm_80", "sm_90")
+# The kernels are the same: one is enough for every day.
+ARCHS = [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"]
 INCLUDE = Path(torch.__file__).parent / "include"
 # Instances of each kernel: number formats, wide or not, modes.
 KERNELS = {

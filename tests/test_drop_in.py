@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from compare import every, same
 from torch import nn
 
 import fused_res
@@ -57,10 +58,10 @@ def _errors(ours, theirs):
         assert got.dtype == expected.dtype
         assert got.shape == expected.shape
         if expected.is_floating_point():
-            assert got.isfinite().all()
+            every(got.isfinite())
             errors[name] = ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
         else:
-            assert torch.equal(got, expected), name
+            same(got, expected, name)
     return errors
 
 
@@ -141,8 +142,8 @@ def test_identity_block_with_zero_gamma_and_beta_returns_relu_of_x_exactly(block
         module.zero_init_last()
         nn.init.zeros_(module._layers()[-1][1].bias)
         x = x.contiguous(memory_format=memory_format)
-        assert torch.equal(module(x), x.relu())
-        assert torch.equal(module.eval()(x), x.relu())
+        same(module(x), x.relu())
+        same(module.eval()(x), x.relu())
 
 
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
@@ -207,7 +208,7 @@ def test_bad_input_raises_torchvisions_exception_type(torchvision_resnet, block,
         ours(x)
     assert type(got.value) is type(expected.value)
     for name, buffer in theirs.named_buffers():
-        assert torch.equal(ours.get_buffer(name), buffer), name
+        same(ours.get_buffer(name), buffer, name)
 
 
 @pytest.mark.parametrize("value", [None, 0.0, 0.5])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from compare import same
 from torch import nn
 
 from fused_res import BasicBlock, Bottleneck, Explanation, explain, planner, use_backend
@@ -80,9 +81,9 @@ def test_modes_buffers_gradients_hooks_and_random_state_are_untouched(net, train
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     state = torch.get_rng_state()
     explain(net, X)
-    assert torch.equal(torch.get_rng_state(), state)
+    same(torch.get_rng_state(), state)
     for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+        same(tensor, before[name], name)
     assert [m.training for m in net.modules()] == modes
     assert {n: p._version for n, p in net.named_parameters()} == versions
     assert all(p.grad is None for p in net.parameters())
@@ -98,8 +99,9 @@ def test_a_model_that_raises_is_restored_too(net):
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     with pytest.raises(KeyError, match="inside"):
         explain(net, X)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    same(torch.get_rng_state(), state)
+    for name, tensor in net.state_dict().items():
+        same(tensor, before[name])
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
@@ -176,7 +178,8 @@ def test_explaining_does_not_change_a_later_run(net):
         torch.manual_seed(5)
         out = module(x)
         results.append((out, *torch.autograd.grad(out.sum(), [x, *module.parameters()]), *module.buffers()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for a, b in zip(*results, strict=True):
+        same(a, b)
 
 
 def test_inference_mode_is_fine(net):

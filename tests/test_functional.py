@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from compare import same
 from torch import nn
 
 import fused_res
@@ -86,7 +87,8 @@ def test_after_an_error_buffers_and_parameters_are_as_before(x):
     before = copy.deepcopy(block.state_dict())
     with pytest.raises((RuntimeError, ValueError)):
         block(x)
-    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+    for name, value in block.state_dict().items():
+        same(before[name], value)
 
 
 def test_one_value_per_channel_raises_as_eager_and_counts_the_batch_as_eager():
@@ -98,7 +100,7 @@ def test_one_value_per_channel_raises_as_eager_and_counts_the_batch_as_eager():
         eager(x)
     assert str(our_error.value) == str(eager_error.value)
     for name, buffer in eager.named_buffers():
-        assert torch.equal(buffer, ours.get_buffer(name)), name
+        same(buffer, ours.get_buffer(name), name)
 
 
 def test_one_value_per_channel_is_fine_in_evaluation():
@@ -121,7 +123,7 @@ def test_empty_batches_do_what_eager_does(shape):
     assert x.grad.shape == x.shape
     assert ours.bn1.weight.grad.abs().sum() == 0
     for name, buffer in eager.named_buffers():
-        assert torch.equal(buffer, ours.get_buffer(name)), name
+        same(buffer, ours.get_buffer(name), name)
 
 
 @pytest.mark.parametrize("name", ["triton", "reference"])
@@ -182,10 +184,10 @@ def test_the_functional_form_updates_buffers_as_the_reference_does():
 def test_one_number_stands_for_both_directions():
     x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
     expected = residual_block(x, [ConvBN(weight, padding=(1, 1))])
-    assert torch.equal(residual_block(x, [ConvBN(weight, stride=1, padding=1, dilation=[1])]), expected)
+    same(residual_block(x, [ConvBN(weight, stride=1, padding=1, dilation=[1])]), expected)
     projected = ConvBN(torch.randn(4, 4, 1, 1), stride=2)
     out = residual_block(x, [ConvBN(weight, stride=2, padding=1)], projected)
-    assert torch.equal(out, residual_block(x, [ConvBN(weight, stride=(2, 2), padding=(1, 1))], projected._replace(stride=(2, 2))))
+    same(out, residual_block(x, [ConvBN(weight, stride=(2, 2), padding=(1, 1))], projected._replace(stride=(2, 2))))
 
 
 def test_on_the_meta_device_and_in_a_trace_the_reference_runs():

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from compare import same
 from torch import nn
 
 from fused_res import BasicBlock, Bottleneck, accuracy, backends, explain, plans, use_backend
@@ -67,7 +68,7 @@ def assert_near(got, expected, limit):
         if value.is_floating_point():
             assert relative(got[name], value) <= limit, (name, relative(got[name], value))
         else:
-            assert torch.equal(got[name], value), name
+            same(got[name], value, name)
 
 
 @pytest.fixture
@@ -291,7 +292,7 @@ def test_twenty_steps_from_one_state_are_bitwise_alike(deterministic, level, dty
         found = [out, *torch.autograd.grad(loss_of(out), [x, *model.parameters()]), *(b.clone() for b in model.buffers())]
         first = first or found
         for name, (a, b) in enumerate(zip(found, first, strict=True)):
-            assert torch.equal(a, b), (k, name)
+            same(a, b, (k, name))
         # Other memory, other blocks in flight.
         torch.empty(k * 1_000_003, device="cuda").fill_(float("nan"))
 
@@ -393,7 +394,7 @@ def test_more_than_two_to_the_31_elements_are_all_normalised():
         part = slice(start, start + 16)
         want, want_signs = bn_act(y[part], vectors, keep_signs=True, backend="reference")
         torch.testing.assert_close(out[part], want, rtol=1e-2, atol=1e-2)
-        assert torch.equal(unpack_signs(signs[part], channels), unpack_signs(want_signs, channels))
+        same(unpack_signs(signs[part], channels), unpack_signs(want_signs, channels))
         want_dy, _, _ = bn_act_backward_apply(
             y[part], y[part], vectors, coefficients, training=True, signs=want_signs, backend="reference"
         )
@@ -445,7 +446,7 @@ def test_one_nonfinite_incoming_gradient_reaches_what_it_reaches_in_eager(exact,
             dout[tuple(open_at)] = value
             results.append(torch.autograd.grad(out, [leaf, *model.parameters()], dout))
     for ours, eager in zip(*results, strict=True):
-        assert torch.equal(ours.isfinite().all(), eager.isfinite().all())
+        same(ours.isfinite().all(), eager.isfinite().all())
     assert not results[0][0].isfinite().all()
 
 
@@ -460,6 +461,6 @@ def test_one_nonfinite_pixel_spreads_as_in_eager(exact, level, value):
             with use_backend(backend, its):
                 results.append((module(x), *module.buffers()))
     (ours, *buffers), (eager, *its_buffers) = results
-    assert torch.equal(ours.isnan(), eager.isnan())
+    same(ours.isnan(), eager.isnan())
     for buffer, its in zip(buffers, its_buffers, strict=True):
-        assert torch.equal(buffer.isfinite(), its.isfinite())
+        same(buffer.isfinite(), its.isfinite())

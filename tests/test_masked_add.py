@@ -2,24 +2,14 @@
 
 import pytest
 import torch
+from addends import addend_case as case
+from compare import same
 from convolutions import Draw, every_dtype, misaligned
 
-from fused_res.layout import to_rows
-from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.operands import Addend
 
 STRIDES = [(1, 1), (2, 2), (1, 3)]
-
-
-def case(shape, stride, dtype, device, signs=True):
-    draw, (n, c, h, w) = Draw(0, device), shape
-    dx = draw.integers(*shape, dtype=dtype)
-    image = draw.integers(n, c, -(-h // stride[0]), -(-w // stride[1]), dtype=dtype)
-    opened = draw.integers(*image.shape) > 0 if signs else torch.ones_like(image, dtype=torch.bool)
-    expected = dx.double()
-    expected[:, :, :: stride[0], :: stride[1]] += torch.where(opened, image.double(), 0)
-    return dx, Addend(image, pack_signs(to_rows(opened)) if signs else None, stride), expected.to(dtype)
 
 
 @every_dtype
@@ -30,8 +20,8 @@ def test_exact_on_integers(backend, device, signs, shape, stride, dtype):
     dx, addend, expected = case(shape, stride, dtype, device, signs)
     before = addend.image.clone()
     assert masked_add(dx, addend, backend=backend) is None
-    assert torch.equal(dx, expected)
-    assert torch.equal(addend.image, before)
+    same(dx, expected)
+    same(addend.image, before)
 
 
 @every_dtype
@@ -40,7 +30,7 @@ def test_rounds_once(backend, device, dtype):
     dx, image = draw.normal(2, 20, 5, 7, dtype=dtype), draw.normal(2, 20, 5, 7, dtype=dtype)
     expected = (dx.double() + image.double()).to(dtype)
     masked_add(dx, Addend(image), backend=backend)
-    assert torch.equal(dx, expected)
+    same(dx, expected)
 
 
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
@@ -50,7 +40,7 @@ def test_nan_passes_where_open(backend, device, stride):
     opened = torch.zeros_like(dx)
     masked_add(opened, Addend(torch.ones_like(addend.image), addend.signs, stride), backend=backend)
     masked_add(dx, addend, backend=backend)
-    assert torch.equal(dx.isnan(), opened != 0)
+    same(dx.isnan(), opened != 0)
 
 
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
@@ -58,20 +48,20 @@ def test_misaligned_images(backend, device, stride):
     dx, addend, expected = case((3, 64, 8, 6), stride, torch.bfloat16, device)
     dx = misaligned(dx)
     masked_add(dx, addend._replace(image=misaligned(addend.image)), backend=backend)
-    assert torch.equal(dx, expected)
+    same(dx, expected)
 
 
 def test_float64_and_many_channels(cpu_backend):
     dx, addend, expected = case((2, 300, 5, 7), (1, 1), torch.float64, "cpu")
     masked_add(dx, addend, backend=cpu_backend)
-    assert torch.equal(dx, expected)
+    same(dx, expected)
 
 
 def test_bits_past_the_last_channel_do_not_matter(backend, device):
     dx, addend, expected = case((2, 20, 5, 7), (1, 1), torch.float32, device)
     addend.signs[:, 2] |= 0xF0
     masked_add(dx, addend, backend=backend)
-    assert torch.equal(dx, expected)
+    same(dx, expected)
 
 
 def test_no_images(backend, device):

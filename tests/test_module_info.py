@@ -18,12 +18,12 @@ from blocks import Eager, projection
 from users import Functional, Scaled
 
 pytest.importorskip("expecttest")
-from torch.testing._internal.common_device_type import instantiate_device_type_tests
-from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, modules
-from torch.testing._internal.common_utils import TestCase, freeze_rng_state
-
-# That import has forbidden to set torch.backends' flags, in this process and for good. Other test files set them.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+with pytest.MonkeyPatch.context() as patch:
+    # It would forbid every later test of this process to set torch's flags.
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_device_type import instantiate_device_type_tests
+    from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, modules
+    from torch.testing._internal.common_utils import TestCase, freeze_rng_state
 
 
 class FusedFunctional(Functional):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from compare import all_same, every, same
 from convolutions import assert_same_sums, every_dtype, misaligned
+from moment_steps import check_moments as check
 from pointwise import Draw, exact_rows, run_with_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,21 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 # Images and channels; the last has several tiles and more than one panel of columns in every backend.
 SHAPES = [((1, 1, 1), 3), ((2, 1, 1), 5), ((1, 3, 1), 64), ((1, 1, 5), 20), ((2, 9, 7), 33), ((3, 20, 21), 100)]
 EPS = 1e-5
-
-
-def check(z, backend, error=32 * 2.0**-24):
-    """Errors of the mean in units of the deviation, which is known to a value's rounding at best; of the covariance, of two."""
-    before = z.image.clone()
-    mean, covariance = moments(z, backend=backend)
-    assert torch.equal(z.image, before)
-    assert mean.dtype == covariance.dtype == torch.float64
-    rows = exact_rows(z, backend)
-    centred = rows - rows.mean(0)
-    expected = centred.T @ centred / len(rows)
-    unit = expected.diagonal().sqrt() + 2.0**-24 * rows.abs().amax(0)
-    assert ((mean - rows.mean(0)).abs() <= error * unit).all()
-    assert ((covariance - expected).abs() <= error * torch.outer(unit, unit)).all()
-    assert torch.equal(covariance, covariance.T)
 
 
 @every_dtype
@@ -107,7 +94,7 @@ def test_constant_and_equal_channels(backend, device):
     check(z, backend)
     _, covariance = moments(z, backend=backend)
     assert not covariance[2].any()
-    assert torch.equal(covariance[4], covariance[5])
+    same(covariance[4], covariance[5])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -119,8 +106,8 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison):
     others = [c for c in range(20) if c != 7]
     assert not mean[7].isfinite()
     assert not covariance[7].isfinite().any()
-    assert torch.equal(mean[others], clean.mean[others])
-    assert torch.equal(covariance[others][:, others], clean.covariance[others][:, others])
+    same(mean[others], clean.mean[others])
+    same(covariance[others][:, others], clean.covariance[others][:, others])
 
 
 def test_nan_passes_the_relu(backend, device):
@@ -135,7 +122,7 @@ def test_misaligned_and_repeated(backend, device, dtype):
     first, again = (moments(z, backend=backend) for _ in range(2))
     moved = moments(Activation(misaligned(z.image), z.vectors), backend=backend)
     for a, b, c in zip(first, again, moved, strict=True):
-        assert torch.equal(a, b)
+        same(a, b)
         assert_same_sums(c, a)
 
 
@@ -145,7 +132,7 @@ def test_same_bits_whatever_the_threads(cpu_backend):
     z = Draw(10, "cpu").activation(2, 70, 60, 50, torch.float32)
     first, *others = run_with_threads(lambda: moments(z, backend=cpu_backend))
     for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        all_same(first, other)
 
 
 def test_no_rows(backend, device):
@@ -211,26 +198,26 @@ def test_finalize_of_every_width(backend, device, channels, inner):
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(vectors[1].double(), var, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(vectors[3].double(), unit.gamma.double() / (var + EPS).sqrt(), rtol=1e-6, atol=1e-9)
-    assert torch.equal(moments_finalize(found, z, unit, backend=backend)[0], vectors)
+    same(moments_finalize(found, z, unit, backend=backend)[0], vectors)
     weight[0, 0] = float("nan")
     spoilt, suspect = moments_finalize(found, z, unit, backend=backend)
-    assert spoilt[:, 0].isnan().all()
+    every(spoilt[:, 0].isnan())
     assert not suspect.any()
-    assert torch.equal(spoilt[:, 1:], vectors[:, 1:])
+    same(spoilt[:, 1:], vectors[:, 1:])
 
 
 def test_every_row_orthogonal_to_the_data(backend, device):
     """The direct pass for all channels, more than one of its blocks and tiles."""
     draw = Draw(14, device)
-    z = draw.activation(2, 4, 20, 21, torch.float32, prologue=False, mean=3.0)
-    z.image[:, 1] = z.image[:, 0] + 1e-3 * draw.normal(2, 20, 21, dtype=torch.float32)
+    z = draw.activation(2, 4, 10, 14, torch.float32, prologue=False, mean=3.0)
+    z.image[:, 1] = z.image[:, 0] + 1e-3 * draw.normal(2, 10, 14, dtype=torch.float32)
     weight = torch.zeros(70, 4, 1, 1, device=device)
     weight[:, 0, 0, 0] = torch.arange(1, 71, device=device)
     weight[:, 1, 0, 0] = -weight[:, 0, 0, 0]
     unit = ConvBN(weight, eps=EPS)
     mean, var = batch_norm(z, unit, backend)
     vectors, suspect = moments_finalize(moments(z, backend=backend), z, unit, backend=backend)
-    assert suspect.all()
+    every(suspect)
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)
 

@@ -6,11 +6,10 @@ import os
 import convolutions
 import pointwise
 import pytest
-import test_masked_add
-import test_moments
-import test_pointwise_tail
-import test_pointwise_tail_backward
 import torch
+from addends import addend_case
+from compare import all_same, every, same, within
+from moment_steps import SHORTCUTS, backward_case, check_backward, check_moments, check_tail, tail_arguments
 
 from blocks import projection
 from fused_res import accuracy, backends, explain, use_backend
@@ -62,7 +61,7 @@ def close(got, want, dtype):
     wide = 2.0**-50 if dtype == torch.float64 else 2.0**-21
     limit = torch.finfo(dtype).eps / 2 * want.abs() + wide * 8 + torch.finfo(dtype).smallest_normal
     assert got.dtype == dtype
-    assert ((got.double() - want).abs() <= limit).all()
+    within(got.double(), want, limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +79,7 @@ def test_primitives_match_float64(capability, poisoned_memory, dtype, channels):
             out, got = ops().bn_act(y, v, *shortcut, True)
             # An element within rounding of 0 may fall on either side of the ReLU: both are then within rounding of 0.
             close(out, bn_act.plain(*in_double(y, v, *shortcut), False)[0], dtype)
-            assert torch.equal(got, bn_act.pack_signs(~(out <= 0)))
+            same(got, bn_act.pack_signs(~(out <= 0)))
 
         for arguments in ((dout, y, v, signs, None, None), (dout, y, v, signs, y2, v2)):
             sums = ops().bn_act_backward_reduce(*arguments)
@@ -105,11 +104,11 @@ def test_backward_takes_the_signs_of_the_forward(capability, dtype, channels):
     v[4] = -v[3] * y[7].to(v.dtype)  # row 7 is within rounding of 0
     _, signs = ops().bn_act(y, v, None, None, None, True)
     if dtype != torch.float16:  # whose outputs may underflow to 0
-        assert torch.equal(
+        same(
             ops().bn_act_backward_reduce(dout, y, v, None, None, None), ops().bn_act_backward_reduce(dout, y, v, signs, None, None)
         )
         inner, outer = (ops().bn_act_backward_apply(dout, y, v, c, s, True, None, None, False, True) for s in (None, signs))
-        assert all(torch.equal(a, b) for a, b in zip(inner[::2], outer[::2], strict=True))
+        all_same(inner[::2], outer[::2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,17 +138,17 @@ def test_not_finite(capability, dtype):
     v[3], v[4] = 1, 0
     y[:5, 3], y[5:10, 17] = poison.to(dtype), poison.to(dtype)
     out, got = ops().bn_act(y, v, None, None, None, True)
-    assert torch.equal(out.nan_to_num(7), torch.relu(y).nan_to_num(7))
-    assert torch.equal(out.isnan(), y.isnan())
-    assert torch.equal(bn_act.unpack_signs(got, 20), ~(out <= 0))
+    same(out.nan_to_num(7), torch.relu(y).nan_to_num(7))
+    same(out.isnan(), y.isnan())
+    same(bn_act.unpack_signs(got, 20), ~(out <= 0))
     for backward_signs in (None, signs):
         dy, _, g = ops().bn_act_backward_apply(dout, y, v, c, backward_signs, False, None, None, False, True)
-        assert dy.isfinite().all()
-        assert g.isfinite().all()
+        every(dy.isfinite())
+        every(g.isfinite())
     dout[3, 5] = float("nan")
     open_ = bn_act.unpack_signs(signs, 20)
     _, _, g = ops().bn_act_backward_apply(dout, y, v, c, signs, False, None, None, False, True)
-    assert torch.equal(g.isnan(), dout.isnan() & open_)
+    same(g.isnan(), dout.isnan() & open_)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -163,11 +162,11 @@ def test_every_number_is_rounded_as_by_torch(capability, dtype):
     coefficients[0] = factors
     got, *_ = ops().bn_act_backward_apply(dout, torch.ones_like(dout), vectors, coefficients, None, False, None, None, False, False)
     want = (dout.float() * factors).to(dtype)
-    assert torch.equal(got.isnan(), want.isnan())
+    same(got.isnan(), want.isnan())
     numbers = ~want.isnan()
-    assert torch.equal(got[numbers].view(torch.int16), want[numbers].view(torch.int16))
+    same(got[numbers].view(torch.int16), want[numbers].view(torch.int16))
     if dtype == torch.bfloat16:
-        assert got[~numbers].view(torch.int16).eq(0x7FC0).all()
+        every(got[~numbers].view(torch.int16).eq(0x7FC0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -196,7 +195,7 @@ def test_same_bits_whatever_the_threads(dtype, pixels, channels):
     finally:
         torch.set_num_threads(before)
     for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+        all_same(runs[0], run)
 
 
 def test_results_that_go_past_the_caches(capability):
@@ -209,7 +208,7 @@ def test_results_that_go_past_the_caches(capability):
         forward = ops().bn_act(y[at], v, None, y2[at], v2, True)
         parts.append((*forward, *ops().bn_act_backward_apply(dout[at], y[at], v, c, signs[at], True, y2[at], c2, True, True)))
     for got, first, second in zip((*whole[0], *whole[1]), *parts, strict=True):
-        assert torch.equal(got, torch.cat((first, second)))
+        same(got, torch.cat((first, second)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,11 +220,9 @@ def test_misaligned_memory(capability, dtype):
     arguments = (dout, y, v, c, signs, True, y2, c2, True, True)
     moved = [shifted(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     for a, b in zip(ops().bn_act_backward_apply(*arguments), ops().bn_act_backward_apply(*moved), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(ops().bn_stats(y)[0], ops().bn_stats(shifted(y))[0])
-    assert torch.equal(
-        ops().bn_act(y, v, None, y2, v2, True)[0], ops().bn_act(*map(shifted, (y, v)), None, shifted(y2), shifted(v2), True)[0]
-    )
+        same(a, b)
+    same(ops().bn_stats(y)[0], ops().bn_stats(shifted(y))[0])
+    same(ops().bn_act(y, v, None, y2, v2, True)[0], ops().bn_act(*map(shifted, (y, v)), None, shifted(y2), shifted(v2), True)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -313,17 +310,17 @@ def test_matrix_products_on_every_instruction_set(capability, poisoned_memory, d
     for shape, inner, outer in (((2, 1, 9), 3, 5), ((3, 7, 9), 70, 20), ((2, 9, 12), 33, 300)):
         draw = pointwise.Draw(inner, "cpu")
         for prologue in (True, False):
-            test_moments.check(draw.activation(shape[0], inner, *shape[1:], dtype, prologue=prologue), "native")
-        for shortcut in test_pointwise_tail.SHORTCUTS:
-            arguments = test_pointwise_tail.arguments(draw, shape, inner, outer, dtype, shortcut)
-            test_pointwise_tail.check(*arguments, "native")
+            check_moments(draw.activation(shape[0], inner, *shape[1:], dtype, prologue=prologue), "native")
+        for shortcut in SHORTCUTS:
+            arguments = tail_arguments(draw, shape, inner, outer, dtype, shortcut)
+            check_tail(*arguments, "native")
         for reread in (False, True):
-            case = test_pointwise_tail_backward.case(draw, "native", shape, inner, outer, dtype)
-            test_pointwise_tail_backward.check(case, "native", error, inner=True, reread=reread)
+            case = backward_case(draw, "native", shape, inner, outer, dtype)
+            check_backward(case, "native", error, inner=True, reread=reread)
         for stride in ((1, 1), (2, 2)):
-            dx, addend, expected = test_masked_add.case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
+            dx, addend, expected = addend_case((shape[0], outer, *shape[1:]), stride, dtype, "cpu")
             ops().masked_add(dx.permute(0, 2, 3, 1), addend.image.permute(0, 2, 3, 1), addend.signs, *stride)
-            assert torch.equal(dx, expected)
+            same(dx, expected)
 
 
 def moment_form(dtype, inner, outer, given=True, pixels=(3, 9, 7)):
@@ -354,12 +351,12 @@ def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_m
         got, suspect = moments.moments_finalize(*forward, backend="native")
         want, plainly = moments.plain_finalize(*forward, "reference")
         assert got.dtype == wide
-        assert torch.equal(suspect, plainly)
+        same(suspect, plainly)
         assert suspect.nonzero().flatten().tolist() == [4]
         mean, _, _, scale, shift = want.abs()
         terms = torch.stack((*want.abs()[:4], shift + scale * mean))
         terms[0] += 1
-        assert ((got - want).abs() <= (2 * unit + 2.0**-40) * terms).all()
+        within(got, want, (2 * unit + 2.0**-40) * terms)
 
         for changes in ({}, {3: None}, {1: None}):
             arguments = [changes.get(i, argument) for i, argument in enumerate(backward)]
@@ -372,7 +369,7 @@ def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_m
                 assert (a.dtype, a.shape) == (b.dtype, b.shape), name
                 most, rounding = b.double().abs().max(), half if name in ("dweight", "quadratic") else unit
                 error = 2 * unit if name == "quadratic" else 2.0**-40
-                assert ((a.double() - b.double()).abs() <= error * most + 2 * rounding * b.double().abs()).all(), name
+                within(a.double(), b.double(), error * most + 2 * rounding * b.double().abs(), name)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -382,11 +379,13 @@ def test_what_is_not_finite_in_the_moment_form(capability, poison):
     backward[0].product[7, 32] = poison
     got, want = moments.moments_finalize(*forward, backend="native"), moments.plain_finalize(*forward, "reference")
     assert not got.vectors[1:3, 2].isfinite().all()
-    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got, want, strict=True))
+    for a, b in zip(got, want, strict=True):
+        same(a.isnan(), b.isnan())
     got = pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
     want = pointwise_tail_backward.plain_finalize(*backward, None, "reference")
     assert not got.dgamma[7].isfinite()
-    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got[:5], want[:5], strict=True))
+    for a, b in zip(got[:5], want[:5], strict=True):
+        same(a.isnan(), b.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -399,4 +398,4 @@ def test_the_moment_form_has_the_same_bits_whatever_the_threads(dtype):
 
     first, *others = pointwise.run_with_threads(run)
     for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        all_same(first, other)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import all_same
 
 from fused_res import backends
 from fused_res.backends import native
@@ -335,7 +336,7 @@ def test_statistics_move_all_or_none(position, pixels):
     before = [a.clone() for a in arguments[:8]]
     with pytest.raises(RuntimeError, match="pixels: expected at least 2"):
         call("move_statistics", arguments)
-    assert all(torch.equal(a, b) for a, b in zip(arguments[:8], before, strict=True))
+    all_same(arguments[:8], before)
 
 
 def test_lists_of_statistics_that_do_not_match():

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from formulas import assert_as_accurate_as_the_formulas
 
 from blocks import image, make
-from fused_res import accuracy, check, explain, plans, use_backend
+from fused_res import check, explain, plans, use_backend
 from fused_res.backends import triton
 from fused_res.primitives.choice import Call, Choice, choose
 from fused_res.primitives.operands import Activation
@@ -60,14 +61,12 @@ def test_explain_says_who_runs_which(level, asked, who, monkeypatch, device):
 
 @pytest.mark.usefixtures("proven_interpreter")
 @pytest.mark.parametrize("level", ["prologue", "moment"])
-def test_a_shared_block_is_as_accurate_as_eager(level, device):
+def test_a_shared_block_is_as_accurate_as_the_formulas(level, device):
     """The 3x3 is the library's: what is fused into the others runs around it as kernels of its own."""
     (shape,) = [shape for shape in check.SHAPES if str(shape) == "Bottleneck projection"]
     block, x, _ = check.problem(shape, "train", torch.device(device), 0)
     with use_backend("triton", level):
         assert "library (faster at this size)" in explain(block.float(), x.float()).rows[0].who_convolves()
-    verdicts = accuracy.judge(
+    assert_as_accurate_as_the_formulas(
         lambda seed: check.problem(shape, "train", torch.device(device), seed), torch.bfloat16, "triton", level
     )
-    failed = [f"{v.quantity}: {v.error:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
-    assert not failed, "\n".join(failed)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compare import every, same
 from convolutions import assert_same_sums, every_dtype, misaligned
 from pointwise import Draw, exact_rows, statistics
 
@@ -58,19 +59,19 @@ class Case:
 
     def check(self, backend):
         stats, sums, y = self.stats(backend), self.sums(backend), self.y(backend)
-        assert stats.isfinite().all()
-        assert sums.isfinite().all()
+        every(stats.isfinite())
+        every(sums.isfinite())
         # A division by a number is, on a GPU, a product with its rounded reciprocal; the CPU divides.
         mean = (y.sum(0).cpu() / len(y)).to(y.device)
         if y.is_cuda and backend != "triton":  # the formula's own division is such a product
             torch.testing.assert_close(stats[0, self.suspect], mean[self.suspect], rtol=2.0**-51, atol=0)
         else:
-            assert torch.equal(stats[0, self.suspect], mean[self.suspect])
+            same(stats[0, self.suspect], mean[self.suspect])
         variance = (y - mean).square().mean(0)
         torch.testing.assert_close(stats[1, self.suspect], variance[self.suspect], rtol=1e-13, atol=1e-13)
         g = torch.where(unpack_signs(self.signs, len(self.suspect)), to_rows(self.dout), 0).double()
         expected = (g * (y - self.mean)).sum(0)
-        assert torch.equal(sums[self.suspect], expected[self.suspect])
+        same(sums[self.suspect], expected[self.suspect])
         return stats, variance
 
 
@@ -91,7 +92,7 @@ def test_variance_is_exact_on_integers(backend, device, dtype, shape):
     """So many rows divide their sums without rounding."""
     case = Case(2, device, shape, 20, 5, dtype)
     stats, variance = case.check(backend)
-    assert torch.equal(stats[1, case.suspect], variance[case.suspect])
+    same(stats[1, case.suspect], variance[case.suspect])
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (1, 3), (5, 9)], ids=str)
@@ -128,7 +129,7 @@ def test_mean_far_above_deviation(backend, device):
     torch.testing.assert_close(stats[1, case.suspect], variance[case.suspect], rtol=1e-12, atol=0)
     g = torch.where(unpack_signs(case.signs, 33), to_rows(case.dout), 0).double()
     terms = g * (y - case.mean)
-    assert ((sums - terms.sum(0)).abs() <= 1e-12 * terms.abs().sum(0))[case.suspect].all()
+    every(((sums - terms.sum(0)).abs() <= 1e-12 * terms.abs().sum(0))[case.suspect])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -141,13 +142,13 @@ def test_not_finite_spoils_every_suspect(backend, device, poison, pixel):
     case.z.image[n, 4, h, w] = poison
     assert not case.stats(backend)[:, case.suspect].isfinite().any()
     case.mean[:] = float("nan")
-    assert case.sums(backend)[case.suspect].isnan().all()
+    every(case.sums(backend)[case.suspect].isnan())
 
 
 def test_nan_passes_the_relu(backend, device):
     case = Case(8, device, (1, 3, 5), 8, 5, torch.float32)
     case.z.image[0, 2, 1, 1] = float("nan")
-    assert case.stats(backend)[:, case.suspect].isnan().all()
+    every(case.stats(backend)[:, case.suspect].isnan())
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -156,7 +157,7 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     clean, opened = case.sums(backend), unpack_signs(case.signs, 33)
     shut = ~opened.view(3, 5, 7, 33).permute(0, 3, 1, 2)
     case.dout[shut] = poison
-    assert torch.equal(case.sums(backend)[case.suspect], clean[case.suspect])
+    same(case.sums(backend)[case.suspect], clean[case.suspect])
     case.signs[40, 0] |= 1 << 3  # row 40 is image 1, line 0, column 5
     case.dout[1, 3, 0, 5] = float("nan")
     assert case.sums(backend)[case.suspect].isnan().tolist() == [False, True, False]
@@ -166,7 +167,7 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     case = Case(10, device, (3, 5, 7), 20, 33, torch.float32)
     clean = case.sums(backend)
     case.signs[:, 4] |= 0xFE
-    assert torch.equal(case.sums(backend)[case.suspect], clean[case.suspect])
+    same(case.sums(backend)[case.suspect], clean[case.suspect])
 
 
 @every_dtype
@@ -175,7 +176,7 @@ def test_misaligned_and_repeated(backend, device, dtype):
     case.z = draw.activation(2, 64, 5, 7, dtype)
     case.weight, case.dout = draw.normal(64, 64, 1, 1, dtype=dtype), draw.normal(2, 64, 5, 7, dtype=dtype)
     first = case.stats(backend), case.sums(backend)
-    assert torch.equal(case.stats(backend)[:, case.suspect], first[0][:, case.suspect])
+    same(case.stats(backend)[:, case.suspect], first[0][:, case.suspect])
     case.z = Activation(misaligned(case.z.image), case.z.vectors)
     case.weight, case.dout = misaligned(case.weight), misaligned(case.dout)
     assert_same_sums(case.stats(backend)[:, case.suspect], first[0][:, case.suspect], 2.0**-44)

@@ -2,77 +2,23 @@
 
 import pytest
 import torch
+from compare import all_same, every, same
 from convolutions import DTYPES, assert_same_sums, every_dtype, misaligned
-from pointwise import Draw, exact_rows, run_with_threads, statistics
+from moment_steps import SHORTCUTS
+from moment_steps import check_tail as check
+from moment_steps import tail_arguments as arguments
+from pointwise import Draw, run_with_threads
 
 from fused_res.layout import to_rows
-from fused_res.primitives.bn_act import pack_signs, unpack_signs
+from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
-SHORTCUTS = ["skip", "second", "projection", "strided projection"]
 # Images, inner and outer channels; the last has several blocks of rows and stretches of columns in every backend.
 SHAPES = [((1, 1, 1), 3, 5), ((2, 1, 3), 20, 64), ((3, 5, 7), 33, 70), ((2, 9, 12), 64, 300)]
-
-
-def arguments(draw, shape, inner, outer, dtype, shortcut, prologue=True):
-    n, h, w = shape
-
-    def branch(z):
-        weight = draw.normal(outer, z.image.shape[1], 1, 1) / z.image.shape[1] ** 0.5
-        return Pointwise(z, weight.to(dtype), draw.normal(5, outer, dtype=statistics(dtype)))
-
-    main = branch(draw.activation(n, inner, h, w, dtype, prologue=prologue))
-    other = draw.normal(n, outer, h, w, dtype=dtype)
-    if shortcut == "skip":
-        return main, Shortcut(skip=other)
-    if shortcut == "second":
-        return main, Shortcut(y2=other, vectors2=draw.normal(5, outer, dtype=statistics(dtype)))
-    stride = (2, 3) if shortcut.startswith("strided") else (1, 1)
-    size = (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1 + (stride[1] > 1)
-    return main, Shortcut(projection=branch(draw.activation(n, 2 * inner, *size, dtype, prologue=False, stride=stride)))
-
-
-def exact(main, shortcut, backend):
-    """The sum in front of the ReLU, and the largest that its terms may be, both [P, C] in float64."""
-
-    def branch(part):
-        rows, weight = exact_rows(part.z, backend), part.weight.flatten(1).double()
-        scale, shift = part.vectors[3].double(), part.vectors[4].double()
-        return rows @ weight.T * scale + shift, rows.abs() @ weight.abs().T * scale.abs() + shift.abs()
-
-    total, size = branch(main)
-    if shortcut.skip is not None:
-        more = to_rows(shortcut.skip).double()
-        return total + more, size + more.abs()
-    if shortcut.projection is not None:
-        more, its = branch(shortcut.projection)
-        return total + more, size + its
-    more = to_rows(shortcut.y2).double() * shortcut.vectors2[3].double() + shortcut.vectors2[4].double()
-    return total + more, size + more.abs()
-
-
-def check(main, shortcut, backend):
-    dtype, (total, size) = main.weight.dtype, exact(main, shortcut, backend)
-    before = main.z.image.clone(), main.weight.clone()
-    out, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
-    n, _, h, w = main.z.image.shape
-    assert out.shape == (n, main.weight.shape[0], h, w)
-    assert out.dtype == dtype
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(main.z.image, before[0])
-    assert torch.equal(main.weight, before[1])
-    # One rounding of what is stored, and those of the arithmetic, which grow with the terms.
-    arithmetic = 2.0**-48 if dtype == torch.float64 else 2.0**-21
-    finfo = torch.finfo(dtype)
-    limit = arithmetic * size + finfo.eps / 2 * total.abs() + finfo.smallest_normal * finfo.eps
-    rows = to_rows(out)
-    assert ((rows.double() - total.relu()).abs() <= limit).all()
-    assert torch.equal(signs, pack_signs(~(rows <= 0)))
-    return out, signs
 
 
 @every_dtype
@@ -96,7 +42,7 @@ def test_without_signs(backend, device):
     main, shortcut = arguments(Draw(3, device), (2, 3, 3), 20, 12, torch.float32, "skip")
     out, signs = pointwise_tail(main, shortcut, backend=backend)
     assert signs is None
-    assert torch.equal(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
+    same(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,12 +64,12 @@ def test_not_finite_passes(backend, device, shortcut, poison):
     poisoned = main._replace(z=Activation(main.z.image, main.z.vectors))
     out, signs = pointwise_tail(poisoned, shortcut, keep_signs=True, backend=backend)
     bad = out[1, :, 2, 4]
-    assert (~bad.isfinite() | (bad == 0)).all()
+    every(~bad.isfinite() | (bad == 0))
     assert bad.isnan().all() or poison == float("inf")
     assert not bad.isfinite().all()
-    assert torch.equal(unpack_signs(signs, 30), ~(to_rows(out) <= 0))
+    same(unpack_signs(signs, 30), ~(to_rows(out) <= 0))
     out[1, :, 2, 4] = clean[1, :, 2, 4]
-    assert torch.equal(out, clean)
+    same(out, clean)
 
 
 @every_dtype
@@ -141,7 +87,7 @@ def test_misaligned_and_repeated(backend, device, dtype, shortcut):
     first, second = (pointwise_tail(main, shortcut, keep_signs=True, backend=backend) for _ in range(2))
     third = pointwise_tail(moved(main), shortcut._replace(**images), keep_signs=True, backend=backend)
     for a, b, c in zip(first, second, third, strict=True):
-        assert torch.equal(a, b)
+        same(a, b)
         assert_same_sums(c, a)
 
 
@@ -152,7 +98,7 @@ def test_same_bits_whatever_the_threads(cpu_backend, shortcut):
     main, shortcut = arguments(Draw(7, "cpu"), (2, 30, 40), 40, 270, torch.float32, shortcut)
     first, *others = run_with_threads(lambda: pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend))
     for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        all_same(first, other)
 
 
 def test_past_the_caches(cpu_backend):
@@ -163,8 +109,8 @@ def test_past_the_caches(cpu_backend):
         z = Activation(main.z.image[i : i + 1], main.z.vectors)
         out, its = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
         if cpu_backend == "native":
-            assert torch.equal(out, whole[i : i + 1])
-            assert torch.equal(its, part)
+            same(out, whole[i : i + 1])
+            same(its, part)
         torch.testing.assert_close(out, whole[i : i + 1])
 
 

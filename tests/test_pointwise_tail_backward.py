@@ -4,7 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import every, same, within
 from convolutions import assert_same_sums, every_dtype, misaligned
+from moment_steps import backward_case as case
+from moment_steps import check_backward as check
+from moment_steps import run_backward as run
 from pointwise import Draw, exact_rows, run_with_threads, statistics
 
 from fused_res.layout import to_image, to_rows
@@ -23,85 +27,8 @@ from fused_res.primitives.pointwise_tail_backward import (
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
-EPS = 1e-3
 # Images, inner and outer channels; the last has several tiles and stretches of channels in every backend.
 SHAPES = [((1, 3, 6), 3, 5), ((3, 5, 7), 33, 70), ((2, 9, 12), 64, 300)]
-
-
-def case(draw, backend, shape, inner, outer, dtype, *, training=True, prologue=True, stride=(1, 1), residual_scale=0.5, mean=0.0):
-    """Operands of the three steps, and from autograd in float64 what should come of them."""
-    n, h, w = shape
-    wide, size = statistics(dtype), ((h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1)
-    z = draw.activation(n, inner, *size, dtype, prologue=prologue, stride=stride, mean=mean)
-    weight = (draw.normal(outer, inner, 1, 1) / inner**0.5).to(dtype)
-    gamma, beta = draw.normal(outer, dtype=wide), draw.normal(outer, dtype=wide)
-    running = draw.normal(outer, dtype=torch.float64), draw.normal(outer, dtype=torch.float64).abs() + 0.5
-    dout, opened = draw.normal(n, outer, h, w, dtype=dtype), draw.opened(n * h * w, outer)
-    scale = torch.tensor(residual_scale, dtype=wide, device=draw.device)
-
-    rows = exact_rows(z, backend).requires_grad_()
-    leaves = [t.double().requires_grad_() for t in (weight, gamma, beta, scale)]
-    bias = torch.zeros(outer, dtype=torch.float64, device=draw.device, requires_grad=True)
-    y = rows @ leaves[0].flatten(1).T + bias
-    mean, var = (y.mean(0), y.var(0, correction=0)) if training else running
-    invstd = 1 / (var + EPS).sqrt()
-    total = leaves[3] * (leaves[1] * (y - mean) * invstd + leaves[2])
-    g = torch.where(opened, to_rows(dout), 0)
-    total.backward(g.double())
-    vectors = torch.stack((mean, var, invstd, leaves[3] * leaves[1] * invstd, leaves[3] * (leaves[2] - leaves[1] * invstd * mean)))
-    parameters = zip(("dw", "dgamma", "dbeta", "da"), leaves, strict=True)
-    truth = SimpleNamespace(dz=rows.grad, dbias=bias.grad, **{name: leaf.grad for name, leaf in parameters})
-    branch = Pointwise(z, weight, vectors.detach().to(wide))
-    return SimpleNamespace(
-        branch=branch, gamma=gamma, beta=beta, scale=scale, dout=dout, signs=pack_signs(opened), g=g, training=training, truth=truth
-    )
-
-
-def run(c, backend, *, inner=False, reread=False):
-    """The three steps; with `reread` the last one reads the incoming gradient again."""
-    before = c.branch.z.image.clone(), c.dout.clone()
-    z = Activation(c.branch.z.image, c.branch.z.vectors, c.branch.z.stride)
-    found = moments(z, backend=backend) if c.training else None
-    scaled = scaled_weight(c.branch, backend=backend)
-    mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, backend=backend)
-    assert sums.total.dtype == sums.product.dtype == torch.float64
-    gradients = pointwise_tail_backward_finalize(
-        sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, backend=backend
-    )
-    inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, backend=backend)
-    assert torch.equal(c.branch.z.image, before[0])
-    assert torch.equal(c.dout, before[1])
-    return sums, gradients, inflow
-
-
-def close(got, want, error, rounding=0.0):
-    """Errors in units of the largest value, and of each value."""
-    assert ((got.double() - want).abs() <= error * want.abs().max() + rounding * want.abs() + 1e-30).all()
-
-
-def check(c, backend, error, **options):
-    sums, gradients, inflow = run(c, backend, **options)
-    dtype, truth = c.branch.weight.dtype, c.truth
-    half = torch.finfo(dtype).eps / 2
-    n, _, h, w = c.dout.shape
-    close(sums.total, c.g.double().sum(0), error)
-    assert gradients.dweight.dtype == inflow.image.dtype == dtype
-    assert inflow.image.shape == (n, c.branch.weight.shape[1], h, w)
-    close(gradients.dweight, truth.dw, error, half)
-    close(gradients.dgamma, truth.dgamma, error)
-    close(gradients.dbeta, truth.dbeta, error)
-    assert (gradients.dscale.double().sum() - truth.da).abs() <= error * gradients.dscale.double().abs().sum()
-    if c.training:
-        assert not gradients.dbias.any()
-    else:
-        close(gradients.dbias, truth.dbias, error)
-    # A and B are rounded to z's dtype. Where the gradient is masked already, 0 is right wherever the ReLU below was shut.
-    dz = truth.dz
-    if inflow.masked:
-        dz = torch.where((exact_rows(c.branch.z, backend) > 0) | (to_rows(inflow.image) != 0), dz, 0)
-    close(to_rows(inflow.image), dz, error + 4 * half, half)
-    return inflow
 
 
 @every_dtype
@@ -146,9 +73,9 @@ def test_sums_of_the_bn_below(backend, device, dtype):
     assert inflow.partials.dtype == statistics(dtype)
     unsure = (near * to_rows(inflow.image).double().abs()).sum(0)
     size = g.abs().sum(0) + 1
-    assert ((sums[0] - g.sum(0)).abs() <= 4e-6 * size + unsure).all()
+    within(sums[0], g.sum(0), 4e-6 * size + unsure)
     size = (g * (y - v[0])).abs().sum(0) + 1
-    assert ((sums[1] - (g * (y - v[0])).sum(0)).abs() <= 4e-6 * size + unsure * (y - v[0]).abs().amax(0)).all()
+    within(sums[1], (g * (y - v[0])).sum(0), 4e-6 * size + unsure * (y - v[0]).abs().amax(0))
     if inflow.masked:
         assert not to_rows(inflow.image)[~(opened | near)].any()
 
@@ -165,8 +92,8 @@ def test_products_are_exact_on_integers(backend, device):
     z, g = Activation(image), torch.where(opened, to_rows(dout), 0).double()
     for centre in (mean, None):
         total, product, through = pointwise_tail_backward_reduce(dout, pack_signs(opened), z, centre, scaled, backend=backend)
-        assert torch.equal(total, g.sum(0))
-        assert torch.equal(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
+        same(total, g.sum(0))
+        same(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
         assert through is None or torch.equal(through.double(), g @ scaled.double())
         quadratic, constant = draw(33, 33), draw(33)
         steps = [t for t in (None, through) if t is not None or through is None]
@@ -181,7 +108,7 @@ def test_products_are_exact_on_integers(backend, device):
             want = g @ scaled.double()
             if centre is not None:
                 want = want - (to_rows(image).double() - centre) @ quadratic.double() - constant.double()
-            assert torch.equal(to_rows(dz).double(), want)
+            same(to_rows(dz).double(), want)
 
 
 @every_dtype
@@ -208,8 +135,8 @@ def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride,
     found = pointwise_tail_backward_apply(dout, pack_signs(opened), z, scaled, None, gradients, into=into, backend=backend)
     assert found.image is into
     assert found.partials is None
-    assert torch.equal(into, wanted.to(dtype))
-    assert torch.equal(z.image, before)
+    same(into, wanted.to(dtype))
+    same(z.image, before)
 
 
 def test_an_image_that_cannot_be_joined(backend, device):
@@ -240,17 +167,17 @@ def test_values_at_the_end_of_float16(backend, device, dtype):
     g, rows = torch.where(opened, to_rows(dout), 0).double(), to_rows(image).double()
     mean, signs = rows.mean(0), pack_signs(opened)
     total, product, _ = pointwise_tail_backward_reduce(dout, signs, z, mean, None, backend=backend)
-    assert torch.equal(total, g.sum(0))
+    same(total, g.sum(0))
     terms = g.abs().T @ (rows - mean).abs()
     half = torch.finfo(dtype).eps / 2
-    assert ((product - g.T @ (rows - mean)).abs() <= (half + 2.0**-20) * terms).all()
+    within(product, g.T @ (rows - mean), (half + 2.0**-20) * terms)
 
     quadratic, constant = draw.integers(33, 33, dtype=dtype) * 2.0**-12, draw.integers(33, dtype=torch.float32)
     gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
     dz = to_rows(pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, backend=backend).image)
     want = g @ scaled.double() - (rows - mean) @ quadratic.double() - constant
     terms = g.abs() @ scaled.double().abs() + (rows - mean).abs() @ quadratic.double().abs()
-    assert ((dz.double() - want).abs() <= half * want.abs() + (half + 2.0**-20) * terms).all()
+    within(dz.double(), want, half * want.abs() + (half + 2.0**-20) * terms)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -262,7 +189,7 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     c.dout[~opened] = poison
     z = Activation(c.branch.z.image, c.branch.z.vectors)
     sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
-    assert torch.equal(sums.total, clean[0].total)
+    same(sums.total, clean[0].total)
     c.dout[1, 4, 2, 3] = float("nan")
     c.signs[1 * h * w + 2 * w + 3, 0] |= 1 << 4
     sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
@@ -275,8 +202,8 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
     clean = run(c, backend)
     c.signs[:, 4] |= 0xFE
     again = run(c, backend)
-    assert torch.equal(clean[0].product, again[0].product)
-    assert torch.equal(clean[2].image, again[2].image)
+    same(clean[0].product, again[0].product)
+    same(clean[2].image, again[2].image)
 
 
 @every_dtype
@@ -292,7 +219,7 @@ def test_misaligned_and_repeated(backend, device, dtype, reread):
     z = Activation(misaligned(c.branch.z.image), c.branch.z.vectors)
     c.branch, c.dout = c.branch._replace(z=z, weight=misaligned(c.branch.weight)), misaligned(c.dout)
     for once, again, moved in zip(first, second, results(), strict=True):
-        assert torch.equal(once, again)
+        same(once, again)
         assert_same_sums(moved, once)
 
 
@@ -307,10 +234,10 @@ def test_same_bits_whatever_the_threads(cpu_backend, reread):
     c = SimpleNamespace(branch=branch, gamma=None, beta=None, scale=None, dout=dout, signs=signs, training=True)
     first, *others = run_with_threads(lambda: run(c, cpu_backend, inner=True, reread=reread))
     for other in others:
-        assert torch.equal(first[0].total, other[0].total)
-        assert torch.equal(first[0].product, other[0].product)
-        assert torch.equal(first[2].image, other[2].image)
-        assert torch.equal(first[2].partials, other[2].partials)
+        same(first[0].total, other[0].total)
+        same(first[0].product, other[0].product)
+        same(first[2].image, other[2].image)
+        same(first[2].partials, other[2].partials)
 
 
 def test_row_orthogonal_to_the_data(backend, device):
@@ -327,7 +254,7 @@ def test_row_orthogonal_to_the_data(backend, device):
         sums, Moments(*found), c.branch, None, None, None, None, c.dout, c.signs, backend=backend
     )
     assert gradients.dgamma[4] == 0
-    assert gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]].all()
+    every(gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["live", "running"])
@@ -352,6 +279,6 @@ def test_finalize_of_every_width(backend, device, inner, outer, training):
     spoilt, others = finalize(), [0, *range(2, outer)]
     assert spoilt.dweight[1].isnan().any()
     assert spoilt.dgamma[1].isnan()
-    assert torch.equal(spoilt.dweight[others], first.dweight[others])
-    assert torch.equal(spoilt.dgamma[others], first.dgamma[others])
+    same(spoilt.dweight[others], first.dweight[others])
+    same(spoilt.dgamma[others], first.dgamma[others])
     assert training == (spoilt.quadratic is not None and bool(spoilt.quadratic.isnan().all()))

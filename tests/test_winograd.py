@@ -4,6 +4,7 @@ import convolutions
 import pointwise
 import pytest
 import torch
+from compare import same
 
 from fused_res import accuracy, backends, explain
 from fused_res.backends import native
@@ -49,19 +50,19 @@ def test_every_part_on_every_instruction_set(capability, poisoned_memory, name, 
     want.backward(dy.double())
     images, filters, gradient = (t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, dy))
     y, partials, rows = ops().winograd_fprop(images, None, filters, *padding, True, *[None] * 4)
-    assert torch.equal(y.permute(0, 3, 1, 2).double(), want.detach().to(dtype).double())
+    same(y.permute(0, 3, 1, 2).double(), want.detach().to(dtype).double())
     merged = bn_finalize(partials, rows, y[..., 0].numel(), None, None, 1e-5, backend="native")
     var, mean = torch.var_mean(y.double().flatten(0, 2), 0, correction=0)
     torch.testing.assert_close(merged[:2].double(), torch.stack((mean, var)), rtol=1e-5, atol=1e-4)
     dx, _ = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, *[None] * 4, 1, 1)
-    assert torch.equal(dx.permute(0, 3, 1, 2).double(), wide_x.grad.to(dtype).double())
+    same(dx.permute(0, 3, 1, 2).double(), wide_x.grad.to(dtype).double())
     vectors = draw.vectors(c).to(partials.dtype)
     again, sums = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, images, vectors, *[None] * 2, 1, 1)
-    assert torch.equal(again, dx)
+    same(again, dx)
     want_sums = ops().bn_act_backward_reduce(dx.flatten(0, 2), images.flatten(0, 2), vectors, None, None, None).double().sum(0)
     torch.testing.assert_close(sums.double().sum(0), want_sums, rtol=1e-5, atol=1e-4 * want_sums.abs().max().item())
     dweight = ops().winograd_wgrad(gradient, *[None] * 4, True, images, None, *padding)
-    assert torch.equal(dweight.permute(0, 3, 1, 2).double(), wide_weight.grad.to(dtype).double())
+    same(dweight.permute(0, 3, 1, 2).double(), wide_weight.grad.to(dtype).double())
 
 
 @pytest.mark.parametrize(("n", "channels", "size"), [(8, 64, 15), (5, 200, 7), (2, 300, 12)])
@@ -84,7 +85,7 @@ def test_an_image_is_convolved_alike_in_any_batch():
     x, weight = draw.normal(5, 63, 64).view(5, 9, 7, 64), draw.normal(64, 9, 64).view(64, 3, 3, 64)
     together = ops().winograd_fprop(x, None, weight, 1, 1, False, *[None] * 4)[0]
     for i in range(5):
-        assert torch.equal(ops().winograd_fprop(x[i : i + 1], None, weight, 1, 1, False, *[None] * 4)[0], together[i : i + 1])
+        same(ops().winograd_fprop(x[i : i + 1], None, weight, 1, 1, False, *[None] * 4)[0], together[i : i + 1])
 
 
 @pytest.mark.parametrize(("channels", "size", "mean"), [(64, (9, 7), 1e3), (128, (14, 14), 0), (48, (3, 3), 0)])

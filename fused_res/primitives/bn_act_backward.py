@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, check_rows, select, statistics_dtype
+from fused_res.primitives.common import check, check_rows, dense, select, statistics_dtype
 
 
 class Coefficients(NamedTuple):
@@ -139,6 +139,7 @@ def bn_act_backward_finalize(
         raise ValueError(f"row: expected 1 to {sums - 1}, got {row}")
     if pixels < 1:
         raise ValueError(f"pixels: expected at least 1, got {pixels}")
+    gamma, beta = dense(gamma), dense(beta)
     check("partials", partials, (tiles, sums, channels), vectors.dtype, vectors.device)
     check("vectors", vectors, (5, channels), vectors.dtype, vectors.device)
     for name, vector in (("gamma", gamma), ("beta", beta)):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import check, select
+from fused_res.primitives.common import check, dense, select
 
 
 class Vectors(NamedTuple):
@@ -60,7 +60,7 @@ def bn_finalize(
         partials: [T, 2, C] of mean and sum of squared deviations, as `bn_stats` returns them.
         rows: rows in every tile but the last.
         pixels: rows in all tiles together, rows * (T - 1) < pixels <= rows * T.
-        gamma, beta: [C], any floating-point dtype; None stands for 1 and 0.
+        gamma, beta: [C], any floating-point dtype, any strides; None stands for 1 and 0.
         eps: added to the variance.
         residual_scale: a scalar tensor a that multiplies the BN's output; None stands for 1.
 
@@ -71,6 +71,7 @@ def bn_finalize(
     check("partials", partials, (tiles, 2, channels), partials.dtype, partials.device)
     if not rows * (tiles - 1) < pixels <= rows * tiles:
         raise ValueError(f"pixels: {tiles} tiles of {rows} rows cannot hold {pixels} rows")
+    gamma, beta = dense(gamma), dense(beta)
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector is not None:
             check(name, vector, (channels,), vector.dtype, partials.device)

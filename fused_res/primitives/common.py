@@ -33,6 +33,11 @@ def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
     _check_contiguous(name, tensor)
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A BN's parameter as kernels read it. Eager takes any strides, those of an expanded or a sliced vector say."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+
+
 def _check_contiguous(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_res.primitives.bn_finalize import bn_finalize
-from fused_res.primitives.common import select, statistics_dtype
+from fused_res.primitives.common import dense, select, statistics_dtype
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats
 from fused_res.spec import ConvBN
@@ -104,4 +104,4 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     own = select("moments_finalize", backend, None) if z.pixels > FEW else None
     if own is None:
         return plain_finalize(found, z, unit, residual_scale, backend)
-    return Tail(*own(found, z, unit, residual_scale))
+    return Tail(*own(found, z, unit._replace(gamma=dense(unit.gamma), beta=dense(unit.beta)), residual_scale))

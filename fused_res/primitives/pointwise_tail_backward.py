@@ -20,7 +20,7 @@ from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, select, statistics_dtype
+from fused_res.primitives.common import check, dense, select, statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.moments import FEW, Moments, spread
 from fused_res.primitives.operands import Activation
@@ -169,7 +169,7 @@ def pointwise_tail_backward_finalize(
         dout, signs: as in step 1; read only for channels whose variance the moments cannot give.
         suspect: which channels those are, [C], bool, as `moments_finalize` has found them; worked out again where not given.
     """
-    arguments = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, suspect
+    arguments = sums, found, branch, scaled, dense(gamma), dense(beta), residual_scale, dout, signs, suspect
     own = select("pointwise_tail_backward_finalize", backend, None) if branch.z.pixels > FEW else None
     return plain_finalize(*arguments, backend) if own is None else TailGradients(*own(*arguments))
 
