@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     if args.fuse:
         fused_res.fuse(model, level=args.level)
         print(fused_res.explain(model, *batch(args)))
+    torch.manual_seed(args.seed)  # the same images, fused or not
     return train(model, args)
 
 
