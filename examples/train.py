@@ -111,22 +111,25 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--epochs", type=positive, default=10, help="default %(default)s")
     training.add_argument("--steps-per-epoch", type=positive, metavar="N", help="stop each epoch after N steps, to try things out")
     training.add_argument("--lr", type=float, default=0.1, help="for 256 images a step, and in proportion (default %(default)s)")
-    training.add_argument("--warmup", type=float, default=1, metavar="EPOCHS", help="rising linearly, then a cosine (default 1)")
+    training.add_argument("--warmup", type=float, metavar="EPOCHS", help="rising, before the cosine (default: a tenth; 5 at most)")
     training.add_argument("--momentum", type=float, default=0.9, help="default %(default)s")
     training.add_argument("--weight-decay", type=float, default=5e-5, help="not of biases and norms (default %(default)s)")
-    training.add_argument("--label-smoothing", type=float, default=0.0, help="default %(default)s")
-    training.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    training.add_argument("--label-smoothing", type=float, default=0.0, help="such as 0.1 (default %(default)s)")
+    training.add_argument("--seed", type=int, default=0, help="for weights, order and variation of images (default %(default)s)")
     running = parser.add_argument_group("running")
     running.add_argument("--device", type=torch.device, help="default: the GPU if there is one")
     running.add_argument("--amp", choices=DTYPES, help="autocast to it, fp16 with a GradScaler (default: float32 throughout)")
     running.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True, help="layout (default: it is)")
     running.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU, and slower; a CPU is anyway")
-    running.add_argument("--output", type=Path, default=Path("checkpoints"), metavar="DIR", help="default: %(default)s")
+    running.add_argument(
+        "--output", type=Path, default=Path("checkpoints"), metavar="DIR", help="for checkpoint.pt (default %(default)s)"
+    )
     running.add_argument("--resume", type=Path, metavar="FILE", help="go on after the epoch of this checkpoint")
     args = parser.parse_args(argv)
     if args.level and not args.fuse:
         parser.error("--level goes with --fuse")
-    if args.warmup >= args.epochs:
+    args.warmup = min(5, args.epochs / 10) if args.warmup is None else args.warmup
+    if not 0 <= args.warmup < args.epochs:
         parser.error(f"--warmup: expected fewer epochs than the {args.epochs} of --epochs, got {args.warmup:g}")
     args.size = args.size or (224 if args.data else 32)
     if args.workers is None:
@@ -282,15 +285,8 @@ def progress(title: str, steps: int, process: Process) -> Iterator[Callable[[int
     if Console is None or not process.first or not sys.stderr.isatty():
         yield lambda images, loss: None
         return
-    text = [TextColumn(f"{{task.fields[{field}]}}") for field in ("loss", "speed")]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *text,
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
+    text = TextColumn("{task.fields[loss]} {task.fields[speed]} left:")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task, start, done = bar.add_task(title, total=steps, loss="", speed=""), time.perf_counter(), 0
 
@@ -307,6 +303,8 @@ def progress(title: str, steps: int, process: Process) -> Iterator[Callable[[int
 
 @dataclass
 class Trainer:
+    """What changes from step to step, and what is done with it."""
+
     args: argparse.Namespace
     process: Process
     model: nn.Module
@@ -408,9 +406,8 @@ class Trainer:
 
     def _decisive(self) -> dict[str, object]:
         """The arguments that have a part in the result, as text."""
-        idle = ("data", "output", "resume", "workers", "device")
-        found = {name: str(value) for name, value in vars(self.args).items() if name not in idle}
-        return {**found, "processes": str(self.process.world)}
+        found = {name: str(value) for name, value in vars(self.args).items() if name not in ("data", "output", "resume")}
+        return {**found, "device": self.process.device.type, "processes": str(self.process.world)}
 
     def resume(self, file: Path) -> None:
         if not file.is_file():
@@ -422,7 +419,10 @@ class Trainer:
             fail(f"--resume: {file} is of another network: {'; '.join(changed)}")
         if changed:
             self.process.say(f"resumed, but not bit by bit: {'; '.join(changed)}")
-        self.model.load_state_dict(content["model"])
+        try:
+            self.model.load_state_dict(content["model"])
+        except RuntimeError as error:  # another number of classes
+            fail(f"--resume: {file} does not fit: {error}")
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])

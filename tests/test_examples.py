@@ -18,21 +18,24 @@ from torch import nn
 import fused_res
 import train
 
-TINY = ("--model", "timm:test_resnet", "--size", "32", "--batch", "8", "--steps-per-epoch", "3", "--lr", "0.5")
+CPU = ("--device", "cpu")
+TINY = ("--model", "timm:test_resnet", *CPU, "--size", "32", "--batch", "8", "--steps-per-epoch", "3", "--lr", "0.5")
 """A BasicBlock with a max pooling before it, two more, and a Bottleneck, with ResNet-D shortcuts."""
 
-pytestmark = pytest.mark.usefixtures("one_thread", "few_to_evaluate")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_and_passing")
 
 
 @pytest.fixture
-def few_to_evaluate(monkeypatch):
+def small_and_passing(monkeypatch):
+    """Few images to evaluate on, and no setting that outlasts the test."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(train.Digits, "__len__", lambda self: 1437 if self.training else 40)
 
 
 def curve(tmp_path, *options, epochs=1):
     """Losses of all steps."""
     return torch.tensor(
-        train.main([*options, "--epochs", str(epochs), "--warmup", "0", "--output", str(tmp_path / "curve")])["losses"]
+        train.main([*CPU, *options, "--epochs", str(epochs), "--warmup", "0", "--output", str(tmp_path / "curve")])["losses"]
     )
 
 
@@ -206,7 +209,20 @@ def folder(tmp_path, torchvision_resnet):
 
 
 def test_a_folder_of_images_is_trained_on(timm_resnet, tmp_path, folder):
-    options = ("--data", str(folder), "--model", "timm:test_resnet", "--size", "24", "--batch", "4", "--workers", "0", "--fuse")
+    options = (
+        *CPU,
+        "--data",
+        str(folder),
+        "--model",
+        "timm:test_resnet",
+        "--size",
+        "24",
+        "--batch",
+        "4",
+        "--workers",
+        "0",
+        "--fuse",
+    )
     history = train.main([*options, "--epochs", "2", "--output", str(tmp_path)])
     assert len(history["losses"]) == 4
     assert all(accuracy * 6 == pytest.approx(round(accuracy * 6)) for accuracy in history["accuracies"])
@@ -245,7 +261,7 @@ def test_folders_that_do_not_fit_are_named(folder, tmp_path):
 )
 def test_what_cannot_be_done_is_said(timm_resnet, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
-        train.main([*TINY[2:6], *options, "--output", str(tmp_path)])
+        train.main([*CPU, *options, "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -253,6 +269,7 @@ def test_what_cannot_be_done_is_said(timm_resnet, tmp_path, options, message):
     [
         (("--level", "moment"), "--level goes with --fuse"),
         (("--epochs", "2", "--warmup", "2"), "expected fewer epochs than the 2 of --epochs, got 2"),
+        (("--warmup", "-1"), "expected fewer epochs than the 10 of --epochs, got -1"),
         (("--batch", "0"), "invalid positive number value: '0'"),
         (("--model-args", "zero"), "invalid NAME=VALUE value: 'zero'"),
         (("--amp", "int8"), "invalid choice: 'int8'"),
@@ -268,9 +285,24 @@ def test_options_that_make_no_sense_are_refused(options, message, capsys):
 
 def test_a_checkpoint_of_another_network_is_refused(timm_resnet, tmp_path):
     train.main([*TINY, "--epochs", "1", "--warmup", "0", "--output", str(tmp_path)])
-    options = ("--model", "timm:resnet10t", *TINY[2:], "--resume", str(tmp_path / "checkpoint.pt"), "--output", str(tmp_path))
+    options = (*TINY, "--model", "timm:resnet10t", "--resume", str(tmp_path / "checkpoint.pt"), "--output", str(tmp_path))
     with pytest.raises(SystemExit, match="is of another network: model was timm:test_resnet, is timm:resnet10t"):
         train.main(options)
+
+
+def test_a_checkpoint_of_other_classes_is_refused(timm_resnet, tmp_path, folder):
+    train.main([*TINY, "--epochs", "1", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt does not fit: (.|\n)*fc\.weight"):
+        train.main([*TINY, "--data", str(folder), "--resume", str(tmp_path / "checkpoint.pt"), "--output", str(tmp_path)])
+
+
+def test_the_rate_rises_to_its_peak_in_proportion_to_the_step_and_falls_to_nought():
+    args = train.arguments(["--epochs", "4", "--warmup", "1", "--lr", "0.2", "--batch", "32", "--accumulate", "2"])
+    rates = [train.learning_rate(step, 10, args, world=2) for step in range(41)]
+    assert max(rates) == rates[10] == pytest.approx(0.2 * 128 / 256)
+    assert rates[:10] == pytest.approx([0.1 * n / 11 for n in range(1, 11)])
+    assert rates[25] == pytest.approx(0.05)
+    assert rates[40] == pytest.approx(0)
 
 
 @pytest.mark.parametrize("script", ["train", "detect"])
@@ -302,7 +334,7 @@ def test_300_steps_of_resnet18_stay_within_the_spread_of_eagers_own_seeds(timm_r
 
     eager, fused = curves(SEEDS), curves(FUSED_SEEDS, "--fuse")
     torch.testing.assert_close(fused[:, 0], eager[:FUSED_SEEDS, 0], rtol=2e-3 if amp else 1e-6, atol=0)
-    torch.testing.assert_close(fused[:, :3], eager[:FUSED_SEEDS, :3], rtol=5e-2 if amp else 1e-5, atol=0)
+    torch.testing.assert_close(fused[:, :2], eager[:FUSED_SEEDS, :2], rtol=5e-2 if amp else 1e-5, atol=0)
     ours, theirs = (losses.view(len(losses), -1, WINDOW).mean(2).log() for losses in (fused, eager))
     spread = (theirs.max(0).values - theirs.min(0).values).max()
     difference = ours.mean(0) - theirs.mean(0)
@@ -315,7 +347,7 @@ def test_two_processes_under_torchrun_train_fused_and_resume_bit_identical(timm_
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    options = (*TINY, "--epochs", "2", "--accumulate", "2", "--device", "cpu")
+    options = (*TINY, "--epochs", "2", "--accumulate", "2")
     paths = [str(Path(path).resolve()) for path in (*sys.path, Path(train.__file__).parent) if path]
 
     def launch(name, *more, stop=""):
@@ -369,7 +401,7 @@ def detection_operators(detect, monkeypatch):
 
 @pytest.mark.slow
 def test_a_detectors_loss_falls_fused_as_unfused(detect, detection_operators, capsys):
-    options = ("--size", "64", "--batch", "2", "--steps", "8", "--device", "cpu")
+    options = ("--size", "64", "--batch", "2", "--steps", "8", *CPU)
     fused, original = detect.main([*options, "--fuse"]), detect.main(options)
     out = capsys.readouterr().out
     assert len(re.findall(r"^backbone\.body\.layer\d\.\d.* native ", out, re.MULTILINE)) == 8
@@ -382,7 +414,7 @@ def test_a_detector_without_torchvisions_operators_says_so(detect):
     if torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
         pytest.skip("torchvision's operators are there")
     with pytest.raises(SystemExit, match="torchvision's compiled operators cannot run here"):
-        detect.main(["--device", "cpu"])
+        detect.main(CPU)
 
 
 @pytest.mark.parametrize(("name", "trainable"), [("resnet18", 5), ("resnet18", 3), ("resnet50", 3)])
