@@ -105,6 +105,24 @@ def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(timm_resnet, t
     assert all(value.isfinite().all() for value in checkpoint(tmp_path / "whole")["model"].values())
 
 
+def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed(timm_resnet, tmp_path, monkeypatch):
+    seen, get = [], train.Digits.__getitem__
+
+    def recording(self, index):
+        seen.extend([index] * self.training)
+        return get(self, index)
+
+    monkeypatch.setattr(train.Digits, "__getitem__", recording)
+    orders = []
+    for seed in ("0", "0", "1"):
+        seen.clear()
+        curve(tmp_path, *TINY, "--seed", seed, epochs=2)
+        orders += [tuple(seen[:24]), tuple(seen[24:])]
+    assert len(set(orders[0])) == 24
+    assert orders[:2] == orders[2:4]
+    assert len({*orders[:2], *orders[4:]}) >= 3  # the second epoch's may be the first one's of the next seed
+
+
 def test_what_was_trained_fused_goes_on_unfused_and_says_that_it_is_not_the_same(timm_resnet, tmp_path, capsys):
     options = (*TINY, "--epochs", "2", "--output", str(tmp_path))
     interrupted([*options, "--fuse"])
