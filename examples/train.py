@@ -180,7 +180,8 @@ class Digits(Dataset):
         datasets, selection = require("sklearn.datasets", "scikit-learn"), require("sklearn.model_selection", "scikit-learn")
         parts = selection.train_test_split(*datasets.load_digits(return_X_y=True), test_size=0.2, random_state=0)
         images, labels = (parts[0], parts[2]) if training else (parts[1], parts[3])
-        self.images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+        pixels = F.pad(torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8), (1, 1, 1, 1))
+        self.images = (pixels - 4.9) / 6.0  # mean and standard deviation of them all
         self.labels, self.classes = labels.tolist(), [str(digit) for digit in range(10)]
         self.size, self.training = size, training
 
@@ -188,12 +189,9 @@ class Digits(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.images[index : index + 1]
-        if self.training:
-            down, right = torch.randint(0, 3, (2,)).tolist()
-            image = F.pad(image, (1, 1, 1, 1))[..., down : down + 8, right : right + 8]
-        image = F.interpolate((image - 4.9) / 6.0, size=(self.size, self.size), mode="bilinear")  # mean and deviation of all pixels
-        return image[0].expand(3, -1, -1), self.labels[index]
+        down, right = (random.randrange(3), random.randrange(3)) if self.training else (1, 1)
+        image = self.images[index : index + 1, :, down : down + 8, right : right + 8]
+        return F.interpolate(image, size=(self.size, self.size), mode="bilinear")[0].expand(3, -1, -1), self.labels[index]
 
 
 def datasets(folder: Path | None, size: int) -> tuple[Dataset, Dataset]:
