@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow fuzz same bench figures gpu gpu-carry lint format aot kernels headers wheel clean
+.PHONY: help setup test test-slow fuzz same bench example figures gpu gpu-carry lint format aot kernels headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
 	@echo "make same    this checkout against another, bit for bit: ARGS=<other checkout>"
+	@echo "make example examples/train.py, a script to copy: trains a fused ResNet-18 on real images; ARGS='--help' for all it can"
 	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
@@ -60,6 +61,9 @@ test: $(READY)
 
 bench: $(RUNS)
 	$(BIN)/fused-res bench --time-budget 75 $(ARGS)
+
+example: $(READY)
+	$(BIN)/python examples/train.py --model fused_res:resnet18 --output build/example $(ARGS)
 
 figures: $(RUNS)
 	$(BIN)/python -m fused_res.benchmarks.readme README.md docs/*.md

@@ -121,7 +121,7 @@ def test_links_between_documents_lead_somewhere():
 
 
 def test_files_that_documents_name_are_there():
-    named = re.compile(r"`((?:fused_res|kernels|csrc|tests|benchmarks|docs)/[\w./-]+\.(?:py|md|csv|h|cpp|cu|cuh))`")
+    named = re.compile(r"`((?:fused_res|kernels|csrc|tests|benchmarks|examples|docs)/[\w./-]+\.(?:py|md|csv|h|cpp|cu|cuh))`")
     missing = {
         (document.name, path)
         for document in DOCUMENTS
