@@ -201,3 +201,10 @@ SUITES: dict[str, tuple[Case | Network, ...]] = {name: tuple(occurrences(name)) 
 SUITES["full"] = tuple(dict.fromkeys(case for name in NETWORKS for case in SUITES[name]))
 SUITES["quick"] = tuple(case for case in SUITES["full"] if case.name in _QUICK)
 SUITES["networks"] = tuple(NETWORKS.values())
+SUITES["host"] = (
+    Case("host.basic.identity", "basic", 16, 16, 4),
+    Case("host.basic.projection", "basic", 16, 32, 4, 2),
+    Case("host.bottleneck.identity", "bottleneck", 64, 16, 4),
+    Case("host.bottleneck.projection", "bottleneck", 64, 32, 4, 2),
+)
+"""Blocks so small that at batch 1 their time is the host's: what calling them costs."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import gcd
@@ -305,17 +306,21 @@ def limits(device: torch.device) -> Limits:
     return _limits(driver.active.get_current_device() if device.index is None else device.index)
 
 
-_watchers: list[Callable] = []
+class _Watcher(threading.local):
+    call: Callable | None = None
+
+
+_watcher = _Watcher()
 
 
 @contextmanager
 def watching(call: Callable) -> Iterator[None]:
-    """Inside, launches go through `call(launch, *arguments, **constants)`, where `launch` runs on the current device."""
-    _watchers.append(call)
+    """Inside, in this thread, launches go through `call(launch, *arguments, **constants)`; `launch` runs on the current device."""
+    before, _watcher.call = _watcher.call, call
     try:
         yield
     finally:
-        _watchers.pop()
+        _watcher.call = before
 
 
 def _tensors(arguments: tuple) -> Iterator[Tensor]:
@@ -333,10 +338,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
         _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
         return
     with torch.cuda.device_of(next(_tensors(arguments))):
-        if _watchers:
-            _watchers[-1](kernel[(programs,)], *arguments, **constants, num_warps=warps)
+        run = kernel[(programs,)]
+        if _watcher.call is None:
+            run(*arguments, **constants, num_warps=warps)
         else:
-            kernel[(programs,)](*arguments, **constants, num_warps=warps)
+            _watcher.call(run, *arguments, **constants, num_warps=warps)
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

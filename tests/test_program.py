@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -130,6 +131,27 @@ def test_one_tensor_in_two_places_is_not_taken_for_two():
         got, expected = step(block, x), step(peer, x)
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_threads_record_each_their_own():
+    """Two blocks of other sizes at once, over Triton's launches, which are noted outside of torch."""
+    pytest.importorskip("triton")
+    from fused_res.kernels.common import watching
+
+    inside, seen = threading.Event(), []
+
+    def other():
+        inside.wait(10)
+        with use_backend("triton", "bn_act"), torch.no_grad():
+            block = make("identity", torch.float32)
+            seen.append(block(image(block, n=1, size=2, dtype=torch.float32)))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with watching(lambda *_, **__: pytest.fail("another thread's launch was noted here")):
+        inside.set()
+        thread.join()
+    assert len(seen) == 1
 
 
 def test_what_depends_on_values_is_not_recorded():
