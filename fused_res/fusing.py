@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fused_res.anatomy import Anatomy, recognise
 from fused_res.block.levels import LEVELS
 from fused_res.fusible import Fusible
+from fused_res.notices import say_once
 from fused_res.traced import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,12 +30,18 @@ class Fused(Fusible):
     _original: type[nn.Module]
     _forward: Callable
     """The original's, as it was when it was compared with the anatomy."""
+    _compared: bool
+    """Whether it was, in this process: a pickle may come from one with another version of the original's library."""
 
     def _dispatch(self, *args: object, **kwargs: object) -> Tensor:
-        original = self._original
-        if original.forward is not type(self)._forward or len(args) + len(kwargs) != 1:  # replaced since then, or called oddly
-            return original.forward(self, *args, **kwargs)
+        if len(args) + len(kwargs) != 1:
+            return self._original.forward(self, *args, **kwargs)
         return self._call(args[0] if args else next(iter(kwargs.values())))
+
+    def unfused_reason(self, x: Tensor) -> str | None:
+        if self._original.forward is not type(self)._forward:
+            return f"{self._original.__name__}.forward has been replaced"
+        return super().unfused_reason(x)
 
     def _unfused(self, x: Tensor) -> Tensor:
         return self._original.forward(self, x)
@@ -45,16 +52,35 @@ class Fused(Fusible):
             return found
         return (_rebuild, (self._original, self._anatomy, self._promotes), *found[2:])
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        kind = type(self)
+        if not kind._compared:
+            reason, promotes = trace(_as(self, kind._original), kind._anatomy)
+            if reason is None and promotes == kind._promotes:
+                kind._compared = True
+            else:
+                self.__class__ = kind._original
+                say_once(f"unpickled {kind.__name__}", f"was fused when it was pickled, and is not here: {reason}", self)
+
+
+def _as(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The block under another class, for asking it something; itself it stays what it is, other threads may be calling it."""
+    found = object.__new__(kind)
+    found.__dict__ = block.__dict__
+    return found
+
 
 def _forward(self, *args, **kwargs):
     return self._dispatch(*args, **kwargs)
 
 
 @functools.cache
-def _fused_class(original: type[nn.Module], anatomy: Anatomy, promotes: bool) -> type[nn.Module]:
+def _fused_class(original: type[nn.Module], called: Callable, anatomy: Anatomy, promotes: bool) -> type[nn.Module]:
+    """`called` is the original's forward now."""
     # TorchScript compiles the source of what is wrapped, and looks up its names among the function's globals.
-    forward = types.FunctionType(_forward.__code__, original.forward.__globals__, "forward")
-    forward.__wrapped__ = original.forward
+    forward = types.FunctionType(_forward.__code__, called.__globals__, "forward")
+    forward.__wrapped__ = called
 
     def fill(space: dict) -> None:
         space |= {
@@ -66,7 +92,8 @@ def _fused_class(original: type[nn.Module], anatomy: Anatomy, promotes: bool) ->
             "_anatomy": anatomy,
             "_promotes": promotes,
             "_original": original,
-            "_forward": staticmethod(original.forward),
+            "_forward": staticmethod(called),
+            "_compared": False,
         }
 
     return types.new_class(f"Fused{original.__name__}", (Fused, original), exec_body=fill)
@@ -74,7 +101,7 @@ def _fused_class(original: type[nn.Module], anatomy: Anatomy, promotes: bool) ->
 
 def _rebuild(original: type[nn.Module], anatomy: Anatomy, promotes: bool) -> nn.Module:
     """An empty fused block, for pickle and copy to fill."""
-    kind = _fused_class(original, anatomy, promotes)
+    kind = _fused_class(original, original.forward, anatomy, promotes)
     return kind.__new__(kind)
 
 
@@ -88,12 +115,9 @@ def find(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
     reason, promotes = trace(module, anatomy)
     if reason is not None:
         return None, reason
-    original, kind = type(module), _fused_class(type(module), anatomy, promotes)
-    module.__class__ = kind
-    try:
-        reason = module.standing_reason(now=False)
-    finally:
-        module.__class__ = original
+    kind = _fused_class(type(module), type(module).forward, anatomy, promotes)
+    kind._compared = True
+    reason = _as(module, kind).standing_reason(now=False)
     return (kind, None) if reason is None else (None, reason)
 
 

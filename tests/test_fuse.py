@@ -202,6 +202,19 @@ def test_copies_are_fused_and_their_own(block, way):
     assert [type(b) for b in unfuse(twin).blocks] == [block] * 3
 
 
+def test_a_pickle_from_a_process_with_another_forward_comes_back_unfused_and_says_so(monkeypatch):
+    net, x = fuse(network()), images()
+    kept, original = pickle.dumps(net), Functional.forward
+    monkeypatch.setattr(Functional, "forward", lambda self, x: original(self, x) * 3)
+    with pytest.warns(UserWarning, match="was fused when it was pickled, and is not here: its forward has .*mul"):
+        found = pickle.loads(kept)
+    assert [type(block) for block in found.blocks] == [Functional] * 3
+    assert not torch.allclose(found(x), unfuse(copy.deepcopy(net)).eval()(x))
+    # One that computes the same may be another.
+    monkeypatch.setattr(Functional, "forward", lambda self, x: original(self, x))
+    assert is_fused(pickle.loads(kept))
+
+
 def test_state_dicts_load_both_ways_with_weights_only_and_by_assignment():
     net, other = fuse(network()), network()
     file = _saved(net.state_dict())
@@ -272,6 +285,7 @@ def test_a_sum_of_two_dtypes_is_of_the_wider_one_where_it_was():
         assert reason == ("the sum of torch.bfloat16 and a shortcut of another dtype is of the wider one" if wider else None)
 
 
+@pytest.mark.filterwarnings("ignore:fused_res")
 def test_a_class_forward_that_is_replaced_after_fusing_runs():
     class Local(Functional):
         def forward(self, x):
@@ -282,6 +296,9 @@ def test_a_class_forward_that_is_replaced_after_fusing_runs():
     assert is_fused(net)
     try:
         Local.forward = lambda self, x: original(self, x) * 3
+        assert set(reasons(net)) == {"Local.forward has been replaced"}
+        with pytest.raises(ValueError, match=r"its forward has .*mul.* where a ReLU was expected"):
+            fuse(network(Local), strict=True)
         twin = unfuse(copy.copy(net.blocks[1]))
         x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
         assert torch.equal(net.blocks[1](x), twin(x))
