@@ -40,7 +40,7 @@ def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_s
     return make
 
 
-def assert_accurate(make, dtype, backend="reference", seeds=16, sign_tolerance=None, pure=False, level="bn_act"):
+def assert_accurate(make, dtype, backend="reference", seeds=accuracy.SEEDS, sign_tolerance=None, pure=False, level="bn_act"):
     verdicts = accuracy.judge(make, dtype, backend, level, range(seeds), sign_tolerance, pure)
     failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
     assert not failed, "\n".join(failed)

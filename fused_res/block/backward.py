@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_res.block.forward import Found, Saved, projected
 from fused_res.block.levels import Level, is_pointwise
-from fused_res.block.pool import join_through_pool, through_pool
+from fused_res.block.pool import join_through_pool, pooled, through_pool
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
@@ -28,7 +28,6 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
-from fused_res.reference import pooled
 from fused_res.spec import AvgPool, Block, ConvBN
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_res.block.levels import Level
+from fused_res.block.pool import pooled
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import bn_finalize, bn_running
@@ -17,7 +18,6 @@ from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.moments import Moments, moments, moments_finalize
 from fused_res.primitives.operands import Activation, Output, multiplied
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
-from fused_res.reference import pooled
 from fused_res.spec import AvgPool, Block, ConvBN
 
 

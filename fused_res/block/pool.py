@@ -1,11 +1,18 @@
-"""The way back through the average pooling in front of a projection."""
+"""The average pooling in front of a projection, and the way back through it."""
 
 import itertools
 
 import torch
 from torch import Tensor
 
+from fused_res import reference
+from fused_res.layout import nhwc
 from fused_res.spec import AvgPool
+
+
+def pooled(image: Tensor, pool: AvgPool | None) -> Tensor:
+    """What a projection reads, in channels_last. The library's pooling is not, of an image whose strides fit both layouts."""
+    return image if pool is None else nhwc(reference.pooled(image, pool))
 
 
 def through_pool(dpooled: Tensor, image: Tensor, pool: AvgPool) -> Tensor:

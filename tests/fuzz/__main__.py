@@ -73,7 +73,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     counts, failures, turn = Counter(), {}, 0
     end = time.monotonic() + 60 * arguments.minutes
-    while time.monotonic() < end and turn < 10**6:
+    while time.monotonic() < end and len(failures) < len(able) * len(targets):
         for backend in able:
             for name, target in targets.items():
                 if time.monotonic() >= end:
