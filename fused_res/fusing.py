@@ -132,8 +132,8 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
 
     Modules, parameters, buffers, their names, state dicts, hooks and optimisers stay the same objects. A fused block's class is
     derived from its original one. Models can be copied, pickled, compiled, exported, scripted, traced and sharded, fused or not; a
-    model that `fully_shard` has wrapped after it was fused cannot be unfused. A whole model that was pickled fused needs this package
-    where it is loaded; state dicts need nothing.
+    model that `fully_shard` has wrapped after it was fused cannot be unfused. A whole model that was pickled fused needs this
+    package where it is loaded; state dicts need nothing.
 
     Args:
         model: any module, a block itself included. What is fused already stays so.
