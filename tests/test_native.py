@@ -154,19 +154,19 @@ def test_not_finite(capability, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_number_is_rounded_as_by_torch(capability, dtype):
     """Ties, subnormal numbers, overflow, infinities and NaN: g * p, rounded, for every g of the dtype."""
-    values = torch.arange(2**16).to(torch.int16).view(dtype)
+    numbers = torch.arange(2**16).to(torch.int16).view(dtype)
     factors = torch.tensor([1, -1, 1 + 2**-8, 1 + 2**-9, 1 + 2**-11, 1 - 2**-9, 0.3, 2**-14, 2**-126, 1e-30, 1e-40, 1e5, 1e38])
     factors = torch.cat((factors, torch.linspace(1, 2, 20)))
-    dout = values[:, None].repeat(1, len(factors))
+    dout = numbers[:, None].repeat(1, len(factors))
     vectors, coefficients = torch.ones(5, len(factors)), torch.zeros(7, len(factors))
     coefficients[0] = factors
     got, *_ = ops().bn_act_backward_apply(dout, torch.ones_like(dout), vectors, coefficients, None, False, None, None, False, False)
     want = (dout.float() * factors).to(dtype)
     same(got.isnan(), want.isnan())
-    numbers = ~want.isnan()
-    same(got[numbers].view(torch.int16), want[numbers].view(torch.int16))
+    known = ~want.isnan()
+    same(got[known].view(torch.int16), want[known].view(torch.int16))
     if dtype == torch.bfloat16:
-        every(got[~numbers].view(torch.int16).eq(0x7FC0))
+        every(got[~known].view(torch.int16).eq(0x7FC0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
