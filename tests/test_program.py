@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -224,3 +225,16 @@ def test_the_number_of_programs_of_a_plan_is_bounded():
     for i in range(200):
         program.run(programs, (i,), lambda x: x + 1, (torch.ones(2),), "reference")
     assert 0 < len(programs) <= program._MOST
+
+
+def test_a_program_is_freed_with_its_plan():
+    programs, x = {}, torch.ones(3)
+    program.run(programs, ("key",), lambda x: x * 2, (x,), "reference")
+    freed = []
+    weakref.finalize(programs["key",], freed.append, True)
+    gc.disable()
+    try:
+        programs.clear()
+        assert freed == [True]
+    finally:
+        gc.enable()

@@ -183,7 +183,7 @@ class _Recorder(TorchDispatchMode):
         source = "\n".join([f"def program({', '.join(f'i{n}' for n in range(self._inputs))}):", *reversed(body)])
         space = dict(self._constants)
         exec(compile(source, "<a program of fused_res>", "exec"), space)
-        return space["program"]
+        return space.pop("program")  # which then is in no cycle with what it calls
 
 
 def switches(device: torch.device) -> tuple:
