@@ -167,7 +167,7 @@ def test_dry_run(tmp_path):
     assert "aten::" in (output / "profile.md").read_text()
     assert "</html>" in (output / "report.html").read_text()
     (sequence,) = [json.loads(line) for line in (output / "sequences.jsonl").read_text().splitlines()]
-    assert "fused_res::move_statistics" in [name for name, _ in sequence["kernels"]]
+    assert "_Direct" in [name for name, _ in sequence["kernels"]]  # on a CPU those are operators, and a block's forward is one
     assert all(us > 0 for _, us in sequence["kernels"])
     again = subprocess.run(command, env=VARIABLES, capture_output=True, text=True, check=False)
     assert again.returncode == 0
