@@ -45,6 +45,8 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) { return cuCtxGetCurrent(context); }
 
+CUresult cuCtxGetDevice(CUdevice* device) { return cuDeviceGet(device, 0); }
+
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
 
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
@@ -58,6 +60,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   *module = (CUmodule)1;
   return CUDA_SUCCESS;
 }
+
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   *function = (CUfunction)1;
