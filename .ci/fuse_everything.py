@@ -4,33 +4,19 @@
 """
 
 import functools
-import importlib.util
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import fused_res
+import torchvision_operators
 from fused_res.fusing import Fused, find
 
 _counts: Counter[str] = Counter()
-_operators = []
-
-
-def _import_torchvision() -> None:
-    """Beside a torch of another build its compiled operators cannot be loaded; its models need none of them."""
-    folder = importlib.util.find_spec("torchvision").submodule_search_locations[0]
-    for path in Path(folder).glob("_C*.so"):
-        try:
-            torch.ops.load_library(path)
-        except OSError:
-            continue
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.append(library)
 
 
 def _fusing(make):
@@ -51,7 +37,7 @@ def _fusing(make):
 
 def pytest_configure():
     warnings.filterwarnings("ignore", message="fused_res")
-    _import_torchvision()
+    torchvision_operators.load()
     import timm
     import torchvision.models._api
 

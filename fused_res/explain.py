@@ -119,7 +119,7 @@ def _row(name: str, block: nn.Module, x: Tensor, sized: bool) -> Row:
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
     measured = planner.is_measured(x, parts, sized=sized, level=block._fused_res_level)
-    saved = saved_bytes(x, parts, level) if block.training else (None, None)
+    saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
     return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved)
 
 

@@ -132,9 +132,8 @@ class Fusible:
         """Where eager's output is of another dtype than what the operator computes in."""
         if x.dim() != 4:
             return NOT_IMAGES.format(x.dim())
-        shortcut = None
         for name, bn in self._norms():
-            if type(bn) is not BatchNorm2d and known.FROZEN in known.about(type(bn), "norms"):
+            if _is_frozen(bn):
                 dtype, found = compute_dtype(x), torch.promote_types(compute_dtype(x), bn.weight.dtype)
                 if bn.weight.dtype != dtype:
                     return f"{name} is a {type(bn).__name__} in {bn.weight.dtype}: it makes {found} of images in {dtype}"
@@ -148,8 +147,12 @@ class Fusible:
         for _, name in self._anatomy.units:
             yield name, child(self, name)
         shortcut = self._shortcut()
-        if shortcut.bn is not None and type(shortcut.bn) is not BatchNorm2d:
+        if shortcut.bn is not None:
             yield shortcut.names.split("/")[1], shortcut.bn
+
+    def frozen(self) -> tuple[bool, ...]:
+        """For each of `parts().units()`, whether its BN is a product with a fixed scale."""
+        return tuple([_is_frozen(bn) for _, bn in self._norms()])
 
     def _call(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -199,6 +202,10 @@ class Fusible:
 
     def _unfused(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    return type(norm) is not BatchNorm2d and known.FROZEN in (known.about(type(norm), "norms") or ())
 
 
 def _is_activated(norm: nn.Module) -> bool:

@@ -174,7 +174,7 @@ PROGRAMS = 512
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own, which kernels may call too, takes 20 times as long on the host."""
+    """a / b, rounded up. Triton's own, which kernels may call too, is slow on the host."""
     return -(-a // b)
 
 

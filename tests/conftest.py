@@ -5,13 +5,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from broken_context import pytest_runtest_teardown  # noqa: F401, a hook
 from compare import every
 
+import torchvision_operators
 from fused_res import backends, use_backend
 from fused_res.backends import native
 
@@ -136,30 +136,12 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(common, "PROGRAMS", 4)
 
 
-_operators = []  # keeps the placeholders alive
-
-
-def _load_torchvision_operators():
-    """A torchvision built for CUDA cannot load its operators beside a CPU torch. Its models need none, its import needs two."""
-    package = importlib.util.find_spec("torchvision").submodule_search_locations[0]
-    for path in Path(package).glob("_C*.so"):
-        try:
-            torch.ops.load_library(path)
-        except OSError:
-            continue
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _operators.append(library)
-
-
 def _import(package, module):
     for name in {"torchvision", package}:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
     if "torchvision" not in sys.modules:
-        _load_torchvision_operators()
+        torchvision_operators.load()
     return importlib.import_module(module)
 
 

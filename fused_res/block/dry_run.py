@@ -1,5 +1,6 @@
 """Which convolutions a block asks for at a level, and what it keeps: its schedules run once, on tensors without data."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,29 +64,36 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]
 
 
-def saved_bytes(x: Tensor, block: Block, level: str) -> tuple[int, int]:
+def saved_bytes(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, frozen: Sequence[bool]) -> tuple[int, int]:
     """What a call keeps for a backward to everything, without parameters, the output, and what a given shortcut keeps.
 
+    Args:
+        frozen: for each of `block.units()`, whether eager's BN is no function of torch's but a product with a fixed scale.
+
     Returns:
-        At this level, and in eager: x, what each convolution and each ReLU in front of another one made, and two vectors for
-        each BN.
+        At this level, and in eager: x; what each convolution made, where its BN keeps that, and each ReLU in front of another
+        one; two vectors for each BN, or the fixed scale; and with a residual scale what it multiplies.
     """
     image, bare = _meta(x), _bare(block)
     skip = image.new_empty(_output(x, block)) if block.given else None
     tensors, spec, eps = pack(bare)
-    _, saved = torch.ops.fused_res.block_forward(image, skip, None, tensors, spec, eps, True, level, "reference")
+    _, saved = torch.ops.fused_res.block_forward(image, skip, _meta(residual_scale), tensors, spec, eps, True, level, "reference")
     own = x.numel() * x.element_size() + sum(tensor.nbytes for tensor in saved)
     eager, size = x.numel(), tuple(x.shape[2:])
-    for i, unit in enumerate(block.main):
+    for i, (unit, fixed) in enumerate(zip(block.main, frozen, strict=False)):
         size = unit.output_size(*size)
-        eager += _pixels(x, size) * unit.weight.shape[0] * (1 if i == len(block.main) - 1 else 2)
+        images = (not fixed) + (i < len(block.main) - 1 or residual_scale is not None)
+        eager += _pixels(x, size) * unit.weight.shape[0] * images
     if block.projection is not None:
         start = tuple(x.shape[2:])
         if block.pool is not None:
             start = block.pool.output_size(*start)
             eager += x.shape[1] * _pixels(x, start)
-        eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
-    vectors = sum(2 * unit.weight.shape[0] * _statistic_bytes(x, unit) for unit in block.units() if unit.training)
+        if not frozen[-1]:
+            eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
+    units = zip(block.units(), frozen, strict=True)
+    counts = [(unit, 1 if fixed else 2 * unit.training) for unit, fixed in units]
+    vectors = sum(count * unit.weight.shape[0] * _statistic_bytes(x, unit) for unit, count in counts)
     return own, eager * x.element_size() + vectors
 
 
