@@ -201,6 +201,7 @@ class Fusible:
         return self._unfused(x)
 
     def _unfused(self, x: Tensor) -> Tensor:
+        """What the child modules make of x, called as this class calls them."""
         raise NotImplementedError
 
 
