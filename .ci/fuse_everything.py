@@ -48,4 +48,5 @@ def pytest_configure():
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"fused_res: {_counts['fused']} blocks fused, {_counts['left alone']} left alone")
+    if _counts:  # with pytest-xdist they are those of other processes
+        terminalreporter.write_line(f"fused_res: {_counts['fused']} blocks fused, {_counts['left alone']} left alone")
