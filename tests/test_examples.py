@@ -480,9 +480,9 @@ def test_a_backbones_frozen_statistics_are_of_its_own_activations(detect):
 
 
 if __name__ == "__main__":
-    from conftest import _load_torchvision_operators
+    import torchvision_operators
 
-    _load_torchvision_operators()
+    torchvision_operators.load()
     torch.set_num_threads(1)
     if os.environ["FUSED_RES_TEST_STOP"]:
         interrupt(pytest.MonkeyPatch(), int(os.environ["FUSED_RES_TEST_STOP"]))
