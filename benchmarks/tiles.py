@@ -23,8 +23,8 @@ from fused_res.benchmarks.cases import SUITES, Case
 from fused_res.benchmarks.peers import is_lost
 from fused_res.benchmarks.steps import UNFINISHED
 from fused_res.kernels import conv_dgrad, conv_fprop, conv_wgrad, moments, pointwise_tail, pointwise_tail_backward
-from fused_res.kernels.common import ProductTile
-from fused_res.kernels.conv import Config, configurations
+from fused_res.kernels.conv_tiling import Config, configurations
+from fused_res.kernels.tiling import ProductTile
 from fused_res.primitives.operands import Activation, Addend, Gradient
 from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
 from fused_res.primitives.pointwise_tail_backward import TailGradients

@@ -63,7 +63,7 @@ def variants(dtype: torch.dtype, arch: int, what: str = "aot_variants") -> list[
 
     Their tiles are those that the launchers choose on such a GPU.
     """
-    from fused_res.kernels.common import compiling_for
+    from fused_res.kernels.tiling import compiling_for
 
     found = []
     with compiling_for(arch, SHARED[arch]):

@@ -7,26 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.device import (
+    SCALE,
+    SHIFT,
     add_shortcut,
     affine,
     aligned,
-    cdiv,
     is_open,
-    launch_tiles,
     load_row,
     load_rows,
     locate,
     locate_signs,
-    meta,
     offset,
     pack,
     relu,
-    tile,
-    variant,
     within,
 )
+from fused_res.kernels.launching import launch_tiles
+from fused_res.kernels.tiling import cdiv, tile
 
 
 @triton.jit
@@ -43,7 +42,7 @@ def bn_act_kernel(
     p, start = tl.arange(0, BLOCK_P), offset(row, C)
     mask = within(p, P - row, c, C)
 
-    v = affine(load_rows(y + start, at, mask), load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])
+    v = affine(load_rows(y + start, at, mask), load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :])
     v = add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)
     rounded = relu(v).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)

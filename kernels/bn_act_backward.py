@@ -7,31 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    STAGES,
-    UNROLL,
-    Variant,
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.device import (
+    INVSTD,
+    MEAN,
+    SCALE,
+    SHIFT,
     affine,
     aligned,
-    cdiv,
     is_open,
-    launch,
-    launch_tiles,
     load_row,
     load_rows,
     locate,
     locate_signs,
-    meta,
     offset,
-    partials_tile,
-    row_tiles,
     store_vectors,
     through_bn,
-    tile,
     unpack,
-    variant,
     within,
 )
+from fused_res.kernels.launching import launch, launch_tiles
+from fused_res.kernels.tiling import STAGES, UNROLL, cdiv, partials_tile, row_tiles, tile
 
 
 @triton.jit
@@ -61,18 +57,18 @@ def bn_act_backward_reduce_kernel(
     left = tl.minimum(P - row, rows).to(tl.int32)
     p = tl.arange(0, BLOCK_P)
 
-    mean = load_row(vectors, 0, C, c)[None, :]
+    mean = load_row(vectors, MEAN, C, c)[None, :]
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     if signs is None:
-        scale, shift = load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :]
+        scale, shift = load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :]
     else:
         # Bytes are too narrow for asynchronous copies: they are fetched one block ahead.
         S, b, at_signs = locate_signs(C, BLOCK_P, BLOCK_C)
         signs += offset(row, S)
         ahead = tl.load(signs + at_signs, mask=within(p, left, b, S), other=0)
     if y2 is not None:
-        mean2 = load_row(vectors2, 0, C, c)[None, :]
+        mean2 = load_row(vectors2, MEAN, C, c)[None, :]
         sum_y2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     start, step = offset(row, C), BLOCK_P * C
     for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
@@ -147,15 +143,15 @@ def bn_act_backward_finalize_kernel(
         total += tl.load(at, mask=mask, other=0.0)
         d += tl.load(at + ROW * C, mask=mask, other=0.0)
 
-    invstd = load_row(vectors, 2, C, c)
+    invstd = load_row(vectors, INVSTD, C, c)
     total = tl.sum(total, axis=0)
     d = invstd * tl.sum(d, axis=0)
-    p = load_row(vectors, 3, C, c)
+    p = load_row(vectors, SCALE, C, c)
     q = tl.zeros((BLOCK_C,), tl.float32)
     r, dbias = q, q
     if TRAINING:
         q = -p * tl.div_rn(invstd * d, P * 1.0)
-        r = -p * tl.div_rn(total, P * 1.0) - q * load_row(vectors, 0, C, c)
+        r = -p * tl.div_rn(total, P * 1.0) - q * load_row(vectors, MEAN, C, c)
     else:
         dbias = p * total
     dscale = d
@@ -234,7 +230,7 @@ def bn_act_backward_apply_kernel(
     if TRAINING or signs is None:
         value = load_rows(y + start, at, mask)
     if signs is None:
-        opened = is_open(affine(value, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :]))
+        opened = is_open(affine(value, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :]))
     else:
         S, b, at_signs = locate_signs(C, BLOCK_P, BLOCK_C)
         bits = tl.load(signs + offset(row, S) + at_signs, mask=within(p, P - row, b, S), other=0)

@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import UNROLL, Variant, cdiv, launch, meta, offset, partials_tile, store_vectors, variant
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.device import offset, store_vectors
+from fused_res.kernels.launching import launch
+from fused_res.kernels.tiling import UNROLL, cdiv, partials_tile
 
 
 @triton.jit

@@ -7,20 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    STAGES,
-    Variant,
-    aligned,
-    launch_tiles,
-    load_rows,
-    locate,
-    meta,
-    offset,
-    row_tiles,
-    tile,
-    variant,
-    within,
-)
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.device import aligned, load_rows, locate, offset, within
+from fused_res.kernels.launching import launch_tiles
+from fused_res.kernels.tiling import STAGES, row_tiles, tile
 
 
 @triton.jit

@@ -10,27 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, aligned, cdiv, first_row, launch, load_rows, meta, store_gradient, variant
-from fused_res.kernels.conv import (
-    Config,
-    check_dense,
-    check_image,
-    configurations,
-    constants,
-    decode,
-    fitting,
-    geometry,
-    gradient,
-    implicit_gemm,
-    load_signs,
-    meta_activated,
-    meta_cases,
-    meta_gradient,
-    meta_image,
-    meta_tiles,
-    sign_word,
-    taps_first,
-)
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.arguments import check_dense, check_image, geometry, gradient, sign_word, taps_first
+from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient, meta_tiles
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
+from fused_res.kernels.device import aligned, first_row, load_rows, store_gradient
+from fused_res.kernels.implicit_gemm import decode, implicit_gemm, load_signs
+from fused_res.kernels.launching import launch
+from fused_res.kernels.tiling import cdiv
 from fused_res.spec import ConvBN
 
 

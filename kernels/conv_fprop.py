@@ -9,37 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
-    add_shortcut,
-    affine,
-    aligned,
-    cdiv,
-    first_row,
-    launch,
-    load_row,
-    meta,
-    offset,
-    relu,
-    variant,
-    within,
-)
-from fused_res.kernels.conv import (
-    Config,
-    activation,
-    check_dense,
-    check_image,
-    configurations,
-    constants,
-    decode,
-    fitting,
-    geometry,
-    implicit_gemm,
-    meta_activated,
-    meta_cases,
-    meta_tiles,
-    taps_first,
-)
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.arguments import activation, check_dense, check_image, geometry, taps_first
+from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_tiles
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
+from fused_res.kernels.device import SCALE, SHIFT, add_shortcut, affine, aligned, first_row, load_row, offset, relu, within
+from fused_res.kernels.implicit_gemm import decode, implicit_gemm
+from fused_res.kernels.launching import launch
+from fused_res.kernels.tiling import cdiv
 from fused_res.spec import ConvBN
 
 
@@ -102,7 +79,7 @@ def conv_fprop_kernel(
 
     start, at, mask = offset(row, K), p[:, None] * K + k[None, :], within(p, left, k, K)
     if after is not None:
-        acc = affine(acc, load_row(after, 3, K, k)[None, :], load_row(after, 4, K, k)[None, :])
+        acc = affine(acc, load_row(after, SCALE, K, k)[None, :], load_row(after, SHIFT, K, k)[None, :])
         acc = relu(add_shortcut(acc, skip, y2, vectors2, start, at, mask, K, k))
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + start + at, stored, mask=mask)

@@ -9,24 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels import conv
-from fused_res.kernels.common import Variant, aligned, cdiv, first_row, launch, limits, next_power_of_2, offset, variant
-from fused_res.kernels.conv import (
-    Config,
-    MetaCase,
-    activation,
-    configurations,
-    constants,
-    fitting,
-    geometry,
-    gradient,
-    meta_activated,
-    meta_cases,
-    meta_gradient,
-    meta_tiles,
-    read,
-    sign_word,
-)
+from fused_res.kernels import conv_tiling
+from fused_res.kernels.ahead import Variant, variant
+from fused_res.kernels.arguments import activation, geometry, gradient, sign_word
+from fused_res.kernels.conv_cases import MetaCase, meta_activated, meta_cases, meta_gradient, meta_tiles
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
+from fused_res.kernels.device import aligned, first_row, offset
+from fused_res.kernels.implicit_gemm import read
+from fused_res.kernels.launching import launch
+from fused_res.kernels.tiling import cdiv, limits, next_power_of_2
 from fused_res.spec import ConvBN
 
 
@@ -128,7 +119,7 @@ def split(pixels: int, programs: int, block_p: int) -> tuple[int, int]:
 
     By the shape alone, so that results repeat; at least one part, and none of a few blocks only if that can be helped.
     """
-    parts = max(1, min(conv.PROGRAMS // programs, pixels // (4 * block_p)))
+    parts = max(1, min(conv_tiling.PROGRAMS // programs, pixels // (4 * block_p)))
     parts = max(parts, cdiv(pixels, 2**30))  # places within a part take 32 bits
     rows = block_p * max(1, cdiv(cdiv(pixels, parts), block_p))
     return max(1, cdiv(pixels, rows)), rows

@@ -7,22 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
-    aligned,
-    cdiv,
-    launch_tiles,
-    load_rows,
-    locate,
-    locate_signs,
-    meta,
-    offset,
-    tile,
-    unpack,
-    variant,
-    within,
-)
-from fused_res.kernels.conv import decode, meta_image
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.device import aligned, load_rows, locate, locate_signs, offset, unpack, within
+from fused_res.kernels.implicit_gemm import decode
+from fused_res.kernels.launching import launch_tiles
+from fused_res.kernels.tiling import cdiv, tile
 
 
 @triton.jit

@@ -8,27 +8,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
+from fused_res.kernels.ahead import Variant, variant
+from fused_res.kernels.device import aligned, first_row, narrow, offset, store_vectors, within
+from fused_res.kernels.launching import launch
+from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
+from fused_res.kernels.tiling import (
     STAGES,
     UNROLL,
     ProductTile,
-    Variant,
-    aligned,
     alignment,
     cdiv,
     dot_precision,
-    first_row,
-    launch,
     limits,
-    narrow,
     next_power_of_2,
-    offset,
     split_rows,
-    store_vectors,
-    variant,
-    within,
 )
-from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
 
 # More rows than these would leave too much to float32 sums.
 _MOST_ROWS = 1024

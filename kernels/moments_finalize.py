@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, cdiv, launch, meta, offset, store_vectors, variant, within
-from fused_res.kernels.conv import meta_image
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.device import offset, store_vectors, within
+from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import load_wide, meta_activation
 from fused_res.kernels.pointwise_direct import direct_partials, merge_direct
+from fused_res.kernels.tiling import cdiv
 
 # As in fused_res/primitives/moments.py.
 SUSPECT = 2.0**-11

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, launch, meta, variant
+from fused_res.kernels.ahead import Variant, meta, variant
+from fused_res.kernels.launching import launch
 
 
 @triton.jit

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import Variant, activate, cdiv, dot_precision, launch, meta, narrow, offset, variant, within
-from fused_res.kernels.conv import check_dense, check_image, load_signs, meta_image
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.arguments import check_dense, check_image
+from fused_res.kernels.device import activate, narrow, offset, within
+from fused_res.kernels.implicit_gemm import load_signs
+from fused_res.kernels.launching import launch
+from fused_res.kernels.tiling import cdiv, dot_precision
 from fused_res.layout import to_rows
 
 

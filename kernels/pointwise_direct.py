@@ -8,22 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
-    aligned,
-    alignment,
-    cdiv,
-    dot_precision,
-    first_row,
-    launch,
-    meta,
-    offset,
-    split_rows,
-    store_vectors,
-    variant,
-)
-from fused_res.kernels.conv import meta_image
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.device import aligned, first_row, offset, store_vectors
+from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import incoming, load_matrix, load_operand, load_wide, meta_activation, operand
+from fused_res.kernels.tiling import alignment, cdiv, dot_precision, split_rows
 
 
 @triton.jit

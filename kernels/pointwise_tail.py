@@ -9,30 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    ProductTile,
-    Variant,
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.device import (
+    SCALE,
+    SHIFT,
     add_shortcut,
     affine,
     aligned,
-    alignment,
-    cdiv,
-    dot_precision,
     first_row,
     is_open,
-    launch,
-    limits,
     load_row,
-    meta,
-    next_power_of_2,
     offset,
     pack,
     relu,
-    variant,
     within,
 )
-from fused_res.kernels.conv import meta_image
+from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import load_matrix, load_operand, meta_activation, operand
+from fused_res.kernels.tiling import ProductTile, alignment, cdiv, dot_precision, limits, next_power_of_2
 from fused_res.layout import to_image, to_rows
 
 
@@ -98,10 +92,10 @@ def pointwise_tail_kernel(
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
 
     y = _product(z, weight, row, left, c, C, K, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
-    v = affine(y, load_row(vectors, 3, C, c)[None, :], load_row(vectors, 4, C, c)[None, :])
+    v = affine(y, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :])
     if weight2 is not None:
         y = _product(z2, weight2, row, left, c, C, K2, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
-        v += affine(y, load_row(vectors2, 3, C, c)[None, :], load_row(vectors2, 4, C, c)[None, :])
+        v += affine(y, load_row(vectors2, SCALE, C, c)[None, :], load_row(vectors2, SHIFT, C, c)[None, :])
     start, at, mask = offset(row, C), p[:, None] * C + c[None, :], within(p, left, c, C)
     rounded = relu(add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)

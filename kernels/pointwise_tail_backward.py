@@ -9,31 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    STAGES,
-    UNROLL,
-    ProductTile,
-    Variant,
-    aligned,
-    alignment,
-    cdiv,
-    dot_precision,
-    first_row,
-    launch,
-    limits,
-    load_row,
-    load_rows,
-    meta,
-    narrow,
-    next_power_of_2,
-    offset,
-    split_rows,
-    store_gradient,
-    store_vectors,
-    variant,
-    within,
-)
-from fused_res.kernels.conv import check_image, meta_image, sign_word
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.arguments import check_image, sign_word
+from fused_res.kernels.device import aligned, first_row, load_row, load_rows, narrow, offset, store_gradient, store_vectors, within
+from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import (
     incoming,
     load_gradient,
@@ -45,6 +24,17 @@ from fused_res.kernels.operands import (
     pivot,
     sampled,
     within_reach,
+)
+from fused_res.kernels.tiling import (
+    STAGES,
+    UNROLL,
+    ProductTile,
+    alignment,
+    cdiv,
+    dot_precision,
+    limits,
+    next_power_of_2,
+    split_rows,
 )
 from fused_res.layout import to_image, to_rows
 

@@ -9,23 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_res.kernels.common import (
-    Variant,
-    cdiv,
-    dot_precision,
-    launch,
-    load_row,
-    meta,
-    narrow,
-    offset,
-    store_vectors,
-    variant,
-    within,
-)
-from fused_res.kernels.conv import meta_image
+from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.device import INVSTD, MEAN, SCALE, load_row, narrow, offset, store_vectors, within
+from fused_res.kernels.launching import launch
 from fused_res.kernels.moments_finalize import row_statistics
 from fused_res.kernels.operands import incoming, load_wide, meta_activation
 from fused_res.kernels.pointwise_direct import direct_partials, merge_direct
+from fused_res.kernels.tiling import cdiv, dot_precision
 
 
 @triton.jit
@@ -103,9 +93,9 @@ def pointwise_tail_backward_finalize_rows_kernel(
         d = tl.where(suspects, directly, d)
         dbias = tl.zeros((BLOCK_C,), tl.float64)
     else:
-        d -= sum_g * load_row(vectors, 0, C, c).to(tl.float64)
-        dbias = load_row(vectors, 3, C, c).to(tl.float64) * sum_g
-    invstd = load_row(vectors, 2, C, c).to(tl.float64)
+        d -= sum_g * load_row(vectors, MEAN, C, c).to(tl.float64)
+        dbias = load_row(vectors, SCALE, C, c).to(tl.float64) * sum_g
+    invstd = load_row(vectors, INVSTD, C, c).to(tl.float64)
     d *= invstd
     if shares is not None:
         share, constant = invstd * d / P, sum_g / P

@@ -132,8 +132,8 @@ def poisoned_memory(device):
 @pytest.fixture
 def few_programs(monkeypatch):
     """Reductions run few programs, so that each has several blocks of rows already at small sizes."""
-    common = pytest.importorskip("fused_res.kernels.common")
-    monkeypatch.setattr(common, "PROGRAMS", 4)
+    tiling = pytest.importorskip("fused_res.kernels.tiling")
+    monkeypatch.setattr(tiling, "PROGRAMS", 4)
 
 
 def _import(package, module):

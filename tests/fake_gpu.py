@@ -135,30 +135,30 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
 
 def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:
     """The convolutions with every tile, whether it fits or not: shared memory as told from the tile, and as compiled."""
-    from fused_res.kernels import conv
-    from fused_res.kernels.common import variant
+    from fused_res.kernels import conv_cases, conv_tiling
+    from fused_res.kernels.ahead import variant
     from fused_res.kernels.conv_dgrad import conv_dgrad
     from fused_res.kernels.conv_fprop import conv_fprop
     from fused_res.kernels.conv_wgrad import conv_wgrad
 
     dtype = getattr(torch, options.dtype)
-    for case in conv.meta_cases(dtype):
+    for case in conv_cases.meta_cases(dtype):
         if not case.main or case.unit.stride != (1, 1):
             continue
-        x = conv.meta_activated(case)
+        x = conv_cases.meta_activated(case)
         for direction, launcher, image, mask, arguments in (
             ("fprop", conv_fprop, case.dy, None, (x, case.unit, True, None)),
             ("dgrad", conv_dgrad, case.x, "y", (case.x, case.unit, x, None)),
             ("dgrad", conv_dgrad, case.x, "signs", (case.x, case.unit, x, None)),
             ("wgrad", conv_wgrad, case.dy, "signs", (x, case.unit)),
         ):
-            dy = () if mask is None else (conv.meta_gradient(case.dy, mask),)
+            dy = () if mask is None else (conv_cases.meta_gradient(case.dy, mask),)
             read = {"fprop": (x,), "dgrad": dy, "wgrad": (*dy, x)}[direction]
             pixels = image.numel() // image.shape[1]
-            for config in conv.configurations(direction, dtype, pixels, case.unit.weight.shape):
+            for config in conv_tiling.configurations(direction, dtype, pixels, case.unit.weight.shape):
                 launch = variant("", launcher, *dy, *arguments, config=config).launch
                 shared = compile_launch(launch, options.capability).metadata.shared
-                told = conv.shared_bytes(direction, config, dtype.itemsize, *read)
+                told = conv_tiling.shared_bytes(direction, config, dtype.itemsize, *read)
                 yield {"direction": direction, "at": case.at, "config": config, "mask": mask, "told": told, "shared": shared}
 
 

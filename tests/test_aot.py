@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 
 from fused_res import aot_table
-from fused_res.kernels.common import first_row, offset
+from fused_res.kernels.device import first_row, offset
 
 ROOT = Path(__file__).parents[1]
 
 PLANTED = """
 import torch, triton, triton.language as tl
 from fused_res import aot
-from fused_res.kernels.common import Launch, Variant, meta
+from fused_res.kernels.ahead import Variant, meta
+from fused_res.kernels.launching import Launch
 
 @triton.jit
 def plain_max(x, y, P, C, B: tl.constexpr):

@@ -180,12 +180,12 @@ def test_bits_past_the_last_channel_do_not_matter(backend, device):
 @every_tiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_configuration(device, poisoned_memory, geometry, dtype):
-    conv = pytest.importorskip("fused_res.kernels.conv")
+    tiling = pytest.importorskip("fused_res.kernels.conv_tiling")
     launcher = pytest.importorskip("fused_res.kernels.conv_dgrad").conv_dgrad
     case = Case(geometry, dtype, device, "outer")
     expected = case.dx.to(dtype)
-    tiles = conv.configurations("dgrad", dtype, to_rows(expected).shape[0], case.unit.weight.shape)
-    tiles = list(conv.fitting("dgrad", tiles, case.unit.weight, case.gradient))
+    tiles = tiling.configurations("dgrad", dtype, to_rows(expected).shape[0], case.unit.weight.shape)
+    tiles = list(tiling.fitting("dgrad", tiles, case.unit.weight, case.gradient))
     assert len(tiles) >= 2
     for config in tiles:
         dx, _, _ = launcher(case.gradient, case.like, case.unit, None, None, config=config)

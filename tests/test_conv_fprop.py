@@ -146,12 +146,12 @@ def test_not_finite_passes_the_relu(backend, device, name, poison):
 @every_tiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_configuration(device, poisoned_memory, geometry, dtype):
-    conv = pytest.importorskip("fused_res.kernels.conv")
+    tiling = pytest.importorskip("fused_res.kernels.conv_tiling")
     launcher = pytest.importorskip("fused_res.kernels.conv_fprop").conv_fprop
     x, vectors, unit, _ = operands(geometry, dtype, device)
     expected = convolve(activate(x, vectors), unit).to(dtype)
-    tiles = conv.configurations("fprop", dtype, to_rows(expected).shape[0], unit.weight.shape)
-    tiles = list(conv.fitting("fprop", tiles, unit.weight, Activation(x, vectors)))
+    tiles = tiling.configurations("fprop", dtype, to_rows(expected).shape[0], unit.weight.shape)
+    tiles = list(tiling.fitting("fprop", tiles, unit.weight, Activation(x, vectors)))
     assert len(tiles) >= 2
     for config in tiles:
         y, partials, rows = launcher(Activation(x, vectors), unit, True, None, config=tuple(config))

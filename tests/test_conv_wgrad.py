@@ -20,8 +20,8 @@ SMALL = GEOMETRIES["3x3, stride 2"]
 @pytest.fixture
 def few_parts(monkeypatch):
     """Parts of the pixels are few enough to have several blocks each."""
-    conv = pytest.importorskip("fused_res.kernels.conv")
-    monkeypatch.setattr(conv, "PROGRAMS", 3)
+    tiling = pytest.importorskip("fused_res.kernels.conv_tiling")
+    monkeypatch.setattr(tiling, "PROGRAMS", 3)
 
 
 def correlate(dy, x, unit):
@@ -160,12 +160,12 @@ def test_pixels_past_the_last_do_not_count(device, poisoned_memory):
 @every_tiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_configuration(device, poisoned_memory, geometry, dtype):
-    conv = pytest.importorskip("fused_res.kernels.conv")
+    tiling = pytest.importorskip("fused_res.kernels.conv_tiling")
     launcher = pytest.importorskip("fused_res.kernels.conv_wgrad").conv_wgrad
     case = Case(geometry, dtype, device)
     expected = correlate(case.dy, case.z, case.unit).to(dtype)
-    tiles = conv.configurations("wgrad", dtype, len(to_rows(case.image)), case.unit.weight.shape)
-    tiles = list(conv.fitting("wgrad", tiles, case.unit.weight, case.gradient, case.x))
+    tiles = tiling.configurations("wgrad", dtype, len(to_rows(case.image)), case.unit.weight.shape)
+    tiles = list(tiling.fitting("wgrad", tiles, case.unit.weight, case.gradient, case.x))
     assert len(tiles) >= 2
     for config in tiles:
         same(launcher(case.gradient, case.x, case.unit, config=config), expected, config)

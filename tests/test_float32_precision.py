@@ -19,8 +19,8 @@ def cudnn():
 
 def kernels():
     """The precision of products on a GPU; a tensor without data stands for one there."""
-    common = pytest.importorskip("fused_res.kernels.common")
-    return common.dot_precision(torch.empty(1, device="meta"))
+    tiling = pytest.importorskip("fused_res.kernels.tiling")
+    return tiling.dot_precision(torch.empty(1, device="meta"))
 
 
 def test_the_old_switch(cudnn):

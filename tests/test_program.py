@@ -137,7 +137,7 @@ def test_one_tensor_in_two_places_is_not_taken_for_two():
 def test_threads_record_each_their_own():
     """Two blocks of other sizes at once, over Triton's launches, which are noted outside of torch."""
     pytest.importorskip("triton")
-    from fused_res.kernels.common import watching
+    from fused_res.kernels.launching import watching
 
     inside, seen = threading.Event(), []
 

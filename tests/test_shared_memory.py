@@ -19,8 +19,9 @@ from fused_res.primitives.operands import Activation
 
 pytest.importorskip("triton")
 
-from fused_res.kernels import conv
-from fused_res.kernels.common import compiling_for
+from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient
+from fused_res.kernels.conv_tiling import configurations
+from fused_res.kernels.tiling import compiling_for
 
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
@@ -80,7 +81,7 @@ def test_shared_memory_is_known_from_the_tile(dtype):
 
 def operands(direction, case):
     """Of a call in which all that can be computed on the way is."""
-    x, dy = conv.meta_activated(case), conv.meta_gradient(case.dy, "signs")
+    x, dy = meta_activated(case), meta_gradient(case.dy, "signs")
     return {"fprop": (x, True, None), "dgrad": (dy, case.x, x, None), "wgrad": (dy, x)}[direction]
 
 
@@ -95,13 +96,13 @@ def fitting(direction, case, capability):
 def test_tiles_to_try_fit(direction):
     left_out = 0
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for case in conv.meta_cases(dtype):
+        for case in meta_cases(dtype):
             some, more, all_ = (fitting(direction, case, capability) for capability in (86, 80, 90))
             assert len(some) >= 1
             assert set(some) <= set(more) <= set(all_)
             left_out += len(all_) - len(some)
             image = case.x if direction == "dgrad" else case.dy
-            assert all_ == conv.configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape)
+            assert all_ == configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape)
     assert left_out > 0 or direction == "fprop"
 
 

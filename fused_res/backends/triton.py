@@ -101,18 +101,18 @@ def tiles(primitive: str, weight: Tensor, pixels: int, operands: tuple) -> list[
     """The tiles worth trying for a convolution: weight [K, C, R, S] on the device, pixels of its result (for conv_wgrad, of dy),
     and the arguments of its kernel's launcher, less the unit.
     """
-    conv, direction = importlib.import_module("fused_res.kernels.conv"), primitive.removeprefix("conv_")
-    able = conv.configurations(direction, weight.dtype, pixels, tuple(weight.shape))
-    return list(conv.fitting(direction, able, weight, *operands[: 2 if direction == "wgrad" else 1]))
+    tiling, direction = importlib.import_module("fused_res.kernels.conv_tiling"), primitive.removeprefix("conv_")
+    able = tiling.configurations(direction, weight.dtype, pixels, tuple(weight.shape))
+    return list(tiling.fitting(direction, able, weight, *operands[: 2 if direction == "wgrad" else 1]))
 
 
 def tile(*numbers: int) -> tuple:
     """One of `tiles`."""
-    return importlib.import_module("fused_res.kernels.conv").Config(*numbers)
+    return importlib.import_module("fused_res.kernels.conv_tiling").Config(*numbers)
 
 
 def watching(call: Callable) -> AbstractContextManager:
-    return importlib.import_module("fused_res.kernels.common").watching(call)
+    return importlib.import_module("fused_res.kernels.launching").watching(call)
 
 
 @functools.cache

@@ -1,0 +1,81 @@
+"""Running a kernel: on the current stream, through whoever watches, or only noted."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_res.kernels.tiling import Tile, alignment, cdiv
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple
+    constants: dict[str, Any]
+    warps: int
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, nothing is launched, only noted in the list."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+class _Watcher(threading.local):
+    call: Callable | None = None
+
+
+_watcher = _Watcher()
+
+
+@contextmanager
+def watching(call: Callable) -> Iterator[None]:
+    """Inside, in this thread, launches go through `call(launch, *arguments, **constants)`; `launch` runs on the current device."""
+    before, _watcher.call = _watcher.call, call
+    try:
+        yield
+    finally:
+        _watcher.call = before
+
+
+def _tensors(arguments: tuple) -> Iterator[Tensor]:
+    """The tensors among arguments and tuples of them."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _tensors(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+    """Run the kernel on the current stream of the device of the first tensor among the arguments."""
+    if _recorders:
+        _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
+        return
+    with torch.cuda.device_of(next(_tensors(arguments))):
+        run = kernel[(programs,)]
+        if _watcher.call is None:
+            run(*arguments, **constants, num_warps=warps)
+        else:
+            _watcher.call(run, *arguments, **constants, num_warps=warps)
+
+
+def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:
+    """Run the kernel over tiles of rows and blocks of channels, with the constants that follow from the block."""
+    programs = tiles * cdiv(channels, block.channels)
+    constants |= {"ALIGN": alignment(channels), "BLOCK_P": block.rows, "BLOCK_C": block.channels}
+    launch(kernel, programs, *arguments, warps=block.warps, **constants)
