@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow fuzz same bench example figures gpu gpu-carry lint format aot kernels headers wheel clean
+.PHONY: help setup test test-slow fuzz same bench example figures gpu gpu-carry lint format aot kernels loops headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
 	@echo "make kernels  the same, and docs/kernels.csv and docs/kernels.md anew; ARGS='--only conv_fprop --arch 90' for a part of them"
+	@echo "make loops   what the kernels' inner loops issue, counted in machine code, into docs/loops.csv; ARGS='--arch 90'"
 	@echo "make headers  compile csrc/ against the headers of every torch that is supported, which it downloads (several GB)"
 	@echo "make wheel   build the sdist, the wheel from it, check both, and run a block in a fresh environment"
 	@echo "make gpu-carry  compile here what a GPU's machine need not: the library and the kernels of its timings; then copy the folder there"
@@ -100,6 +101,9 @@ aot: $(READY)
 
 kernels: $(READY)
 	$(BIN)/python -m fused_res.aot --update docs/kernels.md $(ARGS)
+
+loops: $(READY)
+	$(BIN)/python -m fused_res.benchmarks.loops --update docs/loops.csv $(ARGS)
 
 headers: $(READY)
 	$(BIN)/python .ci/check_headers.py $(ARGS)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_res
+from fused_res.geometry import Convolution, Geometry
 from fused_res.modules import ResidualBlock
 
 BATCHES = {"cpu": (8,), "cuda": (16, 64, 256)}
@@ -89,6 +90,21 @@ class Case:
     @property
     def output_size(self) -> int:
         return (self.size - 1) // self.stride + 1
+
+    def geometry(self, batch: int, training: bool = True) -> Geometry:
+        """What a plan for the block depends on. training: whether its BNs take the batch's statistics."""
+
+        def unit(k: int, c: int, taps: int, step: int = 1, groups: int = 1) -> Convolution:
+            edge = (taps // 2, taps // 2)
+            return Convolution((k, c // groups, taps, taps), (step, step), edge, (1, 1), groups, training)
+
+        width, out = self.width, self.outplanes
+        if self.kind == "basic":
+            main = unit(width, self.inplanes, 3, self.stride), unit(width, width, 3)
+        else:
+            main = unit(width, self.inplanes, 1), unit(width, width, 3, self.stride, self.groups), unit(out, width, 1)
+        projection = unit(out, self.inplanes, 1, self.stride) if self.projection else None
+        return Geometry(main, projection, None, False, (batch, self.size, self.size))
 
     def describe(self) -> dict:
         """What a row of a result file says about the case."""

@@ -47,13 +47,16 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
     comparing.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     comparing.set_defaults(run=_compare)
 
-    modelling = actions.add_parser("model", help="the roofline on paper: bytes, FLOPs and least time by level and GPU")
+    modelling = actions.add_parser("model", help="a step on paper: bytes, FLOPs, and the time to be expected by level and GPU")
     modelling.add_argument("--suite", choices=[name for name in SUITES if name != "networks"], default="resnet50")
     modelling.add_argument("--mode", choices=MODES, default="train")
     modelling.add_argument("--dtype", choices=model.ITEMSIZES, default="bf16")
     modelling.add_argument("--batch", type=positive, default=64)
-    modelling.add_argument("--gpu", nargs="+", choices=model.GPUS, default=list(model.GPUS))
+    modelling.add_argument("--gpu", nargs="+", choices=model.GPUS, default=list(model.SHOWN))
     modelling.add_argument("--results", nargs="*", type=Path, metavar="FILE", help="show what these measured beside it")
+    modelling.add_argument(
+        "--least", action="store_true", help="the least times that bytes and FLOPs allow, instead of those to be expected"
+    )
     modelling.add_argument("--json", action="store_true", help="print JSON to standard output instead of text")
     modelling.set_defaults(run=_model)
 
@@ -82,7 +85,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _model(options: argparse.Namespace) -> int:
     documents = [_loaded(path) for path in options.results or ()]
-    rows = model.predict(options.suite, options.mode, options.batch, options.dtype, options.gpu, documents)
+    rows = model.predict(options.suite, options.mode, options.batch, options.dtype, options.gpu, documents, options.least)
     print(json.dumps(rows, indent=1) if options.json else model.text(rows))
     return 0
 

@@ -6,7 +6,9 @@ results     a result file, its path relative to the document: table, findings an
 summary     a result file: a line for each case, and the sums
 plot        a result file: the plot beside it
 headline    a result file of a network's blocks: one sentence about all of them
-predicted   SUITE MODE DTYPE BATCH: what `fused_res.benchmarks.model` says
+predicted   SUITE MODE DTYPE BATCH: the least times that `fused_res.benchmarks.model` says; with GPUs behind it, the times to be
+            expected on them
+beside      a result file: what the model expects beside what was measured, with the instructions in loops.csv beside it
 
 A plot is drawn anew where it is of other results than the file beside it. With --check nothing is written, and the exit code is 1
 if anything would be.
@@ -19,7 +21,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from fused_res.benchmarks import headline, model, plot, report, results, summary
+from fused_res.benchmarks import calibration, headline, model, plot, report, results, summary
+from fused_res.cost.predict import nearest
 
 
 def _measured(name: str, folder: Path) -> str:
@@ -27,8 +30,14 @@ def _measured(name: str, folder: Path) -> str:
 
 
 def _predicted(what: str, folder: Path) -> str:
-    suite, mode, dtype, batch = what.split()
-    return model.markdown(suite, model.predict(suite, mode, int(batch), dtype))
+    suite, mode, dtype, batch, *gpus = what.split()
+    rows = model.predict(suite, mode, int(batch), dtype, gpus or model.SHOWN, at_least=not gpus)
+    return model.markdown(suite, rows)
+
+
+def _beside(name: str, folder: Path) -> str:
+    document = results.load(folder / name)
+    return model.beside_markdown(document, nearest(document["gpu"]["name"]).name, calibration.counts((folder / name).parent))
 
 
 def _summary(name: str, folder: Path) -> str:
@@ -47,7 +56,14 @@ def _headline(name: str, folder: Path) -> str:
     return headline.sentence(results.load(folder / name), name)
 
 
-RENDER = {"results": _measured, "summary": _summary, "plot": _plot, "headline": _headline, "predicted": _predicted}
+RENDER = {
+    "results": _measured,
+    "summary": _summary,
+    "plot": _plot,
+    "headline": _headline,
+    "predicted": _predicted,
+    "beside": _beside,
+}
 DRAWN = ("results", "plot")
 _SECTION = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(RENDER)}):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)", re.DOTALL

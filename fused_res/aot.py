@@ -140,6 +140,11 @@ def _dump(cubin: bytes, tool: str, *options: str) -> str:
         return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
+def disassemble(cubin: bytes) -> str:
+    """What `nvdisasm` prints of a kernel."""
+    return _dump(cubin, "nvdisasm")
+
+
 def usage(cubin: bytes) -> dict[str, int]:
     """What `cuobjdump -res-usage` says: REG, STACK, SHARED, LOCAL and more."""
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", _dump(cubin, "cuobjdump", "-res-usage"))}

@@ -21,35 +21,34 @@ class Launch(NamedTuple):
     warps: int
 
 
-_recorders: list[list[Launch]] = []
+class _Local(threading.local):
+    """Of this thread: who launches in the kernel's place, and the list that launches are noted in."""
+
+    call: Callable | None = None
+    noted: list[Launch] | None = None
+
+
+_local = _Local()
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, nothing is launched, only noted in the list."""
-    launches: list[Launch] = []
-    _recorders.append(launches)
+    """Inside, in this thread, nothing is launched, only noted in the list."""
+    before, _local.noted = _local.noted, []
     try:
-        yield launches
+        yield _local.noted
     finally:
-        _recorders.pop()
-
-
-class _Watcher(threading.local):
-    call: Callable | None = None
-
-
-_watcher = _Watcher()
+        _local.noted = before
 
 
 @contextmanager
 def watching(call: Callable) -> Iterator[None]:
     """Inside, in this thread, launches go through `call(launch, *arguments, **constants)`; `launch` runs on the current device."""
-    before, _watcher.call = _watcher.call, call
+    before, _local.call = _local.call, call
     try:
         yield
     finally:
-        _watcher.call = before
+        _local.call = before
 
 
 def _tensors(arguments: tuple) -> Iterator[Tensor]:
@@ -63,15 +62,15 @@ def _tensors(arguments: tuple) -> Iterator[Tensor]:
 
 def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
     """Run the kernel on the current stream of the device of the first tensor among the arguments."""
-    if _recorders:
-        _recorders[-1].append(Launch(kernel, programs, arguments, constants, warps))
+    if _local.noted is not None:
+        _local.noted.append(Launch(kernel, programs, arguments, constants, warps))
         return
     with torch.cuda.device_of(next(_tensors(arguments))):
         run = kernel[(programs,)]
-        if _watcher.call is None:
+        if _local.call is None:
             run(*arguments, **constants, num_warps=warps)
         else:
-            _watcher.call(run, *arguments, **constants, num_warps=warps)
+            _local.call(run, *arguments, **constants, num_warps=warps)
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

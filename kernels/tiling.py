@@ -2,8 +2,9 @@
 
 import functools
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import gcd
 from typing import NamedTuple
 
@@ -112,27 +113,34 @@ class Limits(NamedTuple):
 
 
 _NONE = Limits(math.inf, 128)
-_targets: list[Limits] = []
+
+
+class _Local(threading.local):
+    target: Limits | None = None
+
+
+_local = _Local()
 
 
 @contextmanager
-def compiling_for(capability: int, shared: int) -> Iterator[None]:
-    """Inside, launchers choose their tiles for a GPU of this compute capability, whose blocks may have so much shared memory."""
-    _targets.append(Limits.of(capability, shared))
+def _under(target: Limits) -> Iterator[None]:
+    before, _local.target = _local.target, target
     try:
         yield
     finally:
-        _targets.pop()
+        _local.target = before
 
 
-@contextmanager
-def unlimited() -> Iterator[None]:
+def compiling_for(capability: int, shared: int) -> AbstractContextManager[None]:
+    """Inside, in this thread, launchers choose their tiles for a GPU of this compute capability, whose blocks may have so much
+    shared memory.
+    """
+    return _under(Limits.of(capability, shared))
+
+
+def unlimited() -> AbstractContextManager[None]:
     """Inside, launchers choose their tiles as if no GPU set a limit, unless `compiling_for` one says otherwise."""
-    _targets.append(_targets[-1] if _targets else _NONE)
-    try:
-        yield
-    finally:
-        _targets.pop()
+    return _under(_local.target or _NONE)
 
 
 @functools.cache
@@ -143,8 +151,8 @@ def _limits(index: int) -> Limits:
 
 def limits(device: torch.device) -> Limits:
     """Of the GPU, or as `compiling_for` and `unlimited` say; none in the interpreter."""
-    if _targets:
-        return _targets[-1]
+    if _local.target is not None:
+        return _local.target
     if device.type == "cpu":
         return _NONE
     return _limits(driver.active.get_current_device() if device.index is None else device.index)

@@ -1,0 +1,89 @@
+"""Instructions of a compiled kernel: what its loops and the rest of it issue, from the machine code alone."""
+
+import re
+from typing import Any, NamedTuple
+
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
+_PREDICATE = re.compile(r"^@!?U?P(?:T|\d+)\s+")
+_MATRIX = re.compile(r"(?:U?HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
+
+
+class Code(NamedTuple):
+    """Instructions of a kernel in their order, without predicates, and at which of them each label stands."""
+
+    instructions: list[str]
+    labels: dict[str, int]
+
+
+def disassembled(sass: str) -> Code:
+    """From what `nvdisasm` prints."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.+);", line):
+            instructions.append(_PREDICATE.sub("", found[1].strip()))
+    return Code(instructions, labels)
+
+
+def loops(code: Code) -> list[list[str]]:
+    """Bodies of the loops that multiply matrices, in the order of their ends, none inside another."""
+    found: list[tuple[int, int]] = []
+    for end, instruction in enumerate(code.instructions):
+        branch = _BRANCH.search(instruction)
+        if branch and code.labels.get(branch[1], end + 1) <= end:
+            found.append((code.labels[branch[1]], end + 1))
+    bodies = [(a, b) for a, b in found if any(map(_MATRIX.match, code.instructions[a:b]))]
+    inner = [(a, b) for a, b in bodies if not any((a <= c and d <= b) and (a, b) != (c, d) for c, d in bodies)]
+    return [code.instructions[a:b] for a, b in inner]
+
+
+def _trips(name: str, found: dict, constants: dict) -> list[int]:
+    """How often a program runs each of its loops, in their order."""
+
+    def steps(size: int, block: str) -> int:
+        return -(-size // constants[block])
+
+    if name in ("conv_fprop", "conv_dgrad"):
+        depth = steps(found["C"], "BLOCK_C") if name == "conv_fprop" else steps(found["K"], "BLOCK_K")
+        phases = 1 if name == "conv_fprop" else found["g"].stride_h * found["g"].stride_w
+        return [max(1, round(depth * constants["R"] * constants["S"] / phases))]
+    if name == "pointwise_tail":
+        second = [] if found["weight2"] is None else [steps(found["K2"], "BLOCK_K")]
+        return [steps(found["K"], "BLOCK_K"), *second]
+    if name == "pointwise_tail_backward_apply":
+        through = [steps(found["C"], "BLOCK_C")] if found["through"] is None else []
+        return [*through, *([steps(found["K"], "BLOCK_C")] if found["quadratic"] is not None else [])]
+    return [steps(min(found["rows"], found["P"]), "BLOCK_P")]
+
+
+class Count(NamedTuple):
+    """programs: those that have something to do. rest: instructions outside of the loops with a matrix product; bodies: those of
+    each loop; trips: how often a program runs it.
+    """
+
+    programs: float
+    rest: int
+    bodies: list[int]
+    trips: list[int]
+
+    @property
+    def program(self) -> int:
+        """Instructions that each warp of a program issues."""
+        return self.rest + sum(body * trips for body, trips in zip(self.bodies, self.trips, strict=True))
+
+
+def count(launch: Any, code: Code) -> Count:
+    """Of a launch and its machine code. Both branches of a condition count as if they ran, but in `moments`, which has a loop for
+    channels near 0, counted here, and another for those far from it, and needs no program below the diagonal.
+    """
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    found = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    bodies, trips = [len(body) for body in loops(code)], _trips(name, found, launch.constants)
+    rest, programs = len(code.instructions) - sum(bodies), float(launch.programs)
+    if name == "moments":
+        rest //= len(bodies)
+        across = -(-found["K"] // launch.constants["BLOCK_K"])
+        programs *= (across + 1) / (2 * across)
+    return Count(programs, rest, bodies[: len(trips)], trips)
