@@ -62,8 +62,6 @@ def is_traced() -> bool:
 def observer_reason() -> str | None:
     """Why child modules are to run whatever they are: somebody watches, or changes, what is called."""
     compiling = torch.compiler.is_compiling()
-    if compiling and _is_for_onnx():
-        return "torch.onnx.export is tracing"
     if not compiling and torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is tracing"
     if (
@@ -79,14 +77,6 @@ def observer_reason() -> str | None:
     if not compiling and (torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack() > 0):
         return _mode_reason()
     return None
-
-
-def _is_for_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
-
-
-# Asked at the time of tracing, not followed.
-_is_for_onnx._dynamo_marked_constant = True
 
 
 def _mode_reason() -> str | None:

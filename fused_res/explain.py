@@ -100,7 +100,7 @@ class Explanation:
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _row(name: str, block: nn.Module, x: Tensor, sized: bool) -> Row:
+def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     dtype = compute_dtype(x)
     what = (name, type(block).__name__, tuple(x.shape), str(dtype).removeprefix("torch."))
     if not isinstance(block, Fusible):
@@ -111,14 +111,14 @@ def _row(name: str, block: nn.Module, x: Tensor, sized: bool) -> Row:
     if reason is not None:
         return Row(*what, planner.EAGER, None, shortcut.kind, (), (), reason)
     x, parts = x.to(dtype), with_dtype(block.parts(), dtype)
-    asked, level = planner.plan(x, parts, sized=sized, level=block._fused_res_level)
+    asked, level = planner.plan(x, parts, compiled=compiled, level=block._fused_res_level)
     backend = planner.resolve(asked, x.device, dtype)
     units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
-    measured = planner.is_measured(x, parts, sized=sized, level=block._fused_res_level)
+    measured = not compiled and planner.is_measured(x, parts, level=block._fused_res_level)
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
     return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved)
 
@@ -139,8 +139,8 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
     Ours, those that `fuse` has fused, and those that it knows and has left alone or was not asked to fuse, with the reason.
 
     Runs `model(*inputs, **keywords)` once without gradients and restores buffers and the random state, so that nothing remains of
-    the call. `use_backend` and autocast are obeyed. What torch.compile runs is explained as it plans it, for any sizes of images,
-    but called uncompiled.
+    the call. `use_backend` and autocast are obeyed. What torch.compile runs is called uncompiled, and explained as it runs
+    in the graph for these sizes or, where there is none yet, as it would in one.
 
     Args:
         model: any module, a block itself included, compiled or not.
@@ -156,7 +156,7 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
         def hook(block, args, kwargs=None):  # without, where torch is still registering it for another thread's call
             x = args[0] if args else next(iter((kwargs or {}).values()), None)
             if isinstance(x, Tensor):
-                rows.append(_row(name, block, x, sized=not compiled))
+                rows.append(_row(name, block, x, compiled))
 
         return hook
 

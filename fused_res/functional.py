@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from fused_res import planner, reference
 from fused_res.backends import LIBRARY
 from fused_res.block.call import prepare
+from fused_res.block.exported import block_exported
 from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments
 from fused_res.eligibility import acts, is_traced
@@ -117,11 +118,13 @@ def run(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     units = block.units()
 
-    def settle(saved: list[Tensor]) -> None:
+    def settle(saved: list[Tensor | None]) -> None:
         moves = [Move(unit, v, pixels) for unit, v, pixels in zip(units, saved, call.pixels, strict=False) if unit.training]
         if moves:
             move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
 
+    if call.watched and torch.compiler.is_exporting():
+        return block_exported(x, skip, residual_scale, tensors, call, units, settle), []
     return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
 
 

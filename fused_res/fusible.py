@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fused_res import known, planner, recompute
 from fused_res.anatomy import Anatomy, containers
+from fused_res.block.exported import expect_composition
 from fused_res.block.validate import compute_dtype
 from fused_res.eligibility import (
     NO_DATA,
@@ -34,10 +35,13 @@ _UNSAID = (EMPTY, NO_DATA, *map(NOT_IMAGES.format, (0, 1, 2, 3, 5, 6)))
 
 
 def _speak_of_export() -> None:
+    expect_composition()
+    if torch.onnx.is_in_onnx_export():
+        return
     say_once(
         "export",
-        "torch.export keeps a block as one operator: quantisers and converters see no convolution in it. For those, export under "
-        'fused_res.use_backend("eager")',
+        "torch.export keeps a block as one operator, in which quantisers see no convolution: export for those under "
+        'fused_res.use_backend("eager"). run_decompositions() gives plain aten',
     )
 
 

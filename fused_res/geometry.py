@@ -59,18 +59,16 @@ class Geometry(NamedTuple):
         )
 
 
-def numbers_of(x: Tensor, block: Block, sized: bool = True) -> tuple | None:
+def numbers_of(x: Tensor, block: Block) -> tuple | None:
     """The geometry of a block that is called with x, or None where a weight has no fixed shape.
 
-    In plain tuples: torch.compile hands over named ones without their content. While it or torch.export traces, `images` is None
-    even where the sizes are fixed: a recompute may run in another graph than its forward, and has to run at the same level. So it
-    is for tensors without data, and where the caller says so.
+    In plain tuples: torch.compile hands over named ones without their content. `images` is None where one graph is to hold for
+    several sizes, and for tensors without data that no compiler traces.
     """
     if not all(is_fixed(size) for unit in block.units() for size in unit.weight.shape):
         return None
     sizes = (x.shape[0], x.shape[2], x.shape[3])
-    plain = sized and not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter)
-    known = plain and all(is_fixed(size) for size in sizes)
+    known = (torch.compiler.is_compiling() or type(x) in (Tensor, Parameter)) and all(is_fixed(size) for size in sizes)
     projection = None if block.projection is None else _numbers(block.projection)
     pool = None if block.pool is None else (*block.pool,)
     return tuple([_numbers(unit) for unit in block.main]), projection, pool, block.given, sizes if known else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_res import backends, plans, settings
 from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
-from fused_res.geometry import Geometry, numbers_of
+from fused_res.geometry import Geometry, is_fixed, numbers_of
 from fused_res.spec import Block
 from fused_res.tuning import tuner
 
@@ -89,28 +89,68 @@ def is_eager_forced() -> bool:
     return request is not None and request.backend == EAGER
 
 
-def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, sized: bool = True, level: str | None = None) -> Plan:
+def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, compiled: bool = False, level: str | None = None) -> Plan:
     """How a call of the block with x runs.
 
     Args:
         x: [N, C, H, W].
         block: its parts; weights may be symbolic, then the level is the first.
         dtype: what the block computes in, x's if None.
-        sized: whether the plan may depend on N, H and W; it does not where torch.compile or torch.export trace.
+        compiled: whether to tell how it runs in a graph of torch.compile, which need not trace now.
         level: that of `fuse`, which stands where `use_backend` names none.
 
     Returns:
         The backend as it was asked for, so that an exported program may run on another device than it was traced on, and a level
-        that means something for the block. It is the same at every call with the same sizes, and needs no guard on N, H or W
-        where torch.compile or torch.export trace.
+        that means something for the block. It is the same at every call with the same sizes. Where torch.compile or torch.export
+        leave a size open, it follows from the block alone.
     """
     asked, dtype = forced() or Forced(AUTO, None), dtype or x.dtype
-    level, numbers = asked.level or level, numbers_of(x, block, sized)
+    level, numbers = asked.level or level, numbers_of(x, block)
     if level is None:
-        level = LEVELS[0] if numbers is None else _level(asked.backend, x.device, dtype, numbers)
-    elif numbers is not None and numbers[-1] is not None and settings.tune():
+        level = LEVELS[0] if numbers is None else _level_of(asked.backend, x, dtype, numbers, compiled)
+    elif not torch.compiler.is_compiling() and numbers is not None and numbers[-1] is not None and settings.tune():
         _tune_at(level, asked.backend, x.device, dtype, numbers)
     return Plan(asked.backend, Level.of(level, block).name)
+
+
+def _level_of(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple, compiled: bool) -> str:
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return _level_untried(backend, x.device, dtype, numbers)
+        return _level_in_graph(backend, x, dtype, numbers)
+    if compiled:
+        graphs = _graphs(backend, x.device, dtype, numbers)
+        found = graphs.get(numbers[-1]) or graphs.get(None)
+        if found is not None:
+            return found
+    return _level(backend, x.device, dtype, numbers)
+
+
+def _level_in_graph(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple) -> str:
+    """The level in a graph of torch.compile, such that no two graphs run a block on the same sizes at different levels.
+
+    The recompute of a checkpoint may run in another graph than its forward: after a call with another batch size, one that leaves
+    the size open. That one gets a guard against the sizes for which a graph with fixed sizes has another level, and whose graph
+    still stands.
+    """
+    level = _note(backend, x.device, dtype, numbers)
+    if numbers[-1] is None:
+        for sizes, other in _fixed(backend, x.device, dtype, numbers):
+            if other != level and _has_sizes(x, sizes):
+                return other
+    return level
+
+
+def _has_sizes(x: Tensor, sizes: tuple[int, int, int]) -> bool:
+    """Whether N, H and W of x are these, by one guard where any is open."""
+    found = list(zip((x.shape[0], x.shape[2], x.shape[3]), sizes, strict=True))
+    if not all(size == expected for size, expected in found if is_fixed(size)):
+        return False
+    same = True
+    for size, expected in found:
+        if not is_fixed(size):
+            same = (size == expected) & same
+    return bool(same)
 
 
 def _constant(function: Callable[..., T]) -> Callable[..., T]:
@@ -119,9 +159,9 @@ def _constant(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
-def is_measured(x: Tensor, block: Block, *, sized: bool = True, level: str | None = None) -> bool:
+def is_measured(x: Tensor, block: Block, *, level: str | None = None) -> bool:
     """Whether tuning found the level that `plan` gave, not a rule, `use_backend` or `fuse`."""
-    asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block, sized)
+    asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)
     return (asked.level or level) is None and plans.decided(
         ("measured", *_key(asked.backend, x.device, x.dtype, numbers))
     ) is not None
@@ -131,19 +171,49 @@ def _key(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple 
     return "level", backend, device, dtype, numbers
 
 
+def _graphs(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> dict[tuple | None, str]:
+    """At which level graphs of torch.compile run the block, by N, H and W; under None, one that leaves any of them open."""
+    return plans.decide(("graphs", *_key(backend, device, dtype, (*numbers[:-1], None))), {})
+
+
 @_constant
+def _note(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
+    """The level in a graph for these sizes, noted: the first one stands."""
+    return _graphs(backend, device, dtype, numbers).setdefault(numbers[-1], _level_untried(backend, device, dtype, numbers))
+
+
+@_constant
+def _fixed(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> tuple[tuple[tuple[int, int, int], str], ...]:
+    """The sizes for which there are graphs of their own, and their levels."""
+    graphs = _graphs(backend, device, dtype, numbers)
+    return tuple([(sizes, level) for sizes, level in list(graphs.items()) if sizes is not None])
+
+
+@_constant
+def _level_untried(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
+    """The level that stands, or would by what is known, without trying any: it is left to a call that is not traced."""
+    return plans.decided(_key(backend, device, dtype, numbers)) or _found(backend, device, dtype, numbers, tries=False)[0]
+
+
 def _level(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
     key = _key(backend, device, dtype, numbers)
     level = plans.decided(key)
     if level is not None:
         return level
-    name = resolve(backend, device, dtype) if backend == AUTO else backend
-    geometry = Geometry.from_numbers(numbers)
-    found = tuner.level(name, device, dtype, geometry) if settings.tune() and _runs(name, device, dtype) else None
-    level = plans.decide(key, found or backends.load(name).level(device, dtype, geometry))
-    if level == found:
+    found, measured = _found(backend, device, dtype, numbers, tries=True)
+    level = plans.decide(key, found)
+    if measured and level == found:
         plans.decide(("measured", *key), True)
     return level
+
+
+def _found(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple, tries: bool) -> tuple[str, bool]:
+    """The level by measurement, or else by the backend's rule, and whether it was measured."""
+    name = resolve(backend, device, dtype) if backend == AUTO else backend
+    geometry, found = Geometry.from_numbers(numbers), None
+    if settings.tune() and _runs(name, device, dtype):
+        found = tuner.level(name, device, dtype, geometry, tries=tries)
+    return found or backends.load(name).level(device, dtype, geometry), found is not None
 
 
 def _tune_at(level: str, backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> None:

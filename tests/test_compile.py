@@ -1,5 +1,6 @@
-"""Blocks under torch.compile and torch.export."""
+"""Blocks and whole networks under torch.compile, and blocks under torch.export."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from blocks import Eager, assert_same, eager, image, make, step
-from fused_res import use_backend
+from fused_res import fuse, use_backend
 
 
 def recorder(graphs):
@@ -53,6 +54,54 @@ def test_inductor_gives_eagers_step(dynamo):
     block = make("projection", torch.float32)
     peer, x = eager(block), image(block, dtype=torch.float32)
     assert_same(step(block, x, call=torch.compile(block, fullgraph=True)), step(peer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def network(torchvision_resnet):
+    """torchvision's ResNet with one block in each stage, in float64, and its fused twin."""
+    torch.manual_seed(0)
+    original = torchvision_resnet.ResNet(torchvision_resnet.BasicBlock, [1, 1, 1, 1], num_classes=7).double()
+    return original, fuse(copy.deepcopy(original), strict=True)
+
+
+def images(n):
+    torch.manual_seed(n)
+    return torch.randn(n, 3, 32, 32, dtype=torch.float64)
+
+
+COMPILERS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_a_fused_network_trains_in_one_graph_with_a_second_for_other_batches(dynamo, network, compiler):
+    original, fused = network
+    graphs, compile_graph = [], torch._dynamo.lookup_backend(compiler)
+    compiled = torch.compile(fused, backend=lambda *graph: graphs.append(graph) or compile_graph(*graph), fullgraph=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (original, fused)]
+    expected = [1, 1, 2, 2, 2, 2]
+    for n, known in zip((4, 4, 6, 5, 4, 7), expected, strict=True):
+        losses = []
+        for call, optimizer in zip((original, compiled), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(call(images(n)), torch.arange(n))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=0)
+        assert len(graphs) == known
+    assert_same(dict(fused.state_dict()), dict(original.state_dict()), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("freezing", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)])
+def test_a_fused_network_is_evaluated_in_one_graph_with_a_second_for_other_batches(dynamo, network, freezing):
+    original, fused = (model.eval() for model in network)
+    compiled = torch.compile(fused, fullgraph=True, options={"freezing": freezing})
+    with torch.no_grad():
+        for n in (2, 3):
+            torch.testing.assert_close(compiled(images(n)), original(images(n)), rtol=1e-9, atol=1e-10)
+        with dynamo.config.patch(error_on_recompile=True):
+            for n in (3, 2, 5):
+                torch.testing.assert_close(compiled(images(n)), original(images(n)), rtol=1e-9, atol=1e-10)
 
 
 def test_use_backend_around_a_compiled_block_takes_effect_and_ends(dynamo):

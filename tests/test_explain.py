@@ -205,13 +205,13 @@ def test_a_compiled_model_has_the_rows_of_its_blocks_and_is_not_compiled_again(d
             net(X)
 
 
-def test_a_compiled_block_is_explained_as_it_is_planned_without_sizes(dynamo, monkeypatch):
+def test_a_compiled_block_is_explained_as_its_graph_runs_it(dynamo, monkeypatch):
     seen = []
     original = planner.plan
     monkeypatch.setattr(planner, "plan", lambda *args, **options: seen.append(options) or original(*args, **options))
     block = BasicBlock(3, 3)
     explain(nn.Sequential(torch.compile(block, backend="aot_eager"), BasicBlock(3, 3)), X)
-    assert {options.get("sized") for options in seen} >= {False, True}
+    assert {options.get("compiled") for options in seen} >= {False, True}
 
 
 class Detector(nn.Module):

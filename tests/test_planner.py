@@ -164,7 +164,7 @@ def test_blocks_in_one_graph_have_each_their_level(dynamo, rule):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x), peer(x))
     assert graphs == [["epilogue", "moment"]]
-    assert [geometry.images for geometry in asked] == [None, None]
+    assert [geometry.images for geometry in asked] == [(3, 7, 7), (3, 4, 4)]
 
 
 def test_dynamic_sizes_need_one_graph_and_no_guard(dynamo, rule):
@@ -198,6 +198,98 @@ def test_weights_of_symbolic_shape_run_at_the_first_level(dynamo, rule):
     assert all(geometry.images is not None for geometry in asked)
 
 
+def by_images(geometry):
+    """A rule that tells known sizes from open ones."""
+    return "bn_act" if geometry.images is None else "moment"
+
+
+def noting(levels, compiler="eager"):
+    """A compiler that lists the levels in each graph that it gets, those of a checkpoint's graph inside among them."""
+    compile_graph = torch._dynamo.lookup_backend(compiler)
+
+    def backend(graph, inputs):
+        nodes = [node for module in graph.modules() if isinstance(module, torch.fx.GraphModule) for node in module.graph.nodes]
+        levels.append("/".join(node.args[7] for node in nodes if "block_forward" in str(node.target)))
+        return compile_graph(graph, inputs)
+
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", pytest.param("pooled", marks=pytest.mark.slow)])
+def test_a_graph_for_fixed_sizes_has_their_level_and_one_for_open_ones_the_blocks_own(dynamo, rule, kind):
+    rule(by_images)
+    block, levels = make(kind), []
+    peer = eager(block)
+    compiled = torch.compile(block, backend=noting(levels), fullgraph=True)
+    for n in (2, 2, 3, 2, 5, 2, 4):
+        x = image(block, n)
+        assert_same(step(block, x, call=compiled), step(peer, x))
+    assert levels == ["moment", "bn_act"]
+    assert [levels_of(compiled, image(block, n)) for n in (2, 3, 9)] == [["moment"], ["bn_act"], ["bn_act"]]
+
+
+@pytest.mark.slow
+def test_every_size_has_its_level_where_no_size_is_left_open(dynamo, rule):
+    rule(lambda geometry: ("bn_act", "epilogue", "prologue", "moment")[geometry.images[0] % 4])
+    block, levels = make("bottleneck"), []
+    compiled = torch.compile(block, backend=noting(levels), fullgraph=True, dynamic=False)
+    for n in (2, 5, 3, 2):
+        compiled(image(block, n))
+    assert levels == ["prologue", "epilogue", "moment"]
+    assert [levels_of(compiled, image(block, n)) for n in (2, 3, 4)] == [["prologue"], ["moment"], ["bn_act"]]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("where", "compiler", "sizes"),
+    [
+        ("around", "eager", ((2, 7), (3, 9))),
+        *(
+            pytest.param(where, "aot_eager", sizes, marks=pytest.mark.slow)
+            for where in ("around", "inside")
+            for sizes in (((2, 7), (3, 7)), ((2, 7), (2, 9)), ((2, 7), (3, 9)))
+        ),
+    ],
+)
+def test_a_compiled_recompute_runs_at_the_level_of_its_forward(dynamo, rule, where, compiler, sizes, use_reentrant):
+    """Two sizes in flight: when the first is recomputed there is a graph that would hold for both.
+
+    The checkpoint is around what is compiled, or inside.
+    """
+    rule(by_images)
+    block, levels = make("bottleneck"), []
+    peer = eager(block)
+
+    def compiled(function):
+        return torch.compile(function, backend=noting(levels, compiler), fullgraph=True)
+
+    def checkpointed(function):
+        return functools.partial(checkpoint, function, use_reentrant=use_reentrant)
+
+    call = compiled(checkpointed(block)) if where == "inside" else checkpointed(compiled(block))
+    images = [image(block, *size).requires_grad_() for size in (*sizes, sizes[0])]
+    sum(call(x).square().sum() for x in images).backward()
+    gradients = [x.grad for x in images] + [p.grad for p in block.parameters()]
+    images = [x.detach().requires_grad_() for x in images]
+    sum(peer(x).square().sum() for x in images).backward()
+    expected = [x.grad for x in images] + [p.grad for p in peer.parameters()]
+    assert_same(dict(enumerate(gradients)), dict(enumerate(expected)))
+    # Without gradients, as reentrant checkpoints run their forward, blocks have graphs of their own.
+    assert sorted(levels) == sorted(["moment", "bn_act"] * (1 if where == "inside" or not use_reentrant else 2))
+
+
+def levels_in(program):
+    return [node.args[6] for node in program.graph.nodes if "fused_res.block" in str(node.target)]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_programs_exported_for_fixed_sizes_carry_their_level(strict, rule):
+    rule(by_images)
+    block = make("bottleneck").eval()
+    program = torch.export.export(block, (image(block),), strict=strict)
+    assert levels_in(program) == ["moment"]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_programs_carry_the_rules_level(strict, rule):
     asked = rule("moment")
@@ -205,8 +297,7 @@ def test_exported_programs_carry_the_rules_level(strict, rule):
     x = image(block)
     sizes = {0: torch.export.Dim("n", min=2), 2: torch.export.Dim("h", min=4), 3: torch.export.Dim("w", min=4)}
     program = torch.export.export(block, (x,), dynamic_shapes=(sizes,), strict=strict)
-    levels = [node.args[7] for node in program.graph.nodes if "block_forward" in str(node.target)]
-    assert levels == ["moment"]
+    assert levels_in(program) == ["moment"]
     assert [geometry.images for geometry in asked] == [None]
     other = image(block, 5, 9)
     torch.testing.assert_close(program.module()(other), eager(block)(other))

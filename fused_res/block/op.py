@@ -227,8 +227,8 @@ def _save_for_backward(ctx, inputs, output):
 def _forward_gradient(ctx, dout, _):
     if not ctx.save:
         raise RuntimeError(
-            "block_forward kept nothing for backward (save=False): this program was exported, traced or compiled under "
-            "torch.no_grad(); to train it, export it with gradients enabled"
+            "block_forward kept nothing for backward (save=False): this graph was made under torch.no_grad(); to train it, make it "
+            "with gradients enabled"
         )
     found = _gradients(ctx, dout, *ctx.needs_input_grad[:4], torch.ops.fused_res.block_backward.default)
     return *found, None, None, None, None, None

@@ -36,14 +36,16 @@ _lock = threading.RLock()
 _known: dict[tuple[PlanFiles, str], object] = {}
 
 
-def level(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
+def level(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry, *, tries: bool = True) -> str | None:
     """The level that was measured to be the fastest, now or before; None where that is not known and cannot be found out now.
 
-    Without `geometry.images`, the one that was found for the last sizes.
+    Without `geometry.images`, and unless `tries` where nothing was found for these, the one that was found for the last sizes.
     """
     plans.remember_by(recall)
     with _lock:
         found = _recall_level(backend, device, dtype, geometry)
+        if not tries:
+            return found or _recall_level(backend, device, dtype, geometry._replace(images=None))
         if found is None and can_try(device, dtype, geometry):
             found = _tune(backend, device, dtype, geometry)
         return found

@@ -1,0 +1,91 @@
+"""The operator that an exported program calls for a block, `fused_res::block`: the fused ones where it runs, aten where it is taken apart.
+
+Torch composes it of what `_block` calls (CompositeImplicitAutograd), and `torch.export.export` keeps such an operator as one node.
+What takes programs apart asks for its composition: `ExportedProgram.run_decompositions()`, and with it ONNX and whatever else works
+on core aten, and AOTInductor. It then calls convolutions, BNs and ReLUs as the child modules do.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import Library
+
+from fused_res import reference
+from fused_res.block.call import Call
+from fused_res.primitives.common import statistics_dtype
+from fused_res.spec import ConvBN, unpack
+
+_library = Library("fused_res", "FRAGMENT")
+_library.define(
+    "block(Tensor x, Tensor? skip, Tensor? residual_scale, Tensor[] tensors, int[] spec, float[] eps, str level, str backend) "
+    "-> (Tensor, Tensor[])"
+)
+
+
+def block_exported(
+    x: Tensor,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    tensors: list[Tensor],
+    call: Call,
+    units: list[ConvBN],
+    settle: Callable[[list[Tensor | None]], None],
+) -> Tensor:
+    """The block as one operator of an exported program. Units that take the batch's statistics give them to `settle`.
+
+    Whether anything is kept for backward is decided when the program runs.
+    """
+    out, statistics = torch.ops.fused_res.block(x, skip, residual_scale, tensors, call.spec, call.eps, call.level, call.backend)
+    rest = iter(statistics)
+    settle([next(rest) if unit.training else None for unit in units])
+    return out
+
+
+def expect_composition() -> None:
+    """Torch warns once that it keeps an operator that is composed of others, which is what this one is for."""
+    warnings.filterwarnings("ignore", message=r"At pre-dispatch tracing, .* Found fused_res\.block", category=UserWarning)
+
+
+def _block(x, skip, residual_scale, tensors, spec, eps, level, backend):
+    if _is_taken_apart():
+        return _composed(x, skip, residual_scale, tensors, spec, eps)
+    wanted = (x, skip, residual_scale, *tensors)
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in wanted)
+    out, saved = torch.ops.fused_res.block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
+    units = unpack(tensors, spec, eps).units()
+    return out, [vectors[:2] for unit, vectors in zip(units, saved, strict=False) if unit.training]
+
+
+def _is_taken_apart() -> bool:
+    """Whether a graph is made for others than torch.compile, which has the operators of `fused_res.block.op` in its graphs."""
+    # Here, since it would import SymPy with the package.
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
+
+
+def _composed(x, skip, residual_scale, tensors, spec, eps):
+    block, statistics = unpack(tensors, spec, eps), []
+
+    def conv_bn(images: Tensor, unit: ConvBN) -> Tensor:
+        y = F.conv2d(images, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
+        if unit.training:
+            wide = y.detach().to(statistics_dtype(y.dtype))
+            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+            mean = mean if unit.bias is None else mean - unit.bias.detach()
+            statistics.append(torch.stack((mean, var)))
+        return F.batch_norm(y, unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.training, 0.0, unit.eps)
+
+    main = [lambda images, unit=unit: conv_bn(images, unit) for unit in block.main]
+    shortcut = None
+    if block.projection is not None:
+        shortcut = lambda images: conv_bn(reference.pooled(images, block.pool), block.projection)  # noqa: E731
+    elif block.given:
+        shortcut = lambda _: skip  # noqa: E731
+    return reference.compose(x, main, shortcut, residual_scale), statistics
+
+
+_library.impl("block", _block, "CompositeImplicitAutograd")
