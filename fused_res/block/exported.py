@@ -1,4 +1,4 @@
-"""The operator that an exported program calls for a block, `fused_res::block`: the fused ones where it runs, aten where it is taken apart.
+"""`fused_res::block`, what an exported program calls for a block: the fused operators where it runs, aten where it is taken apart.
 
 Torch composes it of what `_block` calls (CompositeImplicitAutograd), and `torch.export.export` keeps such an operator as one node.
 What takes programs apart asks for its composition: `ExportedProgram.run_decompositions()`, and with it ONNX and whatever else works
