@@ -8,9 +8,9 @@ std::tuple<Tensor, OptionalTensor> bn_act(const Tensor& y, const Tensor& vectors
                                           const OptionalTensor& y2, const OptionalTensor& vectors2, bool keep_signs) {
   check_bn_act(y, vectors, skip, y2, vectors2);
   const int64_t pixels = y.size(0), channels = y.size(1);
-  const Tensor out = torch::stable::new_empty(y, {pixels, channels});
+  const Tensor out = new_tensor(y, {pixels, channels});
   OptionalTensor signs;
-  if (keep_signs) signs = torch::stable::new_empty(y, {pixels, sign_bytes(channels)}, ScalarType::Byte);
+  if (keep_signs) signs = new_tensor(y, {pixels, sign_bytes(channels)}, ScalarType::Byte);
   const BnAct arguments{channels,
                         data(y),
                         data(vectors),

@@ -8,7 +8,7 @@ Tensor reduce_op(const Tensor& dout, const Tensor& y, const Tensor& vectors, con
                  const OptionalTensor& y2, const OptionalTensor& vectors2) {
   check_bn_act_backward_reduce(dout, y, vectors, signs, y2, vectors2);
   const Tiling cut = tiling(y);
-  const Tensor partials = torch::stable::new_empty(vectors, {cut.tiles, y2 ? 3 : 2, cut.channels});
+  const Tensor partials = new_tensor(vectors, {cut.tiles, y2 ? 3 : 2, cut.channels});
   run_tasks(kernels().bn_act_backward_reduce[dtype_of(y)],
             BnActBackwardReduce{cut, data(dout), data(y), data(vectors), static_cast<const uint8_t*>(data(signs)),
                                 data(y2), data(vectors2), output(partials)});
@@ -48,7 +48,7 @@ Tensor finalize_op(const Tensor& partials, int64_t row, int64_t pixels, const Te
                    bool training) {
   check_bn_act_backward_finalize(partials, row, pixels, vectors, gamma, beta, residual_scale);
   const Sums sums{partials.size(0), partials.size(1), row, partials.size(2), static_cast<double>(pixels), training};
-  const Tensor coefficients = torch::stable::new_empty(vectors, {kCoefficients, sums.channels});
+  const Tensor coefficients = new_tensor(vectors, {kCoefficients, sums.channels});
   const Parameter g(gamma, 1), b(beta, 0);
   const double a = Parameter(residual_scale, 1)[0];
   for_stretches(sums.channels, sums.tiles, [&](int64_t from, int64_t to) {
@@ -73,7 +73,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> apply_op(const Tensor& dout, 
                                                             bool keep_masked) {
   check_bn_act_backward_apply(dout, y, vectors, coefficients, signs, y2, coefficients2);
   const int64_t pixels = y.size(0), channels = y.size(1);
-  const auto fresh = [&] { return torch::stable::new_empty(y, {pixels, channels}); };
+  const auto fresh = [&] { return new_tensor(y, {pixels, channels}); };
   const Tensor dy = fresh();
   OptionalTensor dy2, masked;
   if (y2) dy2 = fresh();

@@ -35,7 +35,7 @@ Tensor bn_finalize(const Tensor& partials, int64_t rows, int64_t pixels, const O
                    const OptionalTensor& beta, double eps, const OptionalTensor& residual_scale) {
   check_bn_finalize(partials, rows, pixels, gamma, beta, residual_scale);
   const Merge merge{partials.size(0), rows, pixels, partials.size(2)};
-  const Tensor vectors = torch::stable::new_empty(partials, {kVectors, merge.channels});
+  const Tensor vectors = new_tensor(partials, {kVectors, merge.channels});
   const Affine affine(gamma, beta, eps, residual_scale);
   const Result result(vectors);
   for_stretches(merge.channels, merge.tiles, [&](int64_t from, int64_t to) {

@@ -7,7 +7,7 @@ namespace {
 std::tuple<Tensor, int64_t> bn_stats(const Tensor& y) {
   check_bn_stats(y);
   const Tiling cut = tiling(y);
-  const Tensor partials = torch::stable::new_empty(y, {cut.tiles, 2, cut.channels}, statistics_dtype(y.scalar_type()));
+  const Tensor partials = new_tensor(y, {cut.tiles, 2, cut.channels}, statistics_dtype(y.scalar_type()));
   run_tasks(kernels().bn_stats[dtype_of(y)], BnStats{cut, data(y), output(partials)});
   return {partials, cut.rows};
 }

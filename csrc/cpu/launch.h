@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../checks.h"
+#include "../new_tensor.h"
 #include "kernels.h"
 
 namespace fused_res::cpu {

@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& z, const OptionalTensor& z_vect
   const int64_t block = block_rows(pixels, std::clamp<int64_t>(kBlockElements / width, kBlockRows, 512));
   const Tiling tiling = reduction_tiling(pixels, channels, block, 1, bytes);
   const int64_t blocks = divide_up(pixels, block);
-  const Tensor mean = torch::stable::new_empty(z, {channels}, ScalarType::Double);
-  const Tensor covariance = torch::stable::new_empty(z, {channels, channels}, ScalarType::Double);
+  const Tensor mean = new_tensor(z, {channels}, ScalarType::Double);
+  const Tensor covariance = new_tensor(z, {channels, channels}, ScalarType::Double);
   std::vector<double> centres(blocks * channels), rests(blocks * channels);
   void* products = partial_memory.get(tiling.tiles * bytes);
   const MomentsReduction arguments{tiling, activation(z, z_vectors, down, right), products, centres.data(),

@@ -15,7 +15,7 @@ std::tuple<Tensor, OptionalTensor, int64_t> fprop(const Tensor& x, const Optiona
                                                   int64_t right, const Tensor& weight, bool statistics) {
   check_pointwise_fprop(x, x_vectors, down, right, weight, statistics);
   const int64_t pixels = sampled(x, down, right), channels = weight.size(0);
-  const Tensor y = torch::stable::new_empty(x, {pixels, channels}), matrix = packed(weight, true);
+  const Tensor y = new_tensor(x, {pixels, channels}), matrix = packed(weight, true);
   Product arguments{};
   arguments.tiling = product_tiling(pixels, channels);
   arguments.first = {activation(x, x_vectors, down, right), data(matrix)};
@@ -39,7 +39,7 @@ std::tuple<Tensor, OptionalTensor> dgrad(const Tensor& dy, const OptionalTensor&
                                          const OptionalTensor& addend_signs, int64_t down, int64_t right) {
   check_pointwise_dgrad(dy, y, vectors, coefficients, signs, weight, inner, inner_vectors, addend);
   const int64_t n = dy.size(0), h = dy.size(1), w = dy.size(2), channels = weight.size(1), pixels = n * h * w;
-  const Tensor dx = torch::stable::new_empty(dy, {n, h, w, channels}), matrix = packed(weight, false);
+  const Tensor dx = new_tensor(dy, {n, h, w, channels}), matrix = packed(weight, false);
   Product arguments{};
   arguments.tiling = product_tiling(pixels, channels);
   arguments.first = {gradient(dy, y, vectors, coefficients, signs, training), data(matrix)};
@@ -83,7 +83,7 @@ Tensor wgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& ve
              const OptionalTensor& x_vectors, int64_t down, int64_t right) {
   check_pointwise_wgrad(dy, y, vectors, coefficients, signs, x, x_vectors, down, right);
   const int64_t pixels = dy.size(0) * dy.size(1) * dy.size(2), channels = x.size(3);
-  const Tensor dweight = torch::stable::new_empty(dy, {dy.size(3), channels});
+  const Tensor dweight = new_tensor(dy, {dy.size(3), channels});
   OptionalTensor through;
   const Partials partials = reduce(gradient(dy, y, vectors, coefficients, signs, training),
                                    activation(x, x_vectors, down, right), pixels, false, dy, {}, through);

@@ -13,9 +13,9 @@ std::tuple<Tensor, OptionalTensor> pointwise_tail(const Tensor& z, const Optiona
   check_pointwise_tail(z, z_vectors, down, right, weight, vectors, skip, y2, x, x_vectors, x_down, x_right, weight2,
                        vectors2);
   const int64_t pixels = sampled(z, down, right), channels = weight.size(0);
-  const Tensor out = torch::stable::new_empty(z, {pixels, channels});
+  const Tensor out = new_tensor(z, {pixels, channels});
   OptionalTensor signs;
-  if (keep_signs) signs = torch::stable::new_empty(z, {pixels, sign_bytes(channels)}, ScalarType::Byte);
+  if (keep_signs) signs = new_tensor(z, {pixels, sign_bytes(channels)}, ScalarType::Byte);
   const Tensor matrix = packed(weight, true);
   PointwiseTail arguments{};
   arguments.tiling = product_tiling(pixels, channels);

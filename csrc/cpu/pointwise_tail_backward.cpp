@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, OptionalTensor> reduce_op(const Tensor& dout, const T
   OptionalTensor matrix, through;
   if (scaled) matrix = packed(*scaled, false);
   const Partials partials = reduce(masked(dout, signs), operand, pixels, true, dout, matrix, through);
-  const Tensor total = torch::stable::new_empty(dout, {channels}, ScalarType::Double);
-  const Tensor product = torch::stable::new_empty(dout, {channels, inner}, ScalarType::Double);
+  const Tensor total = new_tensor(dout, {channels}, ScalarType::Double);
+  const Tensor product = new_tensor(dout, {channels, inner}, ScalarType::Double);
   double* sums = static_cast<double*>(output(total));
   partials.all_sums(sums);
   for_products(partials, [&](int64_t c) {
@@ -75,7 +75,7 @@ Tensor quadratic_form(const Tensor& shares, const Tensor& wide, const Tensor& we
   OptionalTensor none;
   const Partials partials =
       reduce(plain_rows(shares), plain_rows(wide), weight.size(0), false, shares, std::nullopt, none);
-  const Tensor quadratic = torch::stable::new_empty(weight, {depth, depth});
+  const Tensor quadratic = new_tensor(weight, {depth, depth});
   const Result result(quadratic);
   for_products(partials, [&](int64_t j) {
     std::vector<double> row(depth);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64
                                          residual_scale, direct);
   const int64_t channels = weight.size(0), depth = weight.size(1);
   SpreadRows rows(weight, covariance, ratio);
-  const Tensor dweight = torch::stable::new_empty(weight, {channels, depth});
+  const Tensor dweight = new_tensor(weight, {channels, depth});
   const double* totals = static_cast<const double*>(data(total));
   std::vector<double> d(channels), constants;
   TailGradients arguments{};

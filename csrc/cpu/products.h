@@ -124,7 +124,7 @@ inline Operand gradient(const Tensor& image, const OptionalTensor& y, const Opti
 }
 
 inline Tensor fresh_statistics(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, statistics_dtype(like.scalar_type()));
+  return new_tensor(like, shape, statistics_dtype(like.scalar_type()));
 }
 
 // The matrix [rows, columns], or its transpose, for the right of a product.

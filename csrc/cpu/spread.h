@@ -23,7 +23,7 @@ class SpreadRows {
     spread_.ratio = ratio;
     if (!covariance) return;
     packed_ = packed(*covariance, false);
-    suspect_ = torch::stable::new_empty(weight, {channels}, ScalarType::Bool);
+    suspect_ = new_tensor(weight, {channels}, ScalarType::Bool);
     const double* g = static_cast<const double*>(data(*covariance));
     for (int64_t k = 0; k < depth; ++k) deviations_.push_back(std::sqrt(g[k * depth + k]));
     spread_.packed = data(packed_);

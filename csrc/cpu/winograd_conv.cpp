@@ -111,7 +111,7 @@ std::tuple<Tensor, OptionalTensor, int64_t> fprop(const Tensor& x, const Optiona
   check_winograd_fprop(x, x_vectors, weight, down, right, statistics, vectors, skip, y2, vectors2);
   const int64_t channels = weight.size(0);
   const TileGrid grid = tile_grid(x, {down, right}, x.size(3) + std::min(channels, kStretch));
-  const Tensor y = torch::stable::new_empty(x, {grid.images, grid.out_height, grid.out_width, channels});
+  const Tensor y = new_tensor(x, {grid.images, grid.out_height, grid.out_width, channels});
   Winograd arguments{};
   arguments.filter = filter(weight, false);
   arguments.out = output(y);
@@ -132,7 +132,7 @@ std::tuple<Tensor, OptionalTensor> dgrad(const Tensor& dy, const OptionalTensor&
   check_winograd_dgrad(dy, y, vectors, coefficients, signs, weight, down, right, inner, inner_vectors, addend);
   const int64_t channels = weight.size(3);
   const TileGrid grid = tile_grid(dy, {2 - down, 2 - right}, dy.size(3) + std::min(channels, kStretch));
-  const Tensor dx = torch::stable::new_empty(dy, {grid.images, grid.out_height, grid.out_width, channels});
+  const Tensor dx = new_tensor(dy, {grid.images, grid.out_height, grid.out_width, channels});
   Winograd arguments{};
   if (addend) {
     check_addend(dx, *addend, addend_signs, addend_down, addend_right);
@@ -153,7 +153,7 @@ Tensor wgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& ve
              const OptionalTensor& x_vectors, int64_t down, int64_t right) {
   check_winograd_wgrad(dy, y, vectors, coefficients, signs, x, x_vectors, down, right);
   const int64_t out = dy.size(3), in = x.size(3), size = arithmetic_size(dy);
-  const Tensor dweight = torch::stable::new_empty(dy, {out, 3, 3, in});
+  const Tensor dweight = new_tensor(dy, {out, 3, 3, in});
   WinogradWgrad arguments{};
   arguments.stretch = std::min(kWgradStretch, whole_panels(std::max(out, in)));
   arguments.lefts = divide_up(out, arguments.stretch);

@@ -11,9 +11,9 @@ std::tuple<Tensor, OptionalTensor> bn_act_op(const Tensor& y, const Tensor& vect
   check_bn_act(y, vectors, skip, y2, vectors2);
   const Layout layout = layout_of("y", y);
   const OnDevice device(y);
-  const Tensor out = torch::stable::new_empty(y, y.sizes());
+  const Tensor out = new_tensor(y, y.sizes());
   OptionalTensor signs;
-  if (keep_signs) signs = torch::stable::new_empty(y, {layout.rows, sign_bytes(layout.channels)}, ScalarType::Byte);
+  if (keep_signs) signs = new_tensor(y, {layout.rows, sign_bytes(layout.channels)}, ScalarType::Byte);
   const Shortcut shortcut = skip ? Shortcut::kIdentity : y2 ? Shortcut::kProjection : Shortcut::kNone;
   bn_act({data(y), floats(vectors), skip ? data(skip) : data(y2), floats(vectors2), output(out),
           static_cast<std::uint8_t*>(output(signs)), layout},

@@ -15,7 +15,7 @@ Tensor reduce_op(const Tensor& dout, const Tensor& y, const Tensor& vectors, con
   const Layout layout = layout_of("y", y);
   const Tiles tiles = row_tiles(layout.rows, layout.channels);
   const OnDevice device(y);
-  const Tensor partials = torch::stable::new_empty(vectors, {tiles.count, y2 ? 3 : 2, layout.channels});
+  const Tensor partials = new_tensor(vectors, {tiles.count, y2 ? 3 : 2, layout.channels});
   bn_act_backward_reduce({data(dout), data(y), floats(vectors), bytes(signs), data(y2), floats(vectors2),
                           static_cast<float*>(output(partials)), tiles.rows, layout},
                          number_of("y", y), relu_of(signs, y2), tiles.count, device.queue());
@@ -29,7 +29,7 @@ Tensor finalize_op(const Tensor& partials, std::int64_t row, std::int64_t pixels
   number_of("partials", partials);
   const int channels = channels_of("partials", partials);
   const OnDevice device(partials);
-  const Tensor coefficients = torch::stable::new_empty(vectors, {kCoefficients, channels});
+  const Tensor coefficients = new_tensor(vectors, {kCoefficients, channels});
   bn_act_backward_finalize({floats(partials), floats(vectors), parameter(gamma), parameter(beta),
                             parameter(residual_scale), static_cast<float*>(output(coefficients)), partials.size(0),
                             pixels, static_cast<int>(partials.size(1)), static_cast<int>(row), channels, training},
@@ -45,10 +45,10 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> apply_op(const Tensor& dout, 
   check_bn_act_backward_apply(dout, y, vectors, coefficients, signs, y2, coefficients2);
   const Layout layout = layout_of("y", y);
   const OnDevice device(y);
-  const Tensor dy = torch::stable::new_empty(y, y.sizes());
+  const Tensor dy = new_tensor(y, y.sizes());
   OptionalTensor dy2, masked;
-  if (y2) dy2 = torch::stable::new_empty(y, y.sizes());
-  if (keep_masked) masked = torch::stable::new_empty(y, y.sizes());
+  if (y2) dy2 = new_tensor(y, y.sizes());
+  if (keep_masked) masked = new_tensor(y, y.sizes());
   bn_act_backward_apply({data(dout),
                          floats(vectors),
                          bytes(signs),

@@ -12,7 +12,7 @@ Tensor bn_finalize_op(const Tensor& partials, std::int64_t rows, std::int64_t pi
   const std::int64_t tiles = partials.size(0);
   const int channels = channels_of("partials", partials);
   const OnDevice device(partials);
-  const Tensor vectors = torch::stable::new_empty(partials, {kVectors, channels});
+  const Tensor vectors = new_tensor(partials, {kVectors, channels});
   bn_finalize({floats(partials), parameter(gamma), parameter(beta), parameter(residual_scale),
                static_cast<float*>(output(vectors)), tiles, rows, pixels - rows * (tiles - 1), pixels, channels,
                static_cast<float>(eps)},

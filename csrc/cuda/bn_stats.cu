@@ -10,7 +10,7 @@ std::tuple<Tensor, std::int64_t> bn_stats_op(const Tensor& y) {
   const Layout layout = layout_of("y", y);
   const Tiles tiles = row_tiles(layout.rows, layout.channels);
   const OnDevice device(y);
-  const Tensor partials = torch::stable::new_empty(y, {tiles.count, 2, layout.channels}, ScalarType::Float);
+  const Tensor partials = new_tensor(y, {tiles.count, 2, layout.channels}, ScalarType::Float);
   bn_stats({data(y), static_cast<float*>(output(partials)), tiles.rows, layout}, number_of("y", y), tiles.count,
            device.queue());
   return {partials, tiles.rows};

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "launch.cuh"
+#include "new_tensor.h"
 #include "parameter.cuh"
 
 // Weak: torch for CPUs has no such function, and a library that carries CUDA kernels must load there all the same.
