@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from fused_res.internals import gpu_sleep
+
 Call = Callable[[], object]
 _GPU_STATE = {
     "sm_mhz": "clocks.sm",
@@ -64,8 +66,8 @@ class CudaClock:
         self.flush = torch.empty(max(2 * cache, 1 << 28), dtype=torch.int8, device=device)
         self.sleep_ms = 2.0
         self.cycles_per_ms = 1.0
-        torch.cuda._sleep(1000)
-        self.cycles_per_ms = 10_000_000 / self._events(lambda: torch.cuda._sleep(10_000_000)).ms
+        gpu_sleep(1000)
+        self.cycles_per_ms = 10_000_000 / self._events(lambda: gpu_sleep(10_000_000)).ms
 
     @staticmethod
     def _events(call: Call) -> Timing:
@@ -84,7 +86,7 @@ class CudaClock:
         return self._queued(call)
 
     def _queued(self, call: Call) -> Timing:
-        torch.cuda._sleep(int(self.sleep_ms * self.cycles_per_ms))
+        gpu_sleep(int(self.sleep_ms * self.cycles_per_ms))
         timing = self._events(call)
         self.sleep_ms = min(self.LONGEST_SLEEP_MS, max(self.sleep_ms, 1.5 * timing.host_ms))
         return timing

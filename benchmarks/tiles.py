@@ -22,11 +22,12 @@ from fused_res.benchmarks import lines
 from fused_res.benchmarks.cases import SUITES, Case
 from fused_res.benchmarks.peers import is_lost
 from fused_res.benchmarks.steps import UNFINISHED
+from fused_res.internals import gpu_sleep
 from fused_res.kernels import conv_dgrad, conv_fprop, conv_wgrad, moments, pointwise_tail, pointwise_tail_backward
 from fused_res.kernels.conv_tiling import Config, configurations
 from fused_res.kernels.tiling import ProductTile
 from fused_res.primitives.operands import Activation, Addend, Gradient
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
+from fused_res.primitives.pointwise_tail import Joined, Pointwise
 from fused_res.primitives.pointwise_tail_backward import TailGradients
 from fused_res.spec import ConvBN
 
@@ -176,7 +177,7 @@ def moment_jobs(make: _Operands) -> Iterator[Job]:
     pointwise = {
         name: Pointwise(z, make.weight(wide, z.image.shape[1]), make.vectors(5, wide)) for name, z in [("main", main), *branches]
     }
-    shortcut = Shortcut(projection=pointwise[" projection"]) if case.projection else Shortcut(skip=dout)
+    shortcut = Joined(projection=pointwise[" projection"]) if case.projection else Joined(skip=dout)
     rows = tuple(t for t in ROWS_BY_COLUMNS if t.columns <= wide)
     yield Job(
         "pointwise_tail",
@@ -241,7 +242,7 @@ def _differs(found: object, wanted: list[Tensor]) -> float:
 def microseconds(call: Callable[[], object], repeats: int = REPEATS) -> float:
     """Median by CUDA events, of launches that wait in a queue."""
     call()
-    torch.cuda._sleep(2_000_000)
+    gpu_sleep(2_000_000)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:

@@ -1,6 +1,5 @@
 """fused_res: whole residual blocks as one PyTorch autograd operator."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fused_res.anatomy import Anatomy
@@ -9,15 +8,11 @@ from fused_res.functional import AvgPool, ConvBN, residual_block
 from fused_res.fusing import fuse, unfuse
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.planner import use_backend
+from fused_res.version import __version__
 
 # Python started in a source folder imports the package from there, where kernels and benchmarks lie beside it.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
-
-try:
-    __version__ = version("fused-res")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+unknown"
 
 __all__ = [
     "Anatomy",
@@ -26,6 +21,7 @@ __all__ = [
     "Bottleneck",
     "ConvBN",
     "Explanation",
+    "__version__",
     "explain",
     "fuse",
     "residual_block",

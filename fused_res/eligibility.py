@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from fused_res import known
+from fused_res import internals, known
 from fused_res.originals import TENSORS, AvgPool2d, BatchNorm2d, Conv2d, Identity, Sequential, replaced
 from fused_res.reading import lookup, same_padding
 from fused_res.spec import AvgPool, pair
@@ -56,35 +55,27 @@ def scale_reason(residual_scale: Tensor | None) -> str | None:
 
 def is_traced() -> bool:
     """Whether torch.jit.trace records what is called."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+    return not torch.compiler.is_compiling() and internals.is_traced()
 
 
 def observer_reason() -> str | None:
     """Why child modules are to run whatever they are: somebody watches, or changes, what is called."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._get_tracing_state() is not None:
+    if not compiling and internals.is_traced():
         return "torch.jit.trace is tracing"
-    if (
-        nn_module._global_forward_pre_hooks
-        or nn_module._global_forward_hooks
-        or nn_module._global_backward_pre_hooks
-        or nn_module._global_backward_hooks
-    ):
+    if internals.has_global_hooks():
         return "a global module hook is registered"
     name = replaced()
     if name is not None:
         return f"{name} has been replaced"
-    if not compiling and (torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack() > 0):
+    if not compiling and internals.has_modes():
         return _mode_reason()
     return None
 
 
 def _mode_reason() -> str | None:
     """Torch's own modes (devices, fake tensors, export, counters) know our operator or go by the modules' hooks."""
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+    for mode in internals.modes():
         if not type(mode).__module__.startswith("torch."):
             return f"the mode {type(mode).__name__} is active"
     return None

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fused_res import backends
+from fused_res.version import __version__
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -104,9 +105,7 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    import fused_res
-
-    found = {"fused_res": fused_res.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    found = {"fused_res": __version__, "python": platform.python_version(), "torch": torch.__version__}
     try:
         found["triton"] = metadata.version("triton")
     except metadata.PackageNotFoundError:

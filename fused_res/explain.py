@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fused_res import planner
 from fused_res.block.dry_run import convolutions, saved_bytes
@@ -16,6 +15,7 @@ from fused_res.block.validate import compute_dtype
 from fused_res.functional import with_dtype
 from fused_res.fusible import Fusible
 from fused_res.fusing import find
+from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
 

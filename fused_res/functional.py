@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fused_res import planner, reference
+from fused_res import internals, planner, reference
 from fused_res.backends import LIBRARY
-from fused_res.block.call import prepare
 from fused_res.block.exported import block_exported
 from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments
+from fused_res.call import prepare
 from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
 from fused_res.spec import AvgPool, Block, ConvBN, pair, tensors_of
@@ -71,7 +70,7 @@ def _is_unfused(x: Tensor, main: Sequence[ConvBN], shortcut: ConvBN | Tensor | N
 
 def is_transformed() -> bool:
     """Whether forward-mode AD or a `torch.func` transform is active, which only ordinary autograd can follow."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return internals.is_dual() or internals.is_transformed()
 
 
 def _parts(main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None) -> tuple[Block, Tensor | None]:

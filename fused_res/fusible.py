@@ -22,6 +22,7 @@ from fused_res.eligibility import (
     unit_reason,
 )
 from fused_res.functional import is_transformed, run
+from fused_res.internals import constant_result, pack_hook
 from fused_res.notices import say_once
 from fused_res.originals import BatchNorm2d, Identity, ReLU
 from fused_res.reading import child, lookup, unit_of
@@ -34,6 +35,7 @@ _UNSAID = (EMPTY, NO_DATA, *map(NOT_IMAGES.format, (0, 1, 2, 3, 5, 6)))
 """Reasons without a warning: there is nothing to compute, or eager raises."""
 
 
+@constant_result  # torch.export is not to follow this, but to do it
 def _speak_of_export() -> None:
     expect_composition()
     if torch.onnx.is_in_onnx_export():
@@ -43,10 +45,6 @@ def _speak_of_export() -> None:
         "torch.export keeps a block as one operator, in which quantisers see no convolution: export for those under "
         'fused_res.use_backend("eager"). run_decompositions() gives plain aten',
     )
-
-
-# torch.export is not to follow this, but to do it.
-_speak_of_export._dynamo_marked_constant = True
 
 
 class Fusible:
@@ -114,12 +112,11 @@ class Fusible:
                 return reason
         inner = (ReLU,) if anatomy.activated_norms else (ReLU, Identity)
         last = anatomy.units[-1]
-        for unit in anatomy.units:
-            conv, bn = unit
-            norm = child(self, bn)
-            reason = unit_reason(conv, child(self, conv), bn, norm, (Identity,) if unit is last else inner, now)
+        for unit, (conv, norm) in zip(anatomy.units, self._layers(), strict=True):
+            conv_name, name = unit
+            reason = unit_reason(conv_name, conv, name, norm, (Identity,) if unit is last else inner, now)
             if reason is None and anatomy.activated_norms and unit is not last and not _is_activated(norm):
-                reason = f"{bn} is a {type(norm).__name__}, without a ReLU of its own"
+                reason = f"{name} is a {type(norm).__name__}, without a ReLU of its own"
             if reason is not None:
                 return reason
         for name in anatomy.idle:
@@ -164,7 +161,7 @@ class Fusible:
             if reason is None and torch.compiler.is_exporting():
                 _speak_of_export()
         else:
-            pack = recompute.checkpoint()
+            pack = pack_hook()
             if pack is not None:
                 return self._settled(x, pack)
             reason = self.unfused_reason(x)

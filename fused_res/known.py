@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from fused_res.internals import constant_result
+
 FROZEN, ACTIVATED = "frozen", "activated"
 
 NORMS = {
@@ -32,6 +34,7 @@ _TABLES = {"norms": NORMS, "drops": DROPS, "shortcuts": SHORTCUTS, "containers":
 _forwards: dict[type, Callable] = {}
 
 
+@constant_result  # torch.compile is to ask, not to follow it
 def about(kind: type, table: str) -> tuple[str, ...] | None:
     """What a table says of this class; None where it is not in there, or its `forward` is not its library's own any more.
 
@@ -47,7 +50,3 @@ def about(kind: type, table: str) -> tuple[str, ...] | None:
         if written_in in (kind.__module__.partition(".")[0], "torch"):
             _forwards[kind] = forward
     return found if _forwards.get(kind) is forward else None
-
-
-# torch.compile is to ask, not to follow it.
-about._dynamo_marked_constant = True

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules import activation, batchnorm, container, conv, linear, module, pooling
 
+from fused_res.internals import constant_result
+
 Conv2d, BatchNorm2d, ReLU = conv.Conv2d, batchnorm.BatchNorm2d, activation.ReLU
 Sequential, Identity, AvgPool2d = container.Sequential, linear.Identity, pooling.AvgPool2d
 
@@ -69,6 +71,7 @@ _ALL = tuple(zip(_OWNERS, _NAMES, _VALUES, strict=True))
 _FOREIGN = next((_full(owner, name) for owner, name, value in _ALL if not _is_torchs(owner, name, value)), None)
 
 
+@constant_result  # torch.compile, which follows it, makes a guard of every one of these values
 def replaced() -> str | None:
     """The name of a method or a function of torch that is not torch's own any more, or None where all are."""
     # Map and tuple run in C; equal values are looked for by identity first.
@@ -86,7 +89,3 @@ def _find_replaced() -> str | None:
     changed = (place for place, value in now.items() if value is not kept[place] and not _is_written_in_torch(value))
     place = next(changed, None)
     return None if place is None else _full(*place)
-
-
-# It is asked for its answer at the time of tracing: to follow it would make a guard of every one of these values.
-replaced._dynamo_marked_constant = True

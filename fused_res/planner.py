@@ -1,9 +1,11 @@
 """Which backend and which level of fusion a block runs at: what the user forced, or the automatic choice."""
 
+import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +14,10 @@ from fused_res import backends, plans, settings
 from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry, is_fixed, numbers_of
+from fused_res.internals import constant_result
 from fused_res.spec import Block
-from fused_res.tuning import tuner
 
 __all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
-
-T = TypeVar("T")
 
 EAGER = "eager"
 """The name under which `use_backend` runs blocks unfused, in ordinary autograd (`fused_res.reference`)."""
@@ -153,12 +153,6 @@ def _has_sizes(x: Tensor, sizes: tuple[int, int, int]) -> bool:
     return bool(same)
 
 
-def _constant(function: Callable[..., T]) -> Callable[..., T]:
-    """`torch.compiler.assume_constant_result`, which would import all of torch._dynamo, and Triton with it."""
-    function._dynamo_marked_constant = True
-    return function
-
-
 def is_measured(x: Tensor, block: Block, *, level: str | None = None) -> bool:
     """Whether tuning found the level that `plan` gave, not a rule, `use_backend` or `fuse`."""
     asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)
@@ -176,20 +170,20 @@ def _graphs(backend: str, device: torch.device, dtype: torch.dtype, numbers: tup
     return plans.decide(("graphs", *_key(backend, device, dtype, (*numbers[:-1], None))), {})
 
 
-@_constant
+@constant_result
 def _note(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
     """The level in a graph for these sizes, noted: the first one stands."""
     return _graphs(backend, device, dtype, numbers).setdefault(numbers[-1], _level_untried(backend, device, dtype, numbers))
 
 
-@_constant
+@constant_result
 def _fixed(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> tuple[tuple[tuple[int, int, int], str], ...]:
     """The sizes for which there are graphs of their own, and their levels."""
     graphs = _graphs(backend, device, dtype, numbers)
     return tuple([(sizes, level) for sizes, level in list(graphs.items()) if sizes is not None])
 
 
-@_constant
+@constant_result
 def _level_untried(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> str:
     """The level that stands, or would by what is known, without trying any: it is left to a call that is not traced."""
     return plans.decided(_key(backend, device, dtype, numbers)) or _found(backend, device, dtype, numbers, tries=False)[0]
@@ -212,7 +206,7 @@ def _found(backend: str, device: torch.device, dtype: torch.dtype, numbers: tupl
     name = resolve(backend, device, dtype) if backend == AUTO else backend
     geometry, found = Geometry.from_numbers(numbers), None
     if settings.tune() and _runs(name, device, dtype):
-        found = tuner.level(name, device, dtype, geometry, tries=tries)
+        found = _tuner().level(name, device, dtype, geometry, tries=tries)
     return found or backends.load(name).level(device, dtype, geometry), found is not None
 
 
@@ -220,8 +214,13 @@ def _tune_at(level: str, backend: str, device: torch.device, dtype: torch.dtype,
     """Have the convolutions of a forced level tried, once."""
     key = ("convolutions", level, backend, device, dtype, numbers)
     if plans.decided(key) is None and _runs(backend, device, dtype):
-        tuner.convolutions_at(level, backend, device, dtype, Geometry.from_numbers(numbers))
+        _tuner().convolutions_at(level, backend, device, dtype, Geometry.from_numbers(numbers))
         plans.decide(key, True)
+
+
+def _tuner() -> ModuleType:
+    """Imported where something is tuned: it brings half of the package."""
+    return importlib.import_module("fused_res.tuning.tuner")
 
 
 def _runs(backend: str, device: torch.device, dtype: torch.dtype) -> bool:

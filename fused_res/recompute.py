@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from fused_res.eligibility import Shortcut
@@ -37,17 +36,11 @@ class _Record:
 _records: WeakKeyDictionary[object, _Record] = WeakKeyDictionary()
 
 
-def checkpoint() -> Callable | None:
-    """What autograd hands saved tensors to, or None, as usual, where it keeps them itself."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
-
-
 def settle(pack: Callable, block: nn.Module, decide: Callable[[], Way]) -> Way:
     """The way of this call: in a checkpoint's forward what `decide` says, in its recompute what it said then.
 
     Args:
-        pack: of `checkpoint`; where it is none of torch.utils.checkpoint's, `decide` has the word.
+        pack: of `fused_res.internals.pack_hook`; where it is none of torch.utils.checkpoint's, `decide` has the word.
     """
     variables = _closure(pack)
     if "frame" in variables:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_res import internals
 from fused_res.spec import AvgPool, ConvBN
 
 __all__ = ["compose", "conv_bn", "residual_block", "run_modules"]
@@ -41,7 +42,7 @@ def compose(
     else:
         total = out + skip
         # torch.jit.trace would warn that it cannot keep a comparison of shapes.
-        if torch._C._get_tracing_state() is None and total.shape != out.shape:
+        if not internals.is_traced() and total.shape != out.shape:
             raise RuntimeError(f"shortcut: its shape {tuple(skip.shape)} does not fit the main branch's output {tuple(out.shape)}")
         total = total if total.dtype == out.dtype else total.to(out.dtype)
     return (last_activation or activation)(total)

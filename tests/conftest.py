@@ -92,7 +92,7 @@ def cpu_backend(request):
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
 def capability(request):
     """Every instruction set that this CPU has, forced in turn."""
-    library = ctypes.CDLL(str(native.LIBRARY))
+    library = ctypes.CDLL(str(native.FILE))
     library.fused_res_set_cpu_capability.restype = ctypes.c_bool
     if not library.fused_res_set_cpu_capability(request.param.encode()):
         pytest.skip(f"this CPU has no {request.param}")

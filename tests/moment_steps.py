@@ -10,7 +10,7 @@ from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.moments import moments
 from fused_res.primitives.operands import Activation
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
 from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_apply,
     pointwise_tail_backward_finalize,
@@ -47,12 +47,12 @@ def tail_arguments(draw, shape, inner, outer, dtype, shortcut, prologue=True):
     main = branch(draw.activation(n, inner, h, w, dtype, prologue=prologue))
     other = draw.normal(n, outer, h, w, dtype=dtype)
     if shortcut == "skip":
-        return main, Shortcut(skip=other)
+        return main, Joined(skip=other)
     if shortcut == "second":
-        return main, Shortcut(y2=other, vectors2=draw.normal(5, outer, dtype=statistics(dtype)))
+        return main, Joined(y2=other, vectors2=draw.normal(5, outer, dtype=statistics(dtype)))
     stride = (2, 3) if shortcut.startswith("strided") else (1, 1)
     size = (h - 1) * stride[0] + 1, (w - 1) * stride[1] + 1 + (stride[1] > 1)
-    return main, Shortcut(projection=branch(draw.activation(n, 2 * inner, *size, dtype, prologue=False, stride=stride)))
+    return main, Joined(projection=branch(draw.activation(n, 2 * inner, *size, dtype, prologue=False, stride=stride)))
 
 
 def exact_tail(main, shortcut, backend):

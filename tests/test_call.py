@@ -1,11 +1,11 @@
-"""`fused_res.block.call`: what is worked out once, and when it is worked out again."""
+"""`fused_res.call`: what is worked out once, and when it is worked out again."""
 
 import pytest
 import torch
 
 import fused_res
 from fused_res import BasicBlock, plans, use_backend
-from fused_res.block import call as calls
+from fused_res import call as calls
 
 
 @pytest.fixture

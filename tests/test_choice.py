@@ -39,7 +39,7 @@ def planted(monkeypatch):
             return None
 
         @staticmethod
-        def find(primitive):
+        def find(primitive, device):
             return getattr(Planted, primitive, None)
 
         @staticmethod

@@ -14,7 +14,7 @@ from fused_res.layout import to_image
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.moments import moments, moments_finalize
 from fused_res.primitives.operands import Activation, multiplied
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
 from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_apply,
     pointwise_tail_backward_finalize,
@@ -107,7 +107,7 @@ class Tail:
             found.append(moments(operand, backend=backend))
             tail = moments_finalize(found[i], operand, unit, scales[i], backend=backend)
             branches.append(Pointwise(operand, unit.weight, tail.vectors))
-        shortcut = Shortcut(skip=x) if len(branches) == 1 else Shortcut(projection=branches[1])
+        shortcut = Joined(skip=x) if len(branches) == 1 else Joined(projection=branches[1])
         out, signs = pointwise_tail(branches[0], shortcut, keep_signs=True, backend=backend)
 
         opened = to_image(unpack_signs(signs, dout.shape[1]), dout.shape[0], *dout.shape[2:])

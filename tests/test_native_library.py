@@ -39,7 +39,7 @@ def module_at(path):
 @built
 @pytest.mark.parametrize("first", ["library", "package"])
 def test_library_and_block_operators_load_in_either_order(first):
-    load = f"torch.ops.load_library({str(native.LIBRARY)!r})"
+    load = f"torch.ops.load_library({str(native.FILE)!r})"
     order = [load, "import fused_res"] if first == "library" else ["import fused_res", load]
     code = "\n".join(
         [
@@ -81,7 +81,7 @@ def test_a_missing_library_gives_its_reason_and_a_broken_one_the_versions(tmp_pa
 import torch, fused_res
 from pathlib import Path
 from fused_res.backends import native
-native.LIBRARY, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
+native.FILE, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
 with fused_res.use_backend("native"):
     fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
 """
@@ -98,7 +98,7 @@ def test_blocks_that_run_on_the_formulas_for_want_of_a_library_say_so_once(tmp_p
 import torch, fused_res, warnings
 from pathlib import Path
 from fused_res.backends import native
-native.LIBRARY, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
+native.FILE, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tmp_path)!r}, "_native.json")
 warnings.simplefilter("always")
 for _ in range(2):
     fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
@@ -152,14 +152,14 @@ def complaints():
 @checkout
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_only_the_stable_interface_of_torch_is_used(complaints):
-    assert complaints(native.LIBRARY) == []
+    assert complaints(native.FILE) == []
 
 
 @built
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
 def test_the_library_brings_all_of_torch_with_it():
     """libtorch.so is where torch's CUDA libraries hang: without it, the current stream would be found under no torch."""
-    dynamic = subprocess.run(["readelf", "--dynamic", native.LIBRARY], capture_output=True, text=True, check=True).stdout
+    dynamic = subprocess.run(["readelf", "--dynamic", native.FILE], capture_output=True, text=True, check=True).stdout
     assert re.search(r"\(NEEDED\).*\[libtorch\.so\]", dynamic), dynamic
 
 
@@ -173,7 +173,7 @@ import ctypes, re, subprocess
 from pathlib import Path
 from fused_res.backends import native
 native.load()
-library = Path(native.LIBRARY).resolve()
+library = Path(native.FILE).resolve()
 base = next(int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(library)))
 relocations = subprocess.run(["readelf", "--relocs", "--wide", library], capture_output=True, text=True, check=True).stdout
 (offset,) = re.findall(r"^([0-9a-f]+) .*\\baoti_torch_get_current_cuda_stream\\b", relocations, re.MULTILINE)
@@ -311,7 +311,7 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_why(tmp_path):
 def test_kernels_under_sanitizers(tmp_path, name):
     setup = module_at(ROOT / "setup.py")
     if name != "plain":
-        library = ctypes.CDLL(str(native.LIBRARY)) if WHY is None else pytest.skip(str(WHY))
+        library = ctypes.CDLL(str(native.FILE)) if WHY is None else pytest.skip(str(WHY))
         if not library.fused_res_set_cpu_capability(name.encode()):
             pytest.skip(f"this CPU has no {name}")
         wider = name == "avx512" and library.fused_res_set_cpu_capability(b"avx512bf16")

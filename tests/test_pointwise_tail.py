@@ -12,7 +12,7 @@ from pointwise import Draw, run_with_threads
 from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.operands import Activation
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -107,7 +107,7 @@ def test_past_the_caches(cpu_backend):
     whole, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend)
     for i, part in enumerate(signs.chunk(2)):
         z = Activation(main.z.image[i : i + 1], main.z.vectors)
-        out, its = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
+        out, its = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
         if cpu_backend == "native":
             same(out, whole[i : i + 1])
             same(its, part)
@@ -117,7 +117,7 @@ def test_past_the_caches(cpu_backend):
 def test_no_images(backend, device):
     main, shortcut = arguments(Draw(9, device), (2, 3, 3), 20, 12, torch.float32, "skip")
     z = Activation(main.z.image[:0], main.z.vectors)
-    out, signs = pointwise_tail(main._replace(z=z), Shortcut(skip=shortcut.skip[:0]), keep_signs=True, backend=backend)
+    out, signs = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[:0]), keep_signs=True, backend=backend)
     assert out.shape == (0, 12, 3, 3)
     assert signs.shape == (0, 2)
 
@@ -130,10 +130,10 @@ def test_bad_arguments(backend, device):
         pointwise_tail(main, shortcut, backend=backend)
 
     with pytest.raises(ValueError, match="shortcut: expected exactly one of skip, y2 and projection"):
-        run(shortcut=Shortcut())
+        run(shortcut=Joined())
     with pytest.raises(ValueError, match=r"vectors: expected shape \(5, 12\), got \(4, 12\)"):
         run(main._replace(vectors=main.vectors[1:]))
     with pytest.raises(ValueError, match=r"skip: expected \(2, 12, 3, 3\) of torch\.float32, got .* of torch\.float16"):
-        run(shortcut=Shortcut(skip=shortcut.skip.half()))
+        run(shortcut=Joined(skip=shortcut.skip.half()))
     with pytest.raises(ValueError, match="projection: expected 18 pixels, got 24"):
         run(shortcut=other)

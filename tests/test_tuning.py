@@ -62,7 +62,7 @@ class Planted:
     def tile(self, pixels, warps):
         return pixels, warps
 
-    def find(self, primitive):
+    def find(self, primitive, device):
         return getattr(self, primitive, None)
 
     def conv_fprop(self, x, unit, statistics, output, *, config=None):

@@ -6,8 +6,8 @@ A backend module has four functions:
 - `preference(device) -> int`: the automatic choice takes the highest of those that can run; 0 is never chosen unasked;
 - `level(device, dtype, geometry) -> str`: at which level it runs a block (`fused_res.geometry.Geometry`) where neither
   `use_backend` nor a measurement says;
-- `find(primitive) -> Callable | None`: its implementation of a primitive of `fused_res.primitives`, or None where it has
-  none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
+- `find(primitive, device) -> Callable | None`: its implementation of a primitive of `fused_res.primitives` on this device, or None
+  where it has none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
 It may have five more. `watching(call) -> AbstractContextManager`: inside, a launch of a kernel that is none of torch's operators
 is handed to `call`, as a function and its arguments. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that

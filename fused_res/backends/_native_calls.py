@@ -1,24 +1,19 @@
-"""How primitives whose arguments are operands call the compiled operators, which take tensors and numbers.
-
-Of these operators `masked_add` alone is compiled for GPUs too; there the others' plain formulas run.
-"""
+"""How primitives whose arguments are operands call the compiled operators, which take tensors and numbers."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives import moments as second_moments
-from fused_res.primitives import pointwise_tail as tail
-from fused_res.primitives import pointwise_tail_backward as tail_backward
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.conv_fprop import Convolved
-from fused_res.primitives.moments import Moments
+from fused_res.primitives.moments import SUSPECT, Moments
 from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut
+from fused_res.primitives.pointwise_tail import Joined, Pointwise
 from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients
 from fused_res.spec import ConvBN
 
@@ -57,15 +52,11 @@ def _rows(image: Tensor | None) -> Tensor | None:
 
 
 def moments(z: Activation) -> tuple[Tensor, Tensor]:
-    if not z.image.is_cpu:
-        return second_moments.plain(z, "native")
     return torch.ops.fused_res.moments(*_activation(z))
 
 
 def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not z.image.is_cpu:
-        return second_moments.plain_finalize(found, z, unit, residual_scale, "native")
-    affine = unit.gamma, unit.beta, unit.eps, residual_scale, second_moments.SUSPECT
+    affine = unit.gamma, unit.beta, unit.eps, residual_scale, SUSPECT
     finalize = torch.ops.fused_res.moments_finalize
     vectors, suspect, suspects = finalize(*found, _matrix(unit.weight), *affine, None)
     if suspects:
@@ -74,7 +65,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     return vectors, suspect
 
 
-def _tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
+def _tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
     projection, x, weight2, vectors2 = shortcut.projection, (None, None, 1, 1), None, shortcut.vectors2
     if projection is not None:
         x, weight2, vectors2 = _activation(projection.z), _matrix(projection.weight), projection.vectors
@@ -91,9 +82,7 @@ def _tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor
     )
 
 
-def pointwise_tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
-    if not main.weight.is_cpu:
-        return tail.plain(main, shortcut, keep_signs, "native")
+def pointwise_tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
     out, signs = _tail(main, shortcut, keep_signs)
     n, _, h, w = main.z.image.shape
     return to_image(out, n, h, w), signs
@@ -102,8 +91,6 @@ def pointwise_tail(main: Pointwise, shortcut: Shortcut, keep_signs: bool) -> tup
 def pointwise_tail_backward_reduce(
     dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if not dout.is_cpu:
-        return tail_backward.plain_reduce(dout, signs, z, mean, "native")
     return torch.ops.fused_res.pointwise_tail_backward_reduce(to_rows(dout), signs, *_activation(z), mean, scaled)
 
 
@@ -119,13 +106,10 @@ def pointwise_tail_backward_finalize(
     signs: Tensor,
     suspect: Tensor | None,
 ) -> TailGradients:
-    if not dout.is_cpu:
-        given = sums, found, branch, scaled, gamma, beta, residual_scale, dout, signs, suspect
-        return tail_backward.plain_finalize(*given, "native")
     z, weight, vectors = branch
     mean, covariance = (None, None) if found is None else found
     arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled
-    parameters = gamma, beta, residual_scale, second_moments.SUSPECT
+    parameters = gamma, beta, residual_scale, SUSPECT
     finalize = torch.ops.fused_res.pointwise_tail_backward_finalize
     *results, suspect, suspects = finalize(*arguments, *parameters, None)
     if suspects:
@@ -146,8 +130,6 @@ def pointwise_tail_backward_apply(
     inner: bool,
     into: Tensor | None,
 ) -> Inflow:
-    if not dout.is_cpu:
-        return tail_backward.plain_apply(dout, signs, z, scaled, gradients, inner, into, "native")
     rows = to_rows(dout)
     if into is not None:
         dz = into.permute(0, 2, 3, 1)
@@ -178,23 +160,24 @@ def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[in
     torch.ops.fused_res.masked_add.default(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
 
 
-def _takes_buffer(buffer: Tensor) -> bool:
-    plain = type(buffer) is Tensor and buffer.is_cpu and buffer.is_contiguous()
-    return plain and not (buffer.requires_grad or buffer.is_inference())
+_kind, _place = attrgetter("dtype", "ndim"), attrgetter("is_cpu", "requires_grad")
 
 
 def move_statistics(moves: Sequence[Move]) -> bool:
     tracked = [move for move in moves if move.unit.running_mean is not None]
     means, variances = [move.unit.running_mean for move in tracked], [move.unit.running_var for move in tracked]
     counts = [move.unit.num_batches_tracked for move in moves if move.unit.num_batches_tracked is not None]
+    momenta, biases = [move.unit.momentum for move in tracked], [move.unit.bias for move in tracked]
     written = [*means, *variances, *counts]
     if not written:
         return True
-    takes = all(map(_takes_buffer, written)) and all(count.dtype == torch.int64 and count.dim() == 0 for count in counts)
-    if not takes or not all(type(move.unit.momentum) is float and move.unit.bias is None for move in tracked):
+    plain = {*map(type, written)} == {Tensor} and {*map(_place, written)} == {(True, False)}
+    if not plain or not all(map(Tensor.is_contiguous, written)) or any(map(Tensor.is_inference, written)):
+        return False
+    if {*map(_kind, counts)} - {(torch.int64, 0)} or {*map(type, momenta)} - {float} or {*map(type, biases)} - {type(None)}:
         return False
     vectors, pixels = [move.vectors for move in tracked], [move.pixels for move in tracked]
-    torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, [m.unit.momentum for m in tracked])
+    torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, momenta)
     torch.autograd.graph.increment_version(written)
     return True
 
@@ -211,7 +194,7 @@ def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | N
     n, _, h, w = x.image.shape
     size = n, *unit.output_size(h, w)
     if output is not None:
-        main, shortcut = Pointwise(sample, unit.weight, output.vectors), Shortcut(output.skip, output.y2, output.vectors2)
+        main, shortcut = Pointwise(sample, unit.weight, output.vectors), Joined(output.skip, output.y2, output.vectors2)
         return Convolved(to_image(_tail(main, shortcut, False)[0], *size))
     y, partials, rows = torch.ops.fused_res.pointwise_fprop(*_activation(sample), _matrix(unit.weight), statistics)
     return Convolved(to_image(y, *size), partials, rows if statistics else 0)

@@ -14,9 +14,10 @@ import torch
 
 from fused_res.geometry import Convolution, Geometry
 from fused_res.spec import ConvBN
+from fused_res.version import __version__
 
-LIBRARY = Path(__file__).parents[1] / "_native.so"
-RECORD = LIBRARY.with_suffix(".json")
+FILE = Path(__file__).parents[1] / "_native.so"
+RECORD = FILE.with_suffix(".json")
 PRIMITIVES = (
     "bn_stats",
     "bn_finalize",
@@ -55,7 +56,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 _NEVER_BUILT = (
-    f"it was never built in this source folder, {LIBRARY.parent}; `pip install --editable .` builds it there, and after "
+    f"it was never built in this source folder, {FILE.parent}; `pip install --editable .` builds it there, and after "
     "`pip install .`, Python started elsewhere, or with -P, imports what was installed"
 )
 
@@ -70,7 +71,7 @@ def missing() -> str | None:
     """Why there is no library to load, or None where there is one."""
     if os.environ.get("FUSED_RES_NATIVE") == "0":
         return "switched off by FUSED_RES_NATIVE=0"
-    if LIBRARY.is_file():
+    if FILE.is_file():
         return None
     return f"the compiled library is missing: {record().get('missing', _NEVER_BUILT)}"
 
@@ -90,13 +91,11 @@ def load() -> None:
     if reason is not None:
         raise RuntimeError(f"backend 'native': {reason}")
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(FILE)
     except (OSError, RuntimeError) as error:
-        import fused_res
-
         built = record()
         raise RuntimeError(
-            f"fused_res {fused_res.__version__}: cannot load {LIBRARY}, built with torch {built.get('torch')}, "
+            f"fused_res {__version__}: cannot load {FILE}, built with torch {built.get('torch')}, "
             f"CUDA {built.get('cuda')}, for {built.get('machine')}; here is torch {torch.__version__}, "
             f"CUDA {torch.version.cuda}. Reinstall fused_res, or set FUSED_RES_NATIVE=0 to do without. The loader says: {error}"
         ) from error
@@ -186,8 +185,8 @@ def _pays(weight: tuple[int, ...], pixels: int) -> bool:
 
 
 @functools.cache
-def find(primitive: str) -> Callable | None:
-    if primitive not in PRIMITIVES + _CALLS:
+def find(primitive: str, device: torch.device) -> Callable | None:
+    if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": (*PRIMITIVES, "masked_add")}.get(device.type, ()):
         return None
     load()
     if primitive in _CALLS:

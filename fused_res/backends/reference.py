@@ -20,5 +20,5 @@ def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
     return "bn_act"
 
 
-def find(primitive: str) -> Callable | None:
+def find(primitive: str, device: torch.device) -> Callable | None:
     return None

@@ -116,6 +116,6 @@ def watching(call: Callable) -> AbstractContextManager:
 
 
 @functools.cache
-def find(primitive: str) -> Callable | None:
+def find(primitive: str, device: torch.device) -> Callable | None:
     stem = _KERNELS.get(primitive)
     return getattr(importlib.import_module(f"fused_res.kernels.{stem}"), primitive) if stem else None

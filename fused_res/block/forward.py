@@ -17,7 +17,7 @@ from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.moments import Moments, moments, moments_finalize
 from fused_res.primitives.operands import Activation, Output, multiplied
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
 from fused_res.spec import AvgPool, Block, ConvBN
 
 
@@ -198,16 +198,16 @@ def _moment_tail(
     kept: list[Tensor | None] = [None]
     found = [of_main]
     if block.projection is None:
-        shortcut = Shortcut(skip=image if skip is None else nhwc(skip))
+        shortcut = Joined(skip=image if skip is None else nhwc(skip))
     elif level.moment_projection:
         branch, of_branch = _pointwise(projected(image, block.projection, block.pool), block.projection, None, backend)
-        shortcut = Shortcut(projection=branch)
+        shortcut = Joined(projection=branch)
         found.append(of_branch)
         vectors.append(branch.vectors)
         kept.append(None)
     else:
         y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
-        shortcut = Shortcut(y2=y2, vectors2=vectors2)
+        shortcut = Joined(y2=y2, vectors2=vectors2)
         vectors.append(vectors2)
         kept.append(rows2)
     out, signs = pointwise_tail(main, shortcut, keep_signs=save, backend=backend)

@@ -6,21 +6,20 @@ it; a new level adds neither an argument nor an output. The backward's own deriv
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
-from fused_res import backends
+from fused_res import backends, internals
 from fused_res.block import program
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.held import copy_of, kept_of
 from fused_res.block.levels import Level
-from fused_res.block.through_reference import is_batched, reference_gradients, second_gradients
+from fused_res.block.through_reference import reference_gradients, second_gradients
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
@@ -95,7 +94,7 @@ def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):
 
 
 def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tuple:
-    return program.switches(device), tuple([None if tensor is None else tensor.stride() for tensor in inputs])
+    return program.switches(device.type), tuple([None if tensor is None else tensor.stride() for tensor in inputs])
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
@@ -202,7 +201,7 @@ def _gradients(ctx, dout, wanted_x, wanted_skip, wanted_scale, wanted_tensors, c
     kept, spec = ctx.held[0].indices, ctx.held[0].spec
     x, residual_scale, tensors, saved = _kept(ctx, 0)
     needs = [wanted_x, wanted_skip, wanted_scale, *[wanted_tensors[i] for i in kept]]
-    if is_batched(dout) or forward_ad._current_level >= 0:
+    if internals.is_batched(dout) or internals.is_dual():
         # Ordinary autograd has rules for batched and dual tensors.
         found = iter(reference_gradients(dout, x, residual_scale, tensors, saved, spec, eps, needs, level))
     else:
@@ -266,24 +265,23 @@ _operator = torch.ops.fused_res.block_forward.default
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def is_watched(*tensors: Tensor | None) -> bool:
+def is_watched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether somebody traces or transforms the operators that are called, or a tensor is not a plain one."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or internals.has_modes()
+        or internals.is_transformed()
+        or internals.is_traced()
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def _below_autograd(function, *arguments):
-    with torch._C._AutoDispatchBelowAutograd():
+    with internals.below_autograd():
         return function(*arguments)
 
 
-class _Direct(torch.autograd.Function):
+class _Direct(internals.Function):
     """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
 
     @staticmethod
@@ -298,7 +296,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         call = functools.partial(_below_autograd, _backward_as_called, ctx.call)
-        if torch.is_grad_enabled() or is_watched(dout):
+        if torch.is_grad_enabled() or is_watched((dout,)):
             call = torch.ops.fused_res.block_backward.default
         *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:], call)
         return None, None, None, None, *found, *of_tensors
@@ -312,7 +310,7 @@ def block_forward(x, skip, residual_scale, block, tensors, call, save, settle):
     """
     if save and not call.watched:
         saved: list[Tensor] = []
-        return _Direct.apply(block, call, saved, settle, x, skip, residual_scale, *tensors), saved
+        return _Direct.call((block, call, saved, settle), (x, skip, residual_scale, *tensors)), saved
     if call.watched:
         out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
     else:

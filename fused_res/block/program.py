@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_res import backends, settings
+from fused_res.internals import disable_modes, float32_precisions, storage
 
 _BY_VALUES = {
     "aten::_local_scalar_dense",
@@ -52,8 +53,8 @@ def _is_view(operator: object, source: object, result: object) -> bool:
     """Whether an operator that may return a view has done so."""
     if not getattr(operator, "is_view", False) or not isinstance(source, Tensor):
         return False
-    storage = source.untyped_storage()._cdata
-    return all(t.untyped_storage()._cdata == storage for t in (result if isinstance(result, (list, tuple)) else (result,)))
+    made = result if isinstance(result, (list, tuple)) else (result,)
+    return all(storage(tensor) == storage(source) for tensor in made)
 
 
 def _sees(tensor: Tensor) -> tuple:
@@ -107,7 +108,7 @@ class _Recorder(TorchDispatchMode):
 
     def launch(self, call: Callable, *args: object, **kwargs: object) -> None:
         """A kernel's launch, whose insides are its own."""
-        with _disable_current_modes():
+        with disable_modes():
             call(*args, **kwargs)
         self._write(call, args, kwargs, None, None)
 
@@ -186,12 +187,9 @@ class _Recorder(TorchDispatchMode):
         return space.pop("program")  # which then is in no cycle with what it calls
 
 
-def switches(device: torch.device) -> tuple:
+def switches(device_type: str) -> tuple:
     """What decides who runs a convolution, and how, beside a plan and its tensors' strides."""
-    on_cpu = device.type == "cpu"
-    library = torch.backends.mkldnn if on_cpu else torch.backends.cudnn
-    products = torch.backends.mkldnn.matmul.fp32_precision if on_cpu else None
-    return library.conv.fp32_precision, products, torch.are_deterministic_algorithms_enabled(), settings.convolutions()
+    return *float32_precisions(device_type), torch.are_deterministic_algorithms_enabled(), settings.convolutions()
 
 
 def run(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Tensor | None], backend: str) -> object:

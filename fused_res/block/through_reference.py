@@ -13,13 +13,6 @@ from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import Block, ConvBN, tensor_fields, unpack
 
-_BATCHED = torch._C._dispatch_key_parse("Batched")  # of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own
-
-
-def is_batched(tensor: Tensor) -> bool:
-    """Whether a vmap is in force, of torch.func or of torch.autograd."""
-    return torch._C._are_functorch_transforms_active() or torch._C._dispatch_keys(tensor).has(_BATCHED)
-
 
 class _Leaves:
     """The block's tensors under new names: gradients of these stop there, however the tensors themselves depend on each other.

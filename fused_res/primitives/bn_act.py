@@ -74,4 +74,4 @@ def bn_act(
         raise ValueError("vectors2: expected together with y2")
     if vectors2 is not None:
         check("vectors2", vectors2, vectors.shape, vectors.dtype, y.device)
-    return select("bn_act", backend, plain)(y, vectors, skip, y2, vectors2, keep_signs)
+    return select("bn_act", backend, y.device, plain)(y, vectors, skip, y2, vectors2, keep_signs)

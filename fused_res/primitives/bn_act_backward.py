@@ -78,7 +78,7 @@ def bn_act_backward_reduce(
         if signs is None:
             raise ValueError("signs: expected with y2, got None")
         _check_pair(dout, y2, vectors2, signs)
-    return select("bn_act_backward_reduce", backend, plain_reduce)(dout, y, vectors, signs, y2, vectors2)
+    return select("bn_act_backward_reduce", backend, y.device, plain_reduce)(dout, y, vectors, signs, y2, vectors2)
 
 
 def plain_finalize(
@@ -147,7 +147,7 @@ def bn_act_backward_finalize(
             check(name, vector, (channels,), vector.dtype, vectors.device)
     if residual_scale is not None:
         check("residual_scale", residual_scale, (), residual_scale.dtype, vectors.device)
-    run = select("bn_act_backward_finalize", backend, plain_finalize)
+    run = select("bn_act_backward_finalize", backend, vectors.device, plain_finalize)
     return run(partials, row, pixels, vectors, gamma, beta, residual_scale, training)
 
 
@@ -209,7 +209,7 @@ def bn_act_backward_apply(
             raise ValueError("signs: expected with y2, got None")
         check("y2", y2, y.shape, y.dtype, y.device)
         check("coefficients2", coefficients2, coefficients.shape, vectors.dtype, y.device)
-    run = select("bn_act_backward_apply", backend, plain_apply)
+    run = select("bn_act_backward_apply", backend, y.device, plain_apply)
     return run(dout, y, vectors, coefficients, signs, training, y2, coefficients2, training2, keep_masked)
 
 

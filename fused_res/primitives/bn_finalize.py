@@ -77,7 +77,7 @@ def bn_finalize(
             check(name, vector, (channels,), vector.dtype, partials.device)
     if residual_scale is not None:
         check("residual_scale", residual_scale, (), residual_scale.dtype, partials.device)
-    return select("bn_finalize", backend, plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
+    return select("bn_finalize", backend, partials.device, plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
 
 
 def plain_running(
@@ -127,5 +127,5 @@ def bn_running(
                 f"{name}: expected shape {tuple(mean.shape)} on {mean.device}, got {tuple(vector.shape)} on {vector.device}"
             )
     arguments = mean, var, bias, gamma, beta, eps, residual_scale, dtype
-    own = select("bn_running", backend, None)
+    own = select("bn_running", backend, mean.device, None)
     return plain_running(*arguments, backend) if own is None else own(*arguments)

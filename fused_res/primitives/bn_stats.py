@@ -26,4 +26,4 @@ def bn_stats(y: Tensor, *, backend: str) -> tuple[Tensor, int]:
     check_rows("y", y)
     if y.shape[0] < 1:
         raise ValueError("y: expected at least one row, got none")
-    return select("bn_stats", backend, plain)(y)
+    return select("bn_stats", backend, y.device, plain)(y)

@@ -98,15 +98,19 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
         return None, "grouped"
     backend = backends.load(call.backend)
     takes = getattr(backend, "takes", None)
-    kernel = backend.find(call.primitive) if takes is None or takes(call.primitive, call.unit, call.operands[0].pixels) else None
+    taken = takes is None or takes(call.primitive, call.unit, call.operands[0].pixels)
+    kernel = backend.find(call.primitive, call.unit.weight.device) if taken else None
     return kernel, "" if kernel is not None else "no kernel"
 
 
 def choose(call: Call) -> Choice:
     """The choice that holds for this convolution."""
     kernel, why = own_kernel(call)
-    if kernel is None:
-        return Choice(False, why=why)
+    return Choice(False, why=why) if kernel is None else _choose(call)
+
+
+def _choose(call: Call) -> Choice:
+    """The choice for a convolution that the backend's own kernel can run."""
     imposed = _imposed.get()
     if imposed is not None:
         return imposed
@@ -136,8 +140,8 @@ def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -
     if calls is not None:
         calls.append(call)
         return None
-    choice = choose(call)
-    if not choice.own:
-        return None
     kernel, _ = own_kernel(call)
+    choice = None if kernel is None else _choose(call)
+    if choice is None or not choice.own:
+        return None
     return kernel if choice.config is None else functools.partial(kernel, config=choice.config)

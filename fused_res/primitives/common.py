@@ -8,11 +8,11 @@ from torch import Tensor
 from fused_res import backends, plans
 
 
-def select(primitive: str, backend: str, plain: Callable) -> Callable:
-    """The backend's implementation of the primitive, or the plain formula where it has none of its own."""
+def select(primitive: str, backend: str, device: torch.device, plain: Callable) -> Callable:
+    """The backend's implementation of the primitive on this device, or the plain formula where it has none of its own."""
     if plans.recorder() is not None:
         return plain
-    return backends.load(backend).find(primitive) or plain
+    return backends.load(backend).find(primitive, device) or plain
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

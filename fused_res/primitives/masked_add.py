@@ -33,4 +33,4 @@ def masked_add(dx: Tensor, addend: Addend, *, backend: str) -> None:
     check("addend", rows, rows.shape, dx.dtype, dx.device)
     if signs is not None:
         check("signs", signs, (rows.shape[0], sign_bytes(c)), torch.uint8, dx.device)
-    select("masked_add", backend, plain)(dx, image, signs, (down, right))
+    select("masked_add", backend, dx.device, plain)(dx, image, signs, (down, right))

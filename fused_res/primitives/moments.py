@@ -49,7 +49,7 @@ def moments(z: Activation, *, backend: str) -> Moments:
     """
     if z.pixels < 1:
         raise ValueError("z: expected at least one row, got none")
-    own = select("moments", backend, None) if z.pixels > FEW else None
+    own = select("moments", backend, z.image.device, None) if z.pixels > FEW else None
     return Moments(*(plain(z, backend) if own is None else own(z)))
 
 
@@ -101,7 +101,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     Returns:
         `Tail`, its vectors as from `bn_finalize`.
     """
-    own = select("moments_finalize", backend, None) if z.pixels > FEW else None
+    own = select("moments_finalize", backend, z.image.device, None) if z.pixels > FEW else None
     if own is None:
         return plain_finalize(found, z, unit, residual_scale, backend)
     return Tail(*own(found, z, unit._replace(gamma=dense(unit.gamma), beta=dense(unit.beta)), residual_scale))

@@ -48,6 +48,6 @@ def move_statistics(moves: Sequence[Move], *, backend: str) -> None:
         moves: units in the order of their calls; at least 2 pixels each.
     """
     # Asks nobody where the formula is wanted: torch.compile cannot follow that.
-    own = None if backend == LIBRARY else select("move_statistics", backend, None)
+    own = None if backend == LIBRARY else select("move_statistics", backend, moves[0].vectors.device, None)
     if own is None or not own(moves):
         plain(moves)

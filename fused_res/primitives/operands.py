@@ -20,7 +20,7 @@ def multiplied(weight: Tensor, backend: str) -> Tensor:
 
     What the moment form derives from a weight must be derived from these values.
     """
-    own = select("multiplied", backend, None)
+    own = select("multiplied", backend, weight.device, None)
     return weight if own is None else own(weight)
 
 

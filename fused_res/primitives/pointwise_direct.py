@@ -37,7 +37,7 @@ def pointwise_direct_stats(z: Activation, weight: Tensor, suspect: Tensor, *, ba
     Returns:
         [2, C], float64; any finite values where not suspect. Decided on the device, without waiting for it.
     """
-    own = select("pointwise_direct_stats", backend, None)
+    own = select("pointwise_direct_stats", backend, weight.device, None)
     return plain_stats(z, weight, suspect, backend) if own is None else own(z, weight, suspect)
 
 
@@ -65,7 +65,7 @@ def pointwise_direct_sums(
     """
     if mean.dtype != statistics_dtype(weight.dtype):
         raise TypeError(f"mean: expected {statistics_dtype(weight.dtype)}, got {mean.dtype}")
-    own = select("pointwise_direct_sums", backend, None)
+    own = select("pointwise_direct_sums", backend, weight.device, None)
     if own is None:
         return plain_sums(dout, signs, z, weight, mean, suspect, backend)
     return own(dout, signs, z, weight, mean, suspect)

@@ -20,7 +20,7 @@ class Pointwise(NamedTuple):
     vectors: Tensor
 
 
-class Shortcut(NamedTuple):
+class Joined(NamedTuple):
     """What joins the main branch: `skip` [N, C, H, W]; or `scale2 * y2 + shift2`; or a projection in the moment form."""
 
     skip: Tensor | None = None
@@ -36,7 +36,7 @@ def normalised(branch: Pointwise, backend: str) -> Tensor:
     return torch.addcmul(v.shift, y, v.scale)
 
 
-def plain(main: Pointwise, shortcut: Shortcut, keep_signs: bool, backend: str) -> tuple[Tensor, Tensor | None]:
+def plain(main: Pointwise, shortcut: Joined, keep_signs: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     total = normalised(main, backend)
     if shortcut.skip is not None:
         total += to_rows(shortcut.skip)
@@ -50,7 +50,7 @@ def plain(main: Pointwise, shortcut: Shortcut, keep_signs: bool, backend: str) -
     return to_image(out, n, h, w), pack_signs(~(out <= 0)) if keep_signs else None
 
 
-def pointwise_tail(main: Pointwise, shortcut: Shortcut, *, keep_signs: bool = False, backend: str) -> tuple[Tensor, Tensor | None]:
+def pointwise_tail(main: Pointwise, shortcut: Joined, *, keep_signs: bool = False, backend: str) -> tuple[Tensor, Tensor | None]:
     """`out = relu(scale * (W z) + shift + shortcut)`; scale and shift act on the accumulator, and out is rounded once.
 
     A projection has an accumulator of its own: `scale * (W z) + scale2 * (W2 x) + shift + shift2`, x sampled at its stride.
@@ -74,7 +74,7 @@ def pointwise_tail(main: Pointwise, shortcut: Shortcut, *, keep_signs: bool = Fa
             raise ValueError(f"{name}: expected {(n, channels, h, w)} of {image.dtype}, got {got}")
     if shortcut.projection is not None and shortcut.projection.z.pixels != main.z.pixels:
         raise ValueError(f"projection: expected {main.z.pixels} pixels, got {shortcut.projection.z.pixels}")
-    own = select("pointwise_tail", backend, None)
+    own = select("pointwise_tail", backend, main.weight.device, None)
     out, signs = plain(main, shortcut, keep_signs, backend) if own is None else own(main, shortcut, keep_signs)
     if signs is not None:
         check("signs", signs, (main.z.pixels, sign_bytes(channels)), torch.uint8, image.device)

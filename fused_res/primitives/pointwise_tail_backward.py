@@ -61,7 +61,7 @@ def plain_scaled_weight(branch: Pointwise) -> Tensor:
 
 def scaled_weight(branch: Pointwise, *, backend: str) -> Tensor:
     """A = diag(scale) W, [C, K]: what g is multiplied by, as the backend's products multiply it; in float64 for `FEW` pixels."""
-    own = select("scaled_weight", backend, None) if branch.z.pixels > FEW else None
+    own = select("scaled_weight", backend, branch.weight.device, None) if branch.z.pixels > FEW else None
     return plain_scaled_weight(branch) if own is None else own(branch)
 
 
@@ -92,7 +92,7 @@ def pointwise_tail_backward_reduce(
     Returns:
         `Sums`. Sums over tiles are float32 or better within a tile and float64 across tiles.
     """
-    own = select("pointwise_tail_backward_reduce", backend, None) if z.pixels > FEW else None
+    own = select("pointwise_tail_backward_reduce", backend, dout.device, None) if z.pixels > FEW else None
     if own is None:
         return Sums(*plain_reduce(dout, signs, z, mean, backend))
     return Sums(*own(dout, signs, z, mean, scaled))
@@ -170,7 +170,7 @@ def pointwise_tail_backward_finalize(
         suspect: which channels those are, [C], bool, as `moments_finalize` has found them; worked out again where not given.
     """
     arguments = sums, found, branch, scaled, dense(gamma), dense(beta), residual_scale, dout, signs, suspect
-    own = select("pointwise_tail_backward_finalize", backend, None) if branch.z.pixels > FEW else None
+    own = select("pointwise_tail_backward_finalize", backend, dout.device, None) if branch.z.pixels > FEW else None
     return plain_finalize(*arguments, backend) if own is None else TailGradients(*own(*arguments))
 
 
@@ -234,7 +234,7 @@ def pointwise_tail_backward_apply(
         if into.shape != z.image.shape or not into.is_contiguous(memory_format=torch.channels_last):
             got = f"strides {into.stride()} for shape {tuple(into.shape)}"
             raise ValueError(f"into: expected a channels_last image of shape {tuple(z.image.shape)}, got {got}")
-    own = select("pointwise_tail_backward_apply", backend, None) if z.pixels > FEW else None
+    own = select("pointwise_tail_backward_apply", backend, dout.device, None) if z.pixels > FEW else None
     if own is None:
         return plain_apply(dout, signs, z, scaled, gradients, inner, into, backend)
     return Inflow(*own(dout, signs, z, scaled, through, gradients, inner, into))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_res import internals
 from fused_res.layout import to_image, to_rows
 from fused_res.spec import ConvBN
 
@@ -19,11 +20,7 @@ def _supported(dtype: torch.dtype) -> bool:
     """Whether this build and CPU multiply matrices of this dtype with a library made for it."""
     if dtype in (torch.float32, torch.float64):
         return torch.backends.mkl.is_available()
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return internals.has_mkldnn(dtype)
 
 
 def _available(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_res.internals import gpu_sleep
 from fused_res.tolerance import MARGIN, floor, scatter
 
 GAIN = 0.97
@@ -189,7 +190,7 @@ def measure(runs: Mapping[str, Callable[[int], object]], device: torch.device, q
 def _on_gpu(run: Callable[[int], object], draw: int, queued: bool) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if queued:
-        torch.cuda._sleep(_AHEAD)
+        gpu_sleep(_AHEAD)
     else:
         torch.cuda.synchronize()
     start.record()

@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fused_res import backends, environment, plans, settings
 from fused_res.backends import native
 from fused_res.block.dry_run import convolutions
 from fused_res.block.levels import LEVELS
 from fused_res.geometry import Geometry
+from fused_res.internals import has_dispatch_modes
 from fused_res.primitives.choice import Call, Choice, own_kernel, switches
 from fused_res.tuning import synthetic, trials
 from fused_res.tuning.convolutions import try_convolution, variants
@@ -63,7 +63,7 @@ def can_try(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> boo
     """Whether candidates can be run here and now, and judged: for float64 there is no truth in a wider dtype."""
     if dtype == torch.float64 or geometry.images is None:
         return False
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or has_dispatch_modes():
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
@@ -169,7 +169,7 @@ def _files_of(device: torch.device, threads: int) -> PlanFiles:
 @functools.cache
 def identity(device: torch.device) -> dict:
     """What a measurement holds for: the device, its driver, the versions of what runs, and our own sources."""
-    library = native.LIBRARY
+    library = native.FILE
     found = environment.versions() | {
         "source": environment.fingerprint(),
         "library": hashlib.sha256(library.read_bytes()).hexdigest()[:16] if library.is_file() else None,

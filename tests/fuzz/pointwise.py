@@ -13,7 +13,7 @@ from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.moments import Moments, moments, moments_finalize
 from fused_res.primitives.operands import Activation, multiplied
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
-from fused_res.primitives.pointwise_tail import Pointwise, Shortcut, pointwise_tail
+from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
 from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_apply,
     pointwise_tail_backward_finalize,
@@ -217,15 +217,15 @@ def check_tail(case: Tail, backend: str) -> None:
         beside = o._replace(c=case.beside, stride=case.stride, prologue=False)
         branch = _branch(values, beside, case.outputs, dtype)
         other, off = _normalised(branch, backend)
-        shortcut = Shortcut(projection=branch)
+        shortcut = Joined(projection=branch)
         given += [branch.z.image, branch.weight]
     else:
         image, vectors2 = values.image(*shape, dtype=dtype, offset=o.offset), values.vectors(case.outputs, dtype)
         given.append(image)
         if case.shortcut == "skip":
-            shortcut, other = Shortcut(skip=image), to_rows(image).double()
+            shortcut, other = Joined(skip=image), to_rows(image).double()
         else:
-            shortcut = Shortcut(y2=image, vectors2=vectors2)
+            shortcut = Joined(y2=image, vectors2=vectors2)
             other, off = affine(to_rows(image).double(), vectors2)
     before = [t.clone() for t in given]
     out, signs = pointwise_tail(main, shortcut, keep_signs=case.signs, backend=backend)

@@ -5,6 +5,7 @@ grad may differ; none of the checks asks for them.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from fused_res.block.validate import check_arguments, check_batch, compute_dtype
 from fused_res.spec import AvgPool, Block, ConvBN, pack
 
 
-class Call(NamedTuple):
+class Prepared(NamedTuple):
     """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of each unit's output, with the batch.
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
@@ -45,39 +46,37 @@ def prepare(
     residual_scale: Tensor | None,
     names: Sequence[str] | None,
     level: str | None = None,
-) -> Call:
+) -> Prepared:
     """Checks the arguments and plans the call, unless one like it has been here before.
 
     Raises as `fused_res.functional.residual_block` documents.
     """
-    if not _is_plain(x, block, skip, residual_scale):
+    key = _key(x, block, skip, residual_scale, level)
+    if key is None:
         return _prepare(x, block, skip, residual_scale, names, level, watched=True)
-    key = (level, *_key(x, block, skip, residual_scale))
     return plans.derived(key) or plans.derive(key, _prepare(x, block, skip, residual_scale, names, level, watched=False))
 
 
-def _is_plain(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
-    """Whether every part is of the expected type, every tensor a plain one, and nobody watches."""
-    tensors = [x, skip, residual_scale]
+_about = attrgetter("shape", "dtype", "device")
+
+
+def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, level: str | None) -> tuple | None:
+    """What calls that are alike have in common; None where a part is of another type than expected, or somebody watches."""
+    tensors, numbers = [x, skip, residual_scale], [level, block.given, len(block.main)]
     for unit in block.units():
         if type(unit) is not ConvBN:
-            return False
+            return None
         tensors += unit[:7]
-    return (block.pool is None or type(block.pool) is AvgPool) and not is_watched(*tensors)
-
-
-def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None) -> tuple:
-    parts = ["call", compute_dtype(x), torch.is_autocast_enabled(x.device.type), planner.forced(), block.given, len(block.main)]
-    tensors = [x, skip, residual_scale]
+        numbers += *unit[7:12], unit.eps
+    if is_watched(tensors):
+        return None
     if block.pool is not None:
-        parts += [tuple(part) if isinstance(part, list) else part for part in block.pool]
-    for unit in block.units():
-        tensors += unit[:6]
-        steps = tuple(unit.stride), tuple(unit.padding), tuple(unit.dilation)
-        parts += (*steps, unit.groups, unit.training, unit.eps)
-    for tensor in tensors:
-        parts += (None,) if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-    return tuple(parts)
+        if type(block.pool) is not AvgPool:
+            return None
+        numbers += [tuple(part) if isinstance(part, list) else part for part in block.pool]
+    # Computed in, and where that is not all that matters to plans: under autocast x may be of another dtype.
+    ways = compute_dtype(x), torch.is_autocast_enabled(x.device.type), planner.forced()
+    return "call", ways, tuple(numbers), tuple([None if tensor is None else _about(tensor) for tensor in tensors])
 
 
 def _prepare(
@@ -88,7 +87,7 @@ def _prepare(
     names: Sequence[str] | None,
     level: str | None,
     watched: bool,
-) -> Call:
+) -> Prepared:
     names = check_arguments(x, block, skip, residual_scale, names)
     sizes = check_batch(x, block, names)
     dtype = compute_dtype(x)
@@ -101,6 +100,6 @@ def _prepare(
     plan = planner.plan(x, block, dtype, level=level)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
-    return Call(
+    return Prepared(
         dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched, is_narrow(x, block), {}
     )
