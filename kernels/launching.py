@@ -43,7 +43,12 @@ def recording() -> Iterator[list[Launch]]:
 
 @contextmanager
 def watching(call: Callable) -> Iterator[None]:
-    """Inside, in this thread, launches go through `call(launch, *arguments, **constants)`; `launch` runs on the current device."""
+    """Inside, in this thread, launches go through `call(launch, again)`, which is to call both.
+
+    `launch()` runs the kernel on the current device; `again(what launch returned)` is a function with its arguments, and its
+    keyword arguments, that runs it once more, with other tensors in their places: with the same strides, dtypes and alignment to
+    16 bytes.
+    """
     before, _local.call = _local.call, call
     try:
         yield
@@ -69,8 +74,19 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
         run = kernel[(programs,)]
         if _local.call is None:
             run(*arguments, **constants, num_warps=warps)
-        else:
-            _local.call(run, *arguments, **constants, num_warps=warps)
+            return
+        found = Launch(kernel, programs, arguments, constants, warps)
+        _local.call(lambda: run(*arguments, **constants, num_warps=warps), lambda compiled: _again(found, compiled))
+
+
+def _again(launch: Launch, compiled: Any) -> tuple[Callable, tuple, dict[str, Any]]:
+    """As `watching` says. Of a compiled kernel the launcher itself, which asks for nothing that decides between kernels."""
+    kernel, programs, arguments, constants, warps = launch
+    if compiled is None:  # in the interpreter
+        return kernel[(programs,)], arguments, constants | {"num_warps": warps}
+    bound = kernel.signature.bind(*arguments, **constants)
+    bound.apply_defaults()
+    return compiled[(programs, 1, 1)], tuple(bound.arguments.values()), {}
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

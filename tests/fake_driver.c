@@ -5,8 +5,18 @@
 #include "cuda.h"
 
 static int launches;
+static unsigned long digest;
 
 int fake_launches(void) { return launches; }
+
+/* Of what has been launched since the last call: kernels in their order, each with its grid, its block and its shared memory. */
+unsigned long fake_digest(void) {
+  unsigned long found = digest;
+  digest = 0;
+  return found;
+}
+
+static void add_to_digest(unsigned long number) { digest = (digest ^ number) * 1099511628211ul + 1; }
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 
@@ -64,7 +74,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
-  *function = (CUfunction)1;
+  static unsigned long functions;
+  *function = (CUfunction)++functions;
   return CUDA_SUCCESS;
 }
 
@@ -89,6 +100,10 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   launches++;
+  add_to_digest((unsigned long)function);
+  add_to_digest(config->gridDimX);
+  add_to_digest(config->blockDimX);
+  add_to_digest(config->sharedMemBytes);
   return CUDA_SUCCESS;
 }
 

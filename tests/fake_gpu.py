@@ -29,7 +29,9 @@ def _load_driver(folder: Path) -> ctypes.CDLL:
     subprocess.run(command, check=True)
     (folder / "libcuda.so").symlink_to(library)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded.fake_digest.restype = ctypes.c_ulong
+    return loaded
 
 
 def _become(capability: int) -> None:
@@ -106,7 +108,11 @@ def _step(block: nn.Module, x: torch.Tensor, training: bool) -> None:
 
 
 def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
-    """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any."""
+    """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any.
+
+    "same": whether a second step, which replays what was recorded of the first, launched the same kernels; "chosen": how many of
+    those launches Triton chose a compiled kernel for anew.
+    """
     import fused_res
     from fused_res.backends import triton as backend
 
@@ -116,21 +122,39 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
         if not cache_hit:
             kernels.append((src.name, metadata["shared"]))
 
+    chosen = []
+
+    def run(kernel, *arguments, **options):
+        chosen.append(kernel)
+        return choose(kernel, *arguments, **options)
+
     triton.knobs.compilation.listener = compiled
+    choose, triton.JITFunction.run = triton.JITFunction.run, run
     autocast = torch.is_autocast_enabled
     torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else autocast(*device)
     backend.supports = lambda device, dtype: None
     for name, block, x in _blocks(options.cases, getattr(torch, options.dtype), options.batch):
         for level in options.levels:
             for training in (True, False):
-                before, known, error = library.fake_launches(), len(kernels), None
+                before, known, error, digests = library.fake_launches(), len(kernels), None, set()
                 try:
                     with fused_res.use_backend("triton", level):
-                        _step(block, x, training)
+                        for _ in range(2):
+                            library.fake_digest()
+                            chosen.clear()
+                            _step(block, x, training)
+                            digests.add(library.fake_digest())
                 except triton.runtime.errors.OutOfResources as found:
                     error = str(found)
-                row = {"case": name, "level": level, "training": training, "error": error}
-                yield row | {"launches": library.fake_launches() - before, "kernels": kernels[known:]}
+                row = {
+                    "case": name,
+                    "level": level,
+                    "training": training,
+                    "error": error,
+                    "same": len(digests) == 1,
+                    "chosen": len(chosen),
+                }
+                yield row | {"launches": (library.fake_launches() - before) // 2, "kernels": kernels[known:]}
 
 
 def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:

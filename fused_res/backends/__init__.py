@@ -10,7 +10,7 @@ A backend module has four functions:
   where it has none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
 It may have five more. `watching(call) -> AbstractContextManager`: inside, a launch of a kernel that is none of torch's operators
-is handed to `call`, as a function and its arguments. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that
+is handed to `call`, with what launches it again. `takes(primitive, unit, pixels) -> bool`: whether its convolution of that
 kind runs this unit over so many pixels; without it, all of them do. `pays(primitive, unit, pixels) -> bool`: whether, with
 something fused into it, it is faster than the library's and the passes that it leaves; without it, it is taken to be.
 `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth trying and that the weight's device can

@@ -106,11 +106,11 @@ class _Recorder(TorchDispatchMode):
             self._known[result] = _Known(name, source.family)
         return name is not None
 
-    def launch(self, call: Callable, *args: object, **kwargs: object) -> None:
-        """A kernel's launch, whose insides are its own."""
+    def launch(self, call: Callable, again: Callable) -> None:
+        """A kernel's launch, whose insides are its own; `again` says how it is launched with other tensors."""
         with disable_modes():
-            call(*args, **kwargs)
-        self._write(call, args, kwargs, None, None)
+            function, args, kwargs = again(call())
+        self._write(function, args, kwargs, None, None)
 
     def _write(self, call: Callable, args: Sequence, kwargs: dict, result: object, method: str | None) -> None:
         if self.refused:
