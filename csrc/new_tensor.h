@@ -14,10 +14,11 @@
 
 namespace fused_res {
 
-// Like torch::stable::new_empty, which looks for the operator by its name at each call: that takes as long as a small kernel.
+// Like torch::stable::new_empty, which looks for the operator by its name at each call: that takes as long as a small
+// kernel.
 inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like,
-                                       torch::headeronly::IntHeaderOnlyArrayRef shape,
-                                       std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+                                        torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                        std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::int32_t code = 0, layout = 0, device = 0, index = 0;

@@ -42,7 +42,7 @@ def derive(key: Hashable, value: T) -> T:
 
 
 def remember_by(recall: Callable[[Hashable], object | None] | None) -> None:
-    """From now on `ask` looks for what an earlier process decided by calling this, which returns None where it knows nothing."""
+    """Have `ask` look for what an earlier process decided: it calls `recall` with a key and gets the decision, or None."""
     global _remember
     _remember = recall
 

@@ -33,7 +33,7 @@ void finalize(const Sums& s, const A* partials, const A* vectors, const Paramete
     }
   }
   for (int64_t c = from; c < to; ++c) {
-    const double mean = vectors[c], invstd = vectors[2 * s.channels + c], p = vectors[3 * s.channels + c];
+    const double mean = vectors[c], invstd = vectors[kInvstd * s.channels + c], p = vectors[kScale * s.channels + c];
     const double total = sum_g[c - from], d = invstd * sum_gy[c - from];
     const double q = s.training ? -p * invstd * d / s.pixels : 0;
     const double r = s.training ? -p * total / s.pixels - q * mean : 0;

@@ -78,7 +78,7 @@ template <class T, class V = typename Arithmetic<T>::Vec, class A, class Lanes>
 inline V gradient(V g, const T* y, const A* coefficients, int64_t channels, bool training, int64_t c, Lanes lanes) {
   V d = g * load<V>(coefficients + c, lanes);
   if (training) {
-    const A *q = coefficients + channels, *r = q + channels;
+    const A *q = coefficients + kQ * channels, *r = coefficients + kR * channels;
     d = d + affine<T>(load<V>(y + c, lanes), q, r, c, lanes);
   }
   return d;
@@ -89,7 +89,7 @@ void apply_rows(const BnActBackwardApply& a, int64_t begin, int64_t end) {
   using V = typename Arithmetic<T>::Vec;
   using A = typename Arithmetic<T>::type;
   const int64_t channels = a.channels, bytes = (channels + 7) / 8;
-  const A *scale = static_cast<const A*>(a.vectors) + 3 * channels, *shift = scale + channels;
+  const A *scale = static_cast<const A*>(a.vectors) + kScale * channels, *shift = scale + channels;
   const A* coefficients = static_cast<const A*>(a.coefficients);
   const A* coefficients2 = static_cast<const A*>(a.coefficients2);
   const bool training = a.training, training2 = a.training2;

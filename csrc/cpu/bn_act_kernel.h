@@ -32,10 +32,10 @@ template <class T, Shortcut shortcut>
 void bn_act_rows(const BnAct& a, int64_t begin, int64_t end) {
   using A = typename Arithmetic<T>::type;
   const int64_t channels = a.channels, bytes = (channels + 7) / 8;
-  const A *scale = static_cast<const A*>(a.vectors) + 3 * channels, *shift = scale + channels;
+  const A *scale = static_cast<const A*>(a.vectors) + kScale * channels, *shift = scale + channels;
   const A *scale2 = nullptr, *shift2 = nullptr;
   if (shortcut == kSecond) {
-    scale2 = static_cast<const A*>(a.vectors2) + 3 * channels;
+    scale2 = static_cast<const A*>(a.vectors2) + kScale * channels;
     shift2 = scale2 + channels;
   }
   const T *y = static_cast<const T*>(a.y), *other = static_cast<const T*>(shortcut == kSkip ? a.skip : a.y2);

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../vectors.h"
+
 namespace fused_res::cpu {
 
 // Widest stretch of channels that a reduction's task covers; its accumulators stay in the innermost cache.
@@ -134,8 +136,8 @@ struct PointwiseTail {
   bool stream;
 };
 
-// For every tile left^T right, [channels of left, whole panels], and the sums of left; and
-// through = left * packed, as wide as right, as left goes by.
+// For every tile of rows the product left^T right, [channels of left, whole panels], and the sums of left. While a
+// block of left is in the cache it is also multiplied by another matrix: through = left * packed, as wide as right.
 struct Reduction {
   Tiling tiling;  // of left, with stretches of `stretch` channels
   int64_t stretch;

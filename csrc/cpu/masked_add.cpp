@@ -1,4 +1,5 @@
 // masked_add on the CPU.
+#include "../operand_checks.h"
 #include "products.h"
 
 namespace fused_res::cpu {

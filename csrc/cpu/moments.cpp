@@ -2,6 +2,7 @@
 // follows from them.
 #include <vector>
 
+#include "../moment_checks.h"
 #include "parameters.h"
 #include "products.h"
 #include "spread.h"

@@ -34,7 +34,7 @@ void read_rows(const Operand& o, int64_t first, int64_t n, int64_t from, int64_t
   const A* mean = o.mean == nullptr ? nullptr : static_cast<const A*>(o.mean) + from;
   const A *scale = nullptr, *shift = nullptr, *coefficients = nullptr;
   if (o.vectors != nullptr) {
-    scale = static_cast<const A*>(o.vectors) + 3 * channels + from;
+    scale = static_cast<const A*>(o.vectors) + kScale * channels + from;
     shift = scale + channels;
   }
   if (reading == kGradient) coefficients = static_cast<const A*>(o.coefficients) + from;

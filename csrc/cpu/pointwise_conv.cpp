@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../convolution_checks.h"
 #include "reduction.h"
 
 namespace fused_res::cpu {

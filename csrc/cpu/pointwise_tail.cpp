@@ -1,4 +1,5 @@
 // pointwise_tail on the CPU, and the same without signs as the last convolution in evaluation.
+#include "../moment_checks.h"
 #include "products.h"
 
 namespace fused_res::cpu {

@@ -1,6 +1,7 @@
 // pointwise_tail_backward on the CPU: reduce, finalize, and apply.
 #include <vector>
 
+#include "../moment_checks.h"
 #include "parameters.h"
 #include "reduction.h"
 #include "spread.h"
@@ -8,7 +9,7 @@
 namespace fused_res::cpu {
 namespace {
 
-// A vector of doubles as the kernels hold it, and what that leaves of it.
+// A vector of doubles as two: its values rounded to the dtype that the kernels compute in, and what the rounding took.
 class Split {
  public:
   Split(const OptionalTensor& vector, const Tensor& like) {
@@ -129,12 +130,12 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor, int64
       result.set(k, sum);
     }
   }
-  const Parameter g(gamma, 1), b(beta, 0), scales(vectors, 1);
+  const Parameter g(gamma, 1), b(beta, 0), rows_of_bn(vectors, 1);
   const double a = Parameter(residual_scale, 1)[0];
   const Tensor coefficients = fresh_statistics(weight, {4, channels});
   const Result result(coefficients);
   for (int64_t c = 0; c < channels; ++c) {
-    const double bias = covariance ? 0 : scales[3 * channels + c] * totals[c];
+    const double bias = covariance ? 0 : rows_of_bn[kScale * channels + c] * totals[c];
     const double column[4] = {a * d[c], a * totals[c], g[c] * d[c] + b[c] * totals[c], bias};
     for (int64_t row = 0; row < 4; ++row) result.set(row * channels + c, column[row]);
   }

@@ -29,8 +29,8 @@ void pointwise_tail(const PointwiseTail& a, int64_t begin, int64_t end, void* me
     }
     main.run(first, n, from, columns, y, row, false, ahead);
     if (projection) projection.run(first, n, from, columns, y2, row, false, ahead);
-    const A *scale = static_cast<const A*>(a.vectors) + 3 * channels + from, *shift = scale + channels;
-    const A* scale2 = a.vectors2 == nullptr ? nullptr : static_cast<const A*>(a.vectors2) + 3 * channels + from;
+    const A *scale = static_cast<const A*>(a.vectors) + kScale * channels + from, *shift = scale + channels;
+    const A* scale2 = a.vectors2 == nullptr ? nullptr : static_cast<const A*>(a.vectors2) + kScale * channels + from;
     const A* shift2 = scale2 == nullptr ? nullptr : scale2 + channels;
     Row<T> results(static_cast<T*>(a.out) + from, columns, a.stream, channels);
     for (int64_t p = 0; p < n; ++p) {

@@ -53,7 +53,8 @@ void tail_gradients(const TailGradients& t, int64_t begin, int64_t end, void* me
   using A = typename Arithmetic<T>::type;
   const Spread& s = t.spread;
   const int64_t channels = s.channels, depth = s.depth;
-  const A *means = static_cast<const A*>(t.vectors), *invstds = means + 2 * channels, *scales = means + 3 * channels;
+  const A *means = static_cast<const A*>(t.vectors), *invstds = means + kInvstd * channels,
+          *scales = means + kScale * channels;
   Scratch scratch(memory);
   SpreadBlock block(s, scratch);
   double* row = scratch.take<double>(1, depth);

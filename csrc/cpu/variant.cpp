@@ -36,10 +36,10 @@ const Kernels table = {
     {moments<float>, moments<half>, moments<bfloat16>, moments<double>},
     {spread<float>, spread<half>, spread<bfloat16>, spread<double>},
     {tail_gradients<float>, tail_gradients<half>, tail_gradients<bfloat16>, tail_gradients<double>},
-    {winograd_filter<float>, winograd_filter<half>, winograd_filter<bfloat16>, winograd_filter<double>},
-    {winograd<float>, winograd<half>, winograd<bfloat16>, winograd<double>},
-    {winograd_wgrad<float>, winograd_wgrad<half>, winograd_wgrad<bfloat16>, winograd_wgrad<double>},
-    {winograd_dweight<float>, winograd_dweight<half>, winograd_dweight<bfloat16>, winograd_dweight<double>},
+    {winograd_filter<float>, nullptr, nullptr, winograd_filter<double>},
+    {winograd<float>, nullptr, nullptr, winograd<double>},
+    {winograd_wgrad<float>, nullptr, nullptr, winograd_wgrad<double>},
+    {winograd_dweight<float>, nullptr, nullptr, winograd_dweight<double>},
 };
 
 }  // namespace fused_res::cpu::FUSED_RES_VARIANT

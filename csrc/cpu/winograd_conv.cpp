@@ -1,4 +1,5 @@
 // The unstrided 3x3 convolutions on the CPU, by F(2x2, 3x3).
+#include "../convolution_checks.h"
 #include "products.h"
 
 namespace fused_res::cpu {

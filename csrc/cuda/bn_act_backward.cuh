@@ -18,9 +18,6 @@ void dispatch(Relu relu, Run run) {
   if (relu == Relu::kOuterTwo) run(std::integral_constant<Relu, Relu::kOuterTwo>{});
 }
 
-/// Rows of the [7, C] tensor that the finalize step returns.
-enum Coefficient { kP, kQ, kR, kDgamma, kDbeta, kDscale, kDbias };
-
 /// The open channels of a group in a row, one bit each.
 template <class T, Relu kRelu>
 __device__ __forceinline__ unsigned opened(const Affine<kGroup<T>>& affine, const Pack& y, unsigned signs) {

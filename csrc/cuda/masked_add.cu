@@ -1,5 +1,6 @@
 // masked_add on a GPU.
 #include "masked_add.cuh"
+#include "operand_checks.h"
 #include "tensors.cuh"
 
 namespace fused_res::cuda {

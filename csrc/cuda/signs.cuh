@@ -1,12 +1,10 @@
 // The affine map of a BN, and the signs of the ReLU after it: bit j of byte i of a row stands for channel 8 * i + j.
 #pragma once
 
+#include "../vectors.h"
 #include "rows.cuh"
 
 namespace fused_res::cuda {
-
-/// Rows of the [5, C] tensor that `bn_finalize` returns.
-enum Vector { kMean, kVar, kInvstd, kScale, kShift };
 
 template <int kCount>
 struct Affine {

@@ -36,8 +36,8 @@ def perform(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
 
 
 def comparable(call: Call, found: Convolved | Inflow | Tensor) -> list[Tensor]:
-    """What a primitive returned, as those see it who read it: the sums of the partial results, and of a gradient that is still to
-    be masked what will be left.
+    """What candidates for a convolution must agree in: of partial sums their total, and of a gradient that the next kernel is to
+    mask the masked one.
     """
     if isinstance(found, Convolved):
         if found.partials is None:
