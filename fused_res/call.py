@@ -6,37 +6,15 @@ grad may differ; none of the checks asks for them.
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_res import planner, plans
 from fused_res.block.op import is_narrow, is_watched
+from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
 from fused_res.spec import AvgPool, Block, ConvBN, pack
-
-
-class Prepared(NamedTuple):
-    """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of each unit's output, with the batch.
-
-    outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
-    `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
-    narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
-    """
-
-    dtype: torch.dtype
-    casts: bool
-    pixels: tuple[int, ...]
-    outer: tuple[int, ...]
-    given: bool
-    spec: Sequence[int]
-    eps: Sequence[float]
-    level: str
-    backend: str
-    watched: bool
-    narrow: bool
-    programs: dict
 
 
 def prepare(

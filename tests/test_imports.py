@@ -16,7 +16,7 @@ ORDER = (
     "backends reading",
     "primitives environment eligibility",
     "block",
-    "tuning",
+    "tuning cost",
     "planner",
     "call recompute",
     "functional anatomy",
@@ -100,8 +100,8 @@ def test_undocumented_names_are_found():
 
 
 ALLOWED = {
-    # An annotation, and Python's dispatch, which torch documents in its notes; torch's own methods, which others replace.
-    "fused_res/block/program.py": {"torch._ops", "torch.utils._python_dispatch.TorchDispatchMode"},
+    # An annotation; torch's own methods, which others replace.
+    "fused_res/block/program.py": {"torch._ops"},
     "fused_res/originals.py": {"torch._C", "torch._C._nn", "batchnorm._BatchNorm"},
 }
 
@@ -111,7 +111,9 @@ def test_what_torch_does_not_document_is_used_in_one_file(path):
     name = str(path.relative_to(ROOT))
     if name == "fused_res/internals.py":
         return
-    found = [(what, line) for what, line in undocumented(ast.parse(path.read_text())) if what not in ALLOWED.get(name, ())]
+    # Python's dispatch is what torch's notes on extending it describe.
+    allowed = {"torch.utils._python_dispatch.TorchDispatchMode"} | ALLOWED.get(name, set())
+    found = [(what, line) for what, line in undocumented(ast.parse(path.read_text())) if what not in allowed]
     assert not found
 
 

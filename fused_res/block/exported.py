@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 from fused_res import reference
-from fused_res.block.call import Call
+from fused_res.block.prepared import Prepared
 from fused_res.primitives.common import statistics_dtype
 from fused_res.spec import ConvBN, unpack
 
@@ -30,7 +30,7 @@ def block_exported(
     skip: Tensor | None,
     residual_scale: Tensor | None,
     tensors: list[Tensor],
-    call: Call,
+    call: Prepared,
     units: list[ConvBN],
     settle: Callable[[list[Tensor | None]], None],
 ) -> Tensor:

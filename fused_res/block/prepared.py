@@ -1,0 +1,28 @@
+"""What a call of a block needs beside its tensors: what `fused_res.call` makes once for all calls that are alike."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Prepared(NamedTuple):
+    """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of each unit's output, with the batch.
+
+    outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
+    `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
+    narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
+    """
+
+    dtype: torch.dtype
+    casts: bool
+    pixels: tuple[int, ...]
+    outer: tuple[int, ...]
+    given: bool
+    spec: Sequence[int]
+    eps: Sequence[float]
+    level: str
+    backend: str
+    watched: bool
+    narrow: bool
+    programs: dict
