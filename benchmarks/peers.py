@@ -65,6 +65,7 @@ class Setup:
     mode: str = "train"
     sets: int = 3
     _inputs: dict = field(default_factory=dict, repr=False)
+    _forgotten: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -87,6 +88,12 @@ class Setup:
                 x.requires_grad_(self.input_gradient)
             self._inputs[layout] = sets
         return self._inputs[layout]
+
+    def forget_compiled(self) -> None:
+        """Forget the code that was compiled for other cases, but never that of another peer of this one."""
+        if not self._forgotten:
+            torch.compiler.reset()
+            self._forgotten = True
 
     def release(self) -> None:
         """Let go of the inputs."""
@@ -191,17 +198,42 @@ def eager_channels_last(setup: Setup) -> Peer:
     return block_peer(setup, setup.module("channels_last"), "channels_last", backend="eager", within=eager)
 
 
+def _compiled(setup: Setup, within: Callable[[], AbstractContextManager] = nullcontext, freezing: bool = False) -> Peer:
+    if freezing and setup.mode != "eval":
+        raise CannotRunError("weights are frozen in evaluation mode alone")
+    setup.forget_compiled()
+    module = setup.module("channels_last")
+    call = torch.compile(module, dynamic=False, options={"freezing": True} if freezing else None)
+    return block_peer(setup, module, "channels_last", call, "inductor", within)
+
+
 @register("torch.compile")
 def compiled(setup: Setup) -> Peer:
     """The eager block through torch.compile in its default mode, in channels_last."""
-    torch.compiler.reset()
-    module = setup.module("channels_last")
-    return block_peer(setup, module, "channels_last", torch.compile(module, dynamic=False), "inductor", eager)
+    return _compiled(setup, eager)
+
+
+@register("torch.compile freezing", devices=())
+def compiled_freezing(setup: Setup) -> Peer:
+    """The same with weights as constants: BNs are folded into them, and they are packed ahead."""
+    return _compiled(setup, eager, freezing=True)
+
+
+@register(f"{OURS} compiled", devices=())
+def fused_compiled(setup: Setup) -> Peer:
+    """fused_res through torch.compile."""
+    return _compiled(setup)
+
+
+@register(f"{OURS} compiled freezing", devices=())
+def fused_compiled_freezing(setup: Setup) -> Peer:
+    return _compiled(setup, freezing=True)
 
 
 @register("torch.compile max-autotune", devices=("cuda",))
 def compiled_max_autotune(setup: Setup) -> Peer:
-    """The same with max-autotune, which also replays CUDA graphs. It comes after `torch.compile`, whose code it leaves alone."""
+    """The same with max-autotune, which also replays CUDA graphs."""
+    setup.forget_compiled()
     module = setup.module("channels_last")
     optimised = torch.compile(module, dynamic=False, mode="max-autotune")
 

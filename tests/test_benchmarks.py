@@ -436,10 +436,31 @@ def test_wrong_training_is_caught(monkeypatch):
     assert not digits.run(CPU, steps=4, nudges=1)["passed"]
 
 
+COMPILED = ("torch.compile", "fused_res compiled")
+
+
 @pytest.mark.slow
-def test_compiled_peer_runs(setup):
-    row = runner.run_case(setup, ("torch.compile", *FAST), rounds=1)[0]
-    assert row["reason"] is None or "compiler" in row["reason"].lower()
+def test_compiled_peers_run_beside_each_other(setup):
+    rows = runner.run_case(setup, (*COMPILED, *FAST), rounds=1)
+    assert [row["peer"] for row in rows[:2]] == list(COMPILED)
+    for row in rows[:2]:
+        assert row["reason"] is None or "compiler" in row["reason"].lower()
+
+
+def test_weights_are_frozen_in_evaluation_mode_alone(setup):
+    for name in COMPILED:
+        assert peers.make(f"{name} freezing", setup).reason == "weights are frozen in evaluation mode alone"
+        assert f"{name} freezing" not in peers.usual(CPU, "eval")
+
+
+def test_a_compiled_peer_leaves_the_others_code_alone(setup, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    for one in (setup, Setup(SMALL, 1, torch.float32, CPU)):
+        for name in COMPILED:
+            peers.REGISTRY[name].make(one)
+    assert len(forgotten) == 2
 
 
 def test_a_rate_above_the_ceiling_is_refused():
