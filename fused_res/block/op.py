@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from fused_res import backends, internals
+from fused_res import backends, internals, plans
 from fused_res.block import program
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
@@ -68,10 +68,27 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
 
 
 def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
-    block = unpack(tensors, spec, eps)
-    if (skip is not None) != block.given:
-        raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
-    return _run(x, skip, residual_scale, block, save, level, backend, is_narrow(x, block))
+    def schedule(x, skip, residual_scale, *tensors):
+        block = unpack(tensors, spec, eps)
+        if (skip is not None) != block.given:
+            raise ValueError(f"skip: expected {'a tensor' if block.given else 'None'} for this spec")
+        return _run(x, skip, residual_scale, block, save, level, backend, is_narrow(x, block))
+
+    return _replayed(schedule, ("forward", save), (x, skip, residual_scale, *tensors), spec, eps, level, backend)
+
+
+def _replayed(schedule, what, inputs, spec, eps, level, backend):
+    """The schedule of an operator that a graph calls, by its program; x is the first of its tensors, or the second in backward."""
+    if is_watched(*inputs):
+        return schedule(*inputs)
+    x = inputs[what[0] == "backward"]
+    alike = (*what, level, backend, tuple(spec), tuple(eps))
+    alike += tuple([None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
+    programs = plans.derived(alike)
+    programs = plans.derive(alike, {}) if programs is None else programs
+    with _no_autocast(x.device.type):
+        key, name = _circumstances(x.device, inputs), backends.resolve(backend, x.device, x.dtype)
+        return program.run(programs, key, schedule, inputs, name)
 
 
 def _run(x, skip, residual_scale, block, save, level, backend, narrow):
@@ -129,7 +146,17 @@ def _requested(needs: tuple[bool, ...], spec: tuple[int, ...], eps: tuple[float,
     return Gradients(needs[0], needs[1], needs[2], unpack(needs[3:], spec, eps))
 
 
-def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend, apart=True):
+def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
+    def schedule(dout, x, residual_scale, *rest):
+        kept = rest[: len(tensors)], rest[len(tensors) :]
+        return _run_backward(dout, x, residual_scale, *kept, spec, eps, needs, level, backend, apart=True)
+
+    # How kernels read sign bits depends on where they lie.
+    what = "backward", tuple(needs), saved[-1].data_ptr() % 16
+    return _replayed(schedule, what, (dout, x, residual_scale, *tensors, *saved), spec, eps, level, backend)
+
+
+def _run_backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend, apart):
     """`apart`: whether no two gradients may share memory, as those of vectors do otherwise, as rows of one tensor."""
     block = unpack(tensors, spec, eps)
     backend = backends.resolve(backend, x.device, x.dtype)
@@ -155,7 +182,8 @@ def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps
     """`_backward`, gradients of vectors not apart, of a call that is not watched, by its program."""
 
     def schedule(dout, x, residual_scale, *rest):
-        return _backward(dout, x, residual_scale, rest[: len(tensors)], rest[len(tensors) :], *numbers, level, backend, apart=False)
+        kept = rest[: len(tensors)], rest[len(tensors) :]
+        return _run_backward(dout, x, residual_scale, *kept, *numbers, level, backend, apart=False)
 
     numbers = spec, eps, needs
     inputs = dout, x, residual_scale, *tensors, *saved
