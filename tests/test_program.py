@@ -10,10 +10,10 @@ import torch
 
 from blocks import BLOCKS, eager, image, make, step
 from fused_res import backends, plans, use_backend
-from fused_res.block import program
+from fused_res.block import op, program
 from fused_res.planner import LEVELS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*torch.export keeps")]
 
 
 @pytest.fixture
@@ -43,7 +43,8 @@ def sampled(*cases):
 
 def recorded():
     """All programs of this test's calls, None for those that cannot be."""
-    found = [p for call in plans._derived.values() for p in call.programs.values()]
+    kept = [found if isinstance(found, dict) else found.programs for found in plans._derived.values()]
+    found = [p for programs in kept for p in programs.values()]
     return [None if p is program._NEVER else p for p in found]
 
 
@@ -72,6 +73,28 @@ def test_a_replay_has_every_bit_and_stride_of_its_schedule(runs, kind, level, mo
         assert runs == "reference" or [p is not None for p in recorded()] == [able] * 2
         by_schedule(monkeypatch)
         expected = step(fresh, x)
+    assert_equal(replayed, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@sampled(("pooled", "bn_act"), ("projection", "prologue"))
+def test_what_a_graph_calls_is_replayed_too(runs, kind, level, training, monkeypatch):
+    block = make(kind, torch.float32).train(training)
+    x, fresh = image(block, n=2, size=7, dtype=torch.float32), copy.deepcopy(block)
+    schedules = []
+    for name in ("forward", "backward"):
+        original = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *args, original=original: schedules.append(original) or original(*args))
+    with use_backend(runs, level):
+        module = torch.export.export(block, (x,)).module()
+        step(module, x)
+        module.load_state_dict(fresh.state_dict())
+        replayed = step(module, x)
+        assert runs == "reference" or len(schedules) == 2
+        by_schedule(monkeypatch)
+        module.load_state_dict(fresh.state_dict())
+        expected = step(module, x)
+        assert runs == "reference" or len(schedules) == 4
     assert_equal(replayed, expected)
 
 

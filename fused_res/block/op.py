@@ -79,7 +79,7 @@ def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
 
 def _replayed(schedule, what, inputs, spec, eps, level, backend):
     """The schedule of an operator that a graph calls, by its program; x is the first of its tensors, or the second in backward."""
-    if is_watched(*inputs):
+    if is_watched(inputs):
         return schedule(*inputs)
     x = inputs[what[0] == "backward"]
     alike = (*what, level, backend, tuple(spec), tuple(eps))
