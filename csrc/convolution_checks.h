@@ -58,6 +58,47 @@ inline void check_winograd_dtype(const char* name, const Tensor& image) {
                   ": expected float32 or float64, got ", torch::headeronly::toString(dtype));
 }
 
+// What is to be prepared for convolutions: a filter [out, 3, 3, in], a matrix [out, in].
+inline void check_prepared_filter(const Tensor& weight) {
+  check_memory("weight", weight);
+  check_winograd_dtype("weight", weight);
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(1) == 3 && weight.size(2) == 3 && weight.size(0) >= 1 && weight.size(3) >= 1,
+      "weight: expected filters (out, 3, 3, in), got ", shape_string(weight.sizes().data(), weight.dim()));
+}
+
+inline void check_prepared_matrix(const Tensor& weight) {
+  check_rows("weight", weight);
+  STD_TORCH_CHECK(weight.size(0) >= 1 && weight.size(1) >= 1, "weight: expected a matrix (out, in), got ",
+                  shape_string(weight.sizes().data(), weight.dim()));
+}
+
+// The rest of a convolution in evaluation, of so many pixels.
+inline void check_rest(const Tensor& x, int64_t pixels, int64_t channels, const Tensor& vectors,
+                       const OptionalTensor& skip) {
+  STD_TORCH_CHECK(channels >= 1, "channels: expected at least 1, got ", channels);
+  check("vectors", vectors, {kVectors, channels}, statistics_dtype(x.scalar_type()), x);
+  if (skip) check("skip", *skip, {pixels, channels}, x.scalar_type(), x);
+}
+
+inline void check_winograd_bn_act(const Tensor& x, int64_t channels, int64_t down, int64_t right, const Tensor& vectors,
+                                  const OptionalTensor& skip) {
+  check_image("x", x);
+  check_winograd_dtype("x", x);
+  STD_TORCH_CHECK(down >= 0 && down <= 2 && right >= 0 && right <= 2, "down: expected a padding of 0, 1 or 2, got ",
+                  down, " and ", right);
+  const int64_t height = x.size(1) + 2 * down - 2, width = x.size(2) + 2 * right - 2;
+  STD_TORCH_CHECK(x.size(0) >= 1, "x: expected at least one image, got none");
+  STD_TORCH_CHECK(height >= 1 && width >= 1, "x: expected at least 3 lines and pixels, padding included");
+  check_rest(x, x.size(0) * height * width, channels, vectors, skip);
+}
+
+inline void check_pointwise_bn_act(const Tensor& x, int64_t channels, int64_t down, int64_t right,
+                                   const Tensor& vectors, const OptionalTensor& skip) {
+  check_activation("x", x, "", {}, down, right);
+  check_rest(x, sampled(x, down, right), channels, vectors, skip);
+}
+
 inline void check_winograd_fprop(const Tensor& x, const OptionalTensor& x_vectors, const Tensor& weight, int64_t down,
                                  int64_t right, bool statistics, const OptionalTensor& vectors,
                                  const OptionalTensor& skip, const OptionalTensor& y2, const OptionalTensor& vectors2) {
@@ -66,7 +107,7 @@ inline void check_winograd_fprop(const Tensor& x, const OptionalTensor& x_vector
   check_filter(weight, x, 3, down, right);
   const int64_t height = x.size(1) + 2 * down - 2, width = x.size(2) + 2 * right - 2, channels = weight.size(0);
   STD_TORCH_CHECK(height >= 1 && width >= 1, "x: expected at least 3 lines and pixels, padding included");
-  STD_TORCH_CHECK(!statistics || x.size(0) >= 1, "x: expected at least one image, got none");
+  STD_TORCH_CHECK(x.size(0) >= 1, "x: expected at least one image, got none");
   STD_TORCH_CHECK(!(statistics && vectors), "vectors: expected none together with statistics");
   STD_TORCH_CHECK(vectors || !(skip || y2), "vectors: expected together with skip or y2");
   STD_TORCH_CHECK(!(skip && y2), "skip: expected at most one of skip and y2");

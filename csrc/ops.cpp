@@ -65,4 +65,12 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "winograd_wgrad(Tensor dy, Tensor? y, Tensor? vectors, Tensor? coefficients, Tensor? signs, bool training, "
       "Tensor x, Tensor? x_vectors, int down, int right) -> Tensor");
+  m.def("winograd_prepare(Tensor weight) -> Tensor");
+  m.def(
+      "winograd_bn_act(Tensor x, Tensor points, int channels, int down, int right, Tensor vectors, Tensor? skip) -> "
+      "Tensor");
+  m.def("pointwise_prepare(Tensor weight) -> Tensor");
+  m.def(
+      "pointwise_bn_act(Tensor x, Tensor panels, int channels, int down, int right, Tensor vectors, Tensor? skip) -> "
+      "Tensor");
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fused_res.anatomy import Anatomy
 from fused_res.explain import Explanation, explain
+from fused_res.folds import refresh
 from fused_res.functional import AvgPool, ConvBN, residual_block
 from fused_res.fusing import fuse, unfuse
 from fused_res.modules import BasicBlock, Bottleneck
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "explain",
     "fuse",
+    "refresh",
     "residual_block",
     "unfuse",
     "use_backend",

@@ -78,6 +78,6 @@ def _prepare(
     plan = planner.plan(x, block, dtype, level=level)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
-    return Prepared(
-        dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps), plan.level, backend, watched, is_narrow(x, block), {}
-    )
+    numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
+    evaluates = not watched and planner.evaluation_level(block, dtype, backend, level) is not None
+    return Prepared(*numbers, plan.level, backend, watched, evaluates, is_narrow(x, block), {})

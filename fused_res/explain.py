@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fused_res import planner
 from fused_res.block.dry_run import convolutions, saved_bytes
+from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
 from fused_res.functional import with_dtype
 from fused_res.fusible import Fusible
@@ -18,11 +19,15 @@ from fused_res.fusing import find
 from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
+from fused_res.primitives.conv_bn_act import who
+from fused_res.spec import Block
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of a block: its module, its direction (`conv_fprop`, `conv_dgrad` or `conv_wgrad`), and who runs it.
+    """One convolution of a block: its module, its direction, and who runs it.
+
+    The direction is `conv_fprop`, `conv_dgrad` or `conv_wgrad`, or `conv_bn_act` in evaluation.
 
     `own` is true for a kernel of the backend, with the tile `config` (None: its default), and false for the library; `why` says
     why: "measured" where tuning found it, "" for the rule.
@@ -114,6 +119,9 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     asked, level = planner.plan(x, parts, compiled=compiled, level=block._fused_res_level)
     backend = planner.resolve(asked, x.device, dtype)
     units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
+    evaluated = planner.evaluation_level(parts, dtype, backend, block._fused_res_level)
+    if evaluated is not None and not (compiled or block.training):
+        return Row(*what, backend, evaluated, shortcut.kind, units, _prepared(x, parts, units, backend), shortcut.reason)
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):
         choice = choose(call)
@@ -121,6 +129,13 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     measured = not compiled and planner.is_measured(x, parts, level=block._fused_res_level)
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
     return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved)
+
+
+def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> tuple[Convolution, ...]:
+    """The convolutions of evaluation without gradients."""
+    dtype = arithmetic(x.dtype)
+    found = [who(unit, place, backend) for unit, place in places(with_dtype(parts, dtype), tuple(x.shape))]
+    return tuple(Convolution(unit, "conv_bn_act", c.own, c.config, c.why) for unit, c in zip(units, found, strict=True))
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res import internals, planner, reference
+from fused_res import folds, internals, planner, reference
 from fused_res.backends import LIBRARY
+from fused_res.block import evaluation, program
 from fused_res.block.exported import block_exported
-from fused_res.block.op import block_forward
+from fused_res.block.op import block_forward, output_in_layout
+from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments
 from fused_res.call import prepare
 from fused_res.eligibility import acts, is_traced
@@ -106,16 +108,29 @@ def run(
     residual_scale: Tensor | None,
     names: Sequence[str] | None,
     level: str | None = None,
+    owner: object | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """`residual_block_with_saved` of a block, with the value of a shortcut that is given, at the level that the block asks for."""
+    """`residual_block_with_saved` of a block, with the value of a shortcut that is given, at the level that the block asks for.
+
+    `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then.
+    """
     call = prepare(x, block, skip, residual_scale, names, level)
+    tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
+    if owner is not None and not call.watched:
+        if save or not call.evaluates:
+            folds.drop(owner)
+        else:
+            out = _evaluated(x, block, skip, residual_scale, tensors, call, owner)
+            if out is not None:
+                return out, []
     if call.casts:
         x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
-    tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     units = block.units()
+    if call.casts:
+        tensors = [tensor for unit in units for tensor in tensors_of(unit) if tensor is not None]
 
     def settle(saved: list[Tensor | None]) -> None:
         moves = [Move(unit, v, pixels) for unit, v, pixels in zip(units, saved, call.pixels, strict=False) if unit.training]
@@ -125,6 +140,30 @@ def run(
     if call.watched and torch.compiler.is_exporting():
         return block_exported(x, skip, residual_scale, tensors, call, units, settle), []
     return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
+
+
+def _evaluated(
+    x: Tensor,
+    block: Block,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    tensors: list[Tensor],
+    call: Prepared,
+    owner: object,
+) -> Tensor | None:
+    """The block's output from what was prepared of its weights; None where nothing could be."""
+    sources = tensors if residual_scale is None else [*tensors, residual_scale]
+
+    def make() -> evaluation.Evaluation | None:
+        return evaluation.prepare(block, residual_scale, tuple(x.shape), call.dtype, call.backend)
+
+    found = folds.find(owner, sources, call, program.switches(x.device.type), make)
+    if found is None:
+        return None
+    given = (x if skip is None else skip).expand(call.outer) if call.given else None
+    image = _to(x, call.dtype)
+    out = evaluation.evaluate(found, image, None if given is None else _to(given, call.dtype))
+    return output_in_layout(out, x, block, call.narrow)
 
 
 def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

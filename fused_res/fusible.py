@@ -180,7 +180,7 @@ class Fusible:
     def _run(self, x: Tensor, shortcut: Shortcut, level: str | None) -> Tensor:
         block = self._parts(shortcut)
         skip = child(self, self._anatomy.shortcut)(x) if block.given else None
-        return run(x, block, skip, self._scale(), (*self._labels, shortcut.names), level)[0]
+        return run(x, block, skip, self._scale(), (*self._labels, shortcut.names), level, self)[0]
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""

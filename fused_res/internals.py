@@ -4,6 +4,7 @@
 looks after are methods of torch's that anybody may replace.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -115,6 +116,31 @@ def has_mkldnn(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def fused_convolution() -> tuple[Callable, Callable, Callable, Callable] | None:
+    """oneDNN's convolution as torch.compile calls it; None where this build or the user's switch has none.
+
+    What orders the weight; then the convolution with a bias, one that adds an image to that, and one that adds onto the image.
+    """
+    mkldnn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(mkldnn, "_convolution_pointwise")):
+        return None
+    pointwise = mkldnn._convolution_pointwise
+    return mkldnn._reorder_convolution_weight.default, pointwise.default, pointwise.binary, mkldnn._convolution_pointwise_.binary
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP, either one, gathers the tensor's values, for which it writes past the tensor's version."""
+    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor._base, "_is_flat_param", False):
+        return True
+    states = sys.modules.get("torch.distributed._composable_state")
+    for state in [] if states is None else [found() for found in states._module_state_mapping.values()]:
+        # Older torch has one group to a state.
+        for group in getattr(state, "_fsdp_param_groups", None) or (getattr(state, "_fsdp_param_group", None),):
+            if any(getattr(held, "_unsharded_param", None) is tensor for held in getattr(group, "fsdp_params", ())):
+                return True
+    return False
 
 
 def gpu_sleep(cycles: int) -> None:

@@ -153,6 +153,27 @@ def _has_sizes(x: Tensor, sizes: tuple[int, int, int]) -> bool:
     return bool(same)
 
 
+def evaluation_level(block: Block, dtype: torch.dtype, backend: str, level: str | None = None) -> str | None:
+    """The level of evaluation without gradients, if the block's convolutions are prepared for it; it is not tuned.
+
+    Args:
+        dtype: what the block computes in.
+        backend: the one that runs.
+        level: that of `fuse`. `"bn_act"` and, where it means something, `"moment"` are ways without prepared convolutions.
+
+    Returns:
+        None where a BN takes the batch's statistics, or the block runs as `plan` says.
+    """
+    found = getattr(backends.load(backend), "evaluation", None)
+    if found is None or any(unit.training for unit in block.units()):
+        return None
+    usual = found(block.units()[0].weight.device, dtype)
+    if usual is None:
+        return None
+    depth = Level.of((forced() or Forced(AUTO, None)).level or level or usual, block)
+    return depth.name if depth.epilogues and not depth.moment_main else None
+
+
 def is_measured(x: Tensor, block: Block, *, level: str | None = None) -> bool:
     """Whether tuning found the level that `plan` gave, not a rule, `use_backend` or `fuse`."""
     asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)

@@ -37,8 +37,7 @@ def derive(key: Hashable, value: T) -> T:
     """Keep what follows from decisions and can be derived again; not for ever, since images may come in any number of sizes."""
     if len(_derived) >= _MOST_DERIVED:
         _derived.clear()
-    _derived[key] = value
-    return value
+    return _derived.setdefault(key, value)
 
 
 def remember_by(recall: Callable[[Hashable], object | None] | None) -> None:

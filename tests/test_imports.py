@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top: a file imports from lines above its own alone, a folder also from itself.
 ORDER = (
     "version tolerance settings spec layout internals console notices aot_table",
-    "plans geometry reference originals kernels",
+    "plans folds geometry reference originals kernels",
     "known aot",
     "backends reading",
     "primitives environment eligibility",

@@ -69,6 +69,9 @@ def products():
         "pointwise_dgrad": [*gradient, weight, z, z_vectors, None, None, 1, 1],
         "pointwise_dgrad with an addend": [*gradient, weight, None, None, small, its_signs, 2, 2],
         "pointwise_wgrad": [*gradient, x, x_vectors, 2, 2],
+        "pointwise_prepare": [weight],
+        "pointwise_bn_act": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, None],
+        "pointwise_bn_act with a skip": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, skip],
     } | filtered()
 
 
@@ -86,6 +89,9 @@ def filtered():
         "winograd_dgrad": [*gradient, weight, *padding, x, x_vectors, None, None, 1, 1],
         "winograd_dgrad with an addend": [*gradient, weight, *padding, None, None, small, its_signs, 2, 2],
         "winograd_wgrad": [*gradient, x, x_vectors, *padding],
+        "winograd_prepare": [weight],
+        "winograd_bn_act": [x, torch.ops.fused_res.winograd_prepare(weight), C, *padding, v, None],
+        "winograd_bn_act with a skip": [x, torch.ops.fused_res.winograd_prepare(weight), C, *padding, v, rows],
     }
 
 
@@ -138,6 +144,10 @@ FREE = {
     ("pointwise_fprop", 4): ("row",),
     ("winograd_fprop", 0): ("row",),
     ("winograd_fprop", 2): ("row",),
+    ("winograd_prepare", 0): ("row", "column"),
+    ("pointwise_prepare", 0): ("row", "column"),
+    ("winograd_bn_act", 0): ("row",),
+    ("pointwise_bn_act", 0): ("row", "no elements"),
 }
 # Parameters of a BN: of any floating-point dtype, whatever the others are.
 PARAMETERS = {
@@ -147,7 +157,9 @@ PARAMETERS = {
     "pointwise_tail_backward_finalize": (7, 8, 9),
 }
 # Tensors whose dtype no other argument sets.
-ALONE = {"bn_stats": 0, "moments_finalize": 2}
+ALONE = {"bn_stats": 0, "moments_finalize": 2, "pointwise_prepare": 0}
+# What the first argument in 16 bits goes with in float32.
+WIDER = ("moments", "pointwise_bn_act")
 # Arguments that are written to.
 OUTPUTS = {
     "masked_add": {0},
@@ -188,7 +200,10 @@ def test_other_dtypes_do_not_mix(name):
                 continue
             arguments = calls()[name]
             arguments[position] = argument.to(dtype)
-            if name == "moments" and position == 0 and dtype in (torch.float16, torch.bfloat16):
+            if name in WIDER and position == 0 and dtype in (torch.float16, torch.bfloat16):
+                call(name, arguments)
+                continue
+            if name == "winograd_prepare" and dtype == torch.float64:
                 call(name, arguments)
                 continue
             alone = argument.dim() == 1 or (argument.dim() == 2 and dtype == torch.float64)
@@ -417,7 +432,9 @@ for _ in range(1500):
     arguments = t.calls()[name]
     for i in generator.sample(range(len(arguments)), min(len(arguments), generator.choice((1, 1, 2, 3)))):
         if isinstance(arguments[i], torch.Tensor):
-            change = generator.choice(list(t.MUTATIONS.values()) + [lambda _: None])
+            # A list with None is refused by torch, which prints its tensors, whatever memory they have.
+            absent = [] if name == "move_statistics" else [lambda _: None]
+            change = generator.choice(list(t.MUTATIONS.values()) + absent)
             arguments[i] = change(arguments[i])
         elif isinstance(arguments[i], int):
             arguments[i] = generator.choice((0, 1, -1, 2, 7, 2**31, 2**62, -2**62))

@@ -1,4 +1,5 @@
-// pointwise_tail on the CPU, and the same without signs as the last convolution in evaluation.
+// pointwise_tail on the CPU, and the same without signs as a convolution in evaluation.
+#include "../convolution_checks.h"
 #include "../moment_checks.h"
 #include "products.h"
 
@@ -41,7 +42,39 @@ std::tuple<Tensor, OptionalTensor> pointwise_tail(const Tensor& z, const Optiona
   return {out, signs};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("pointwise_tail", TORCH_BOX(&pointwise_tail)); }
+// The weight [K, C] in panels, to be kept.
+Tensor pointwise_prepare(const Tensor& weight) {
+  check_prepared_matrix(weight);
+  return packed(weight, true);
+}
+
+// relu(scale * y + shift [+ skip]), rows [P, K], on panels that were prepared.
+Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t down, int64_t right,
+                        const Tensor& vectors, const OptionalTensor& skip) {
+  check_pointwise_bn_act(x, channels, down, right, vectors, skip);
+  check("panels", panels, {whole_panels(channels) * x.size(3)}, statistics_dtype(x.scalar_type()), x);
+  const int64_t height = divide_up(x.size(1), down), width = divide_up(x.size(2), right);
+  const int64_t pixels = x.size(0) * height * width;
+  const Tensor out = torch::stable::new_empty(x, {pixels, channels});
+  PointwiseTail arguments{};
+  arguments.tiling = product_tiling(pixels, channels);
+  arguments.main = {activation(x, {}, down, right), data(panels)};
+  arguments.vectors = data(vectors);
+  arguments.skip = data(skip);
+  arguments.out = output(out);
+  arguments.stream = streams(out, {output(out)});
+  const int64_t rows = arguments.tiling.rows;
+  const int64_t elements = 2 * block_elements(rows, kStretch) + block_elements(rows, x.size(3));
+  run_products(kernels().pointwise_tail[dtype_of(x)], arguments, arguments.tiling.tiles * arguments.tiling.stretches,
+               elements * arithmetic_size(x));
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("pointwise_tail", TORCH_BOX(&pointwise_tail));
+  m.impl("pointwise_prepare", TORCH_BOX(&pointwise_prepare));
+  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+}
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -58,16 +58,31 @@ int64_t line_elements(const TileGrid& grid, int64_t count, int64_t channels) {
   return block_elements(count * (2 * grid.across + 2), channels);
 }
 
-// In memory that stays: for as long as nobody else asks for partial_memory.
-const void* filter(const Tensor& weight, bool backwards) {
+void transform(const Tensor& weight, bool backwards, void* to) {
   const int64_t out = weight.size(0), in = weight.size(3);
   const int64_t depth = backwards ? out : in, columns = backwards ? in : out;
-  void* to = partial_memory.get(kPoints * filter_elements(depth, columns) * arithmetic_size(weight));
   const WinogradFilter arguments{out, in, data(weight), backwards, to};
   torch::stable::parallel_for(
       0, divide_up(columns, kPanel) * divide_up(depth, kPanel), 1,
       [&](int64_t begin, int64_t end) { kernels().winograd_filter[dtype_of(weight)](arguments, begin, end); });
+}
+
+// In memory that stays: for as long as nobody else asks for partial_memory.
+const void* filter(const Tensor& weight, bool backwards) {
+  const int64_t out = weight.size(0), in = weight.size(3);
+  const int64_t elements = backwards ? filter_elements(out, in) : filter_elements(in, out);
+  void* to = partial_memory.get(kPoints * elements * arithmetic_size(weight));
+  transform(weight, backwards, to);
   return to;
+}
+
+// The filters' points, to be kept.
+Tensor prepare(const Tensor& weight) {
+  check_prepared_filter(weight);
+  const int64_t out = weight.size(0), in = weight.size(3);
+  const Tensor points = fresh_statistics(weight, {kPoints * filter_elements(in, out)});
+  transform(weight, false, output(points));
+  return points;
 }
 
 // Runs the convolution whose filter, out and finish `a` has, on rows [pixels, channels] of out. `statistics` and `sums`
@@ -121,6 +136,22 @@ std::tuple<Tensor, OptionalTensor, int64_t> fprop(const Tensor& x, const Optiona
   int64_t rows = 0;
   const OptionalTensor partials = run(arguments, grid, activation(x, x_vectors, 1, 1), y, statistics, false, rows);
   return {y, partials, rows};
+}
+
+// relu(scale * y + shift [+ skip]) on points that were prepared.
+Tensor bn_act(const Tensor& x, const Tensor& points, int64_t channels, int64_t down, int64_t right,
+              const Tensor& vectors, const OptionalTensor& skip) {
+  check_winograd_bn_act(x, channels, down, right, vectors, skip);
+  check("points", points, {kPoints * filter_elements(x.size(3), channels)}, statistics_dtype(x.scalar_type()), x);
+  const TileGrid grid = tile_grid(x, {down, right}, x.size(3) + std::min(channels, kStretch));
+  const Tensor y = torch::stable::new_empty(x, {grid.images, grid.out_height, grid.out_width, channels});
+  Winograd arguments{};
+  arguments.filter = data(points);
+  arguments.out = output(y);
+  arguments.finish = {channels, data(y), data(vectors), data(skip), nullptr, nullptr, output(y), nullptr, false};
+  int64_t rows = 0;
+  run(arguments, grid, activation(x, {}, 1, 1), y, false, false, rows);
+  return y;
 }
 
 // dx, images [N, H, W, C], and where asked for the partial sums of the BN below.
@@ -183,6 +214,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("winograd_fprop", TORCH_BOX(&fprop));
   m.impl("winograd_dgrad", TORCH_BOX(&dgrad));
   m.impl("winograd_wgrad", TORCH_BOX(&wgrad));
+  m.impl("winograd_prepare", TORCH_BOX(&prepare));
+  m.impl("winograd_bn_act", TORCH_BOX(&bn_act));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """How primitives whose arguments are operands call the compiled operators, which take tensors and numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 import torch
@@ -217,3 +217,20 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
         return torch.ops.fused_res.winograd_wgrad(*_gradient(dy), image, vectors, *unit.padding).permute(0, 3, 1, 2)
     sample = Activation(x.image, x.vectors, unit.stride)
     return torch.ops.fused_res.pointwise_wgrad(*_gradient(dy), *_activation(sample)).view_as(unit.weight)
+
+
+def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Callable:
+    pointwise = _pointwise(unit)
+    prepare = torch.ops.fused_res.pointwise_prepare if pointwise else torch.ops.fused_res.winograd_prepare
+    call = torch.ops.fused_res.pointwise_bn_act.default if pointwise else torch.ops.fused_res.winograd_bn_act.default
+    prepared = prepare.default(_matrix(unit.weight) if pointwise else _filter(unit.weight))
+    channels, (down, right) = unit.weight.shape[0], unit.stride if pointwise else unit.padding
+
+    def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        out = call(_pixels_first(x), prepared, channels, down, right, vectors, _rows(skip))
+        if not pointwise:
+            return out.permute(0, 3, 1, 2)
+        n, _, h, w = x.shape
+        return to_image(out, n, -(-h // down), -(-w // right))
+
+    return step

@@ -62,6 +62,11 @@ def is_narrow(x: Tensor, block: Block) -> bool:
     return any(_are_narrow(x, block))
 
 
+def output_in_layout(out: Tensor, x: Tensor, block: Block, narrow: bool) -> Tensor:
+    """The block's output in the layout of eager's."""
+    return in_layout(out, _output_channels_last(x, block, narrow))
+
+
 def _no_autocast(device_type: str) -> AbstractContextManager:
     """Entering `torch.autocast` where it is off would cost more than a small primitive."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
@@ -95,7 +100,7 @@ def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     backend = backends.resolve(backend, x.device, x.dtype)
     with _no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, backend)
-    return in_layout(out, _output_channels_last(x, block, narrow)), saved
+    return output_in_layout(out, x, block, narrow), saved
 
 
 def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):

@@ -11,6 +11,7 @@ class Prepared(NamedTuple):
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
     `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
+    evaluates: whether evaluation without gradients has its convolutions prepared (`fused_res.block.evaluation`).
     narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
     """
 
@@ -24,5 +25,6 @@ class Prepared(NamedTuple):
     level: str
     backend: str
     watched: bool
+    evaluates: bool
     narrow: bool
     programs: dict

@@ -1,8 +1,12 @@
 """The library's convolutions: cuDNN's on a GPU, oneDNN's on a CPU."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from fused_res import internals
+from fused_res.layout import nhwc
 from fused_res.spec import ConvBN
 
 
@@ -39,3 +43,37 @@ def dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
 def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     """`conv_wgrad`."""
     return _backward(dy, x, unit, of_x=False)
+
+
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's convolution is here that adds a shift and a shortcut, and this CPU has what it needs for the dtype."""
+    return internals.fused_convolution() is not None and (dtype == torch.float32 or internals.has_mkldnn(dtype))
+
+
+def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spare: bool) -> Callable:
+    """`conv_bn_act` by oneDNN on the CPU, as torch.compile calls it, but for the ReLU, which is a pass of its own.
+
+    oneDNN's ReLU makes 0 of NaN. It orders the weight for images of this shape; those of another shape would have it reorder the
+    weight at every call.
+    """
+    weight, shift = folded(unit, vectors)
+    steps = list(unit.padding), list(unit.stride), list(unit.dilation), unit.groups
+    order, alone, added, onto = internals.fused_convolution()
+    weight = order(weight, *steps, list(shape))
+
+    def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        if skip is None:
+            y = alone(x, weight, shift, *steps, "none", [], "")
+        else:
+            last = weight, shift, *steps, "add", 1.0, None, [], ""
+            y = onto(skip, x, *last) if spare else added(x, skip, *last)
+        y = nhwc(y)
+        return y.relu_() if relu else y
+
+    return step
+
+
+def folded(unit: ConvBN, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight with the scale inside, and the shift, in the weight's dtype."""
+    weight, scale = unit.weight, vectors[3].view(-1, 1, 1, 1)
+    return (weight.to(scale.dtype) * scale).to(weight.dtype), vectors[4].to(weight.dtype)

@@ -1,0 +1,95 @@
+"""A block in evaluation without gradients: every convolution one launch, on weights that were prepared once.
+
+`fused_res.folds` keeps what is prepared here for as long as the block's tensors stay as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fused_res import internals
+from fused_res.block.forward import running
+from fused_res.block.pool import pooled
+from fused_res.layout import nhwc
+from fused_res.primitives import library
+from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act
+from fused_res.spec import Block, ConvBN
+
+Evaluation = Callable[[Tensor, Tensor | None], Tensor]
+"""Of x and the value of a shortcut that is given the block's output, channels_last, in x's dtype."""
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """What the block is computed in: its dtype, or float32 where the library has no convolutions in 16 bits for this CPU."""
+    return dtype if dtype == torch.float32 or library.fuses(dtype) else torch.float32
+
+
+def places(block: Block, shape: tuple[int, ...]) -> Iterator[tuple[ConvBN, Place]]:
+    """Each of the block's units, and where it stands if x has this shape."""
+    projected, last = block.projection is not None, len(block.main) - 1
+    n, channels, *size = shape
+    for i, unit in enumerate(block.main):
+        yield unit, Place((n, channels, *size), spare=i == last and projected)
+        channels, size = unit.weight.shape[0], unit.output_size(*size)
+    if projected:
+        size = shape[2:] if block.pool is None else block.pool.output_size(*shape[2:])
+        yield block.projection, Place((n, shape[1], *size), relu=False)
+
+
+def prepare(
+    block: Block, residual_scale: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> Evaluation | None:
+    """The block on x of this shape, with what follows from its tensors' values worked out.
+
+    Args:
+        block: as its modules have it: convolutions' tensors in any dtype.
+        dtype: what the block computes in.
+
+    Returns:
+        None where the folded weights are not as precise as the block's own: where they are not finite, or in 16 bits fall below
+        the smallest normal numbers.
+    """
+    wide = arithmetic(dtype)
+    last = len(block.main) - 1
+    steps: list[Step] = []
+    for i, (unit, place) in enumerate(places(block, shape)):
+        # As the operator casts it, and from there to what is computed in.
+        unit = unit._replace(weight=unit.weight.to(dtype).to(wide), bias=None if unit.bias is None else unit.bias.to(dtype))
+        vectors = running(unit, wide, residual_scale if i == last else None, backend)
+        if not _is_precise(unit, vectors):
+            return None
+        steps.append(conv_bn_act(unit, vectors, place, backend=backend))
+    main, side, pool = steps[:last], steps[last + 1] if block.projection is not None else None, block.pool
+    end = steps[last]
+
+    def run(x: Tensor, skip: Tensor | None) -> Tensor:
+        image = nhwc(x.to(wide))
+        z = image
+        for step in main:
+            z = step(z, None)
+        if side is None:
+            return end(z, image if skip is None else nhwc(skip.to(wide))).to(dtype)
+        return end(z, side(pooled(image, pool), None)).to(dtype)
+
+    return run
+
+
+def _is_precise(unit: ConvBN, vectors: Tensor) -> bool:
+    """Whether the weight with the scale inside loses no more to rounding than the weight itself has."""
+    weight, shift = library.folded(unit, vectors)
+    if not (weight.isfinite().all() and shift.isfinite().all()):
+        return False
+    if weight.dtype == torch.float32:
+        return True
+    exact = unit.weight.double() * vectors[3].double().view(-1, 1, 1, 1)
+    lost, size = ((weight - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1))
+    return bool((lost <= torch.finfo(weight.dtype).eps * size).all())
+
+
+def evaluate(call: Evaluation, x: Tensor, skip: Tensor | None) -> Tensor:
+    """The block's output, computed as nobody watches."""
+    watched = torch.is_autocast_enabled(x.device.type)
+    with internals.below_autograd(), torch.autocast(x.device.type, enabled=False) if watched else nullcontext():
+        return call(x, skip)

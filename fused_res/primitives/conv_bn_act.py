@@ -1,0 +1,79 @@
+"""`conv_bn_act`: in evaluation, a convolution with its BN, the shortcut and the ReLU, on a weight that was prepared before."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fused_res import backends, settings
+from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives import library
+from fused_res.primitives.bn_finalize import Vectors
+from fused_res.primitives.choice import Choice
+from fused_res.primitives.common import check, statistics_dtype
+from fused_res.spec import ConvBN
+
+Step = Callable[[Tensor, Tensor | None], Tensor]
+"""Of x [N, C, H, W] and a shortcut [N, K, H', W'] or None, both channels_last, the image [N, K, H', W'], channels_last."""
+
+
+class Place(NamedTuple):
+    """Where a convolution stands. shape: x's. relu: whether a ReLU follows. spare: whether the shortcut may be written to."""
+
+    shape: tuple[int, int, int, int]
+    relu: bool = True
+    spare: bool = False
+
+
+def plain(x: Tensor, skip: Tensor | None, unit: ConvBN, vectors: Tensor, relu: bool) -> Tensor:
+    y, v = nhwc(library.fprop(x, unit)), Vectors(*vectors)
+    total = to_rows(y).to(v.scale.dtype) * v.scale + v.shift
+    if skip is not None:
+        total += to_rows(skip)
+    total = total.relu_() if relu else total
+    return to_image(total.to(x.dtype), y.shape[0], *y.shape[2:])
+
+
+def who(unit: ConvBN, place: Place, backend: str) -> Choice:
+    """Who is to run it: a kernel of the backend, where that takes the convolution and is taken to be faster, or the library."""
+    n, _, height, width = place.shape
+    down, right = unit.output_size(height, width)
+    kernels = backends.load(backend)
+    if unit.groups != 1:
+        return Choice(False, why="grouped")
+    if kernels.find("conv_bn_act", unit.weight.device) is None or not kernels.takes("conv_bn_act", unit, n * down * right):
+        return Choice(False, why="no kernel")
+    if not place.relu:
+        return Choice(False, why="no ReLU")
+    asked = settings.convolutions()
+    if asked == "library":
+        return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
+    if asked == "own" or not library.fuses(unit.weight.dtype):
+        return Choice(True)
+    return Choice(True) if kernels.pays("conv_bn_act", unit, n * down * right) else Choice(False, why="faster at this size")
+
+
+def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, backend: str) -> Step:
+    """Prepares `out = relu(scale * (x * weight) + shift [+ skip])`, computed in float32 at least and rounded as it is stored.
+
+    The library gets the scale inside of the weight, rounded to the weight's dtype, and the weight in the order in which it reads it
+    for images of this shape; kernels of ours get it in panels or, 3x3, as the points of F(2x2, 3x3), and the vectors beside it.
+
+    Args:
+        unit: weight [K, C / groups, R, S] of x's dtype, stride, padding, dilation, groups. Its bias is in the vectors.
+        vectors: [5, K] of `bn_finalize`.
+        place: where it stands.
+
+    Returns:
+        A function that holds what was prepared, and nothing of the unit's own; it may run in several threads at once.
+
+    Raises:
+        ValueError, TypeError: vectors that do not fit the weight.
+    """
+    check("vectors", vectors, (5, unit.weight.shape[0]), statistics_dtype(unit.weight.dtype), unit.weight.device)
+    if who(unit, place, backend).own:
+        return backends.load(backend).find("conv_bn_act", unit.weight.device)(unit, vectors)
+    if library.fuses(unit.weight.dtype):
+        return library.fused(unit, vectors, place.shape, place.relu, place.spare)
+    kept = ConvBN(unit.weight.clone(), stride=unit.stride, padding=unit.padding, dilation=unit.dilation, groups=unit.groups)
+    return lambda x, skip: plain(x, skip, kept, vectors, place.relu)
