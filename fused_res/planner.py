@@ -129,9 +129,8 @@ def _level_of(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple, compi
 def _level_in_graph(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple) -> str:
     """The level in a graph of torch.compile, such that no two graphs run a block on the same sizes at different levels.
 
-    The recompute of a checkpoint may run in another graph than its forward: after a call with another batch size, one that leaves
-    the size open. That one gets a guard against the sizes for which a graph with fixed sizes has another level, and whose graph
-    still stands.
+    The recompute of a checkpoint may run in another graph than its forward: after a call with another batch size, in one that leaves
+    the size open. So that one has guards against the sizes that a graph of their own runs at another level.
     """
     level = _note(backend, x.device, dtype, numbers)
     if numbers[-1] is None:
