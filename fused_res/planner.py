@@ -129,8 +129,8 @@ def _level_of(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple, compi
 def _level_in_graph(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple) -> str:
     """The level in a graph of torch.compile, such that no two graphs run a block on the same sizes at different levels.
 
-    The recompute of a checkpoint may run in another graph than its forward: after a call with another batch size, in one that leaves
-    the size open. So that one has guards against the sizes that a graph of their own runs at another level.
+    The recompute of a checkpoint may run in another graph than its forward: after a call with another batch size, in one that
+    leaves the size open. So that one has guards against the sizes that a graph of their own runs at another level.
     """
     level = _note(backend, x.device, dtype, numbers)
     if numbers[-1] is None:
