@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow fuzz same bench example figures gpu gpu-carry lint format aot kernels loops headers wheel clean
+.PHONY: help setup test test-slow fuzz same bench example experiments figures gpu gpu-carry lint format aot kernels loops headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
@@ -22,6 +22,7 @@ help:
 	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
 	@echo "make same    this checkout against another, bit for bit: ARGS=<other checkout>"
 	@echo "make example examples/train.py, a script to copy: trains a fused ResNet-18 on real images; ARGS='--help' for all it can"
+	@echo "make experiments  the experiments of examples/ that explain residual blocks, in minutes, and docs/experiments.md anew"
 	@echo "make figures the tables, sentences and plots of README.md and docs/ from the committed result files"
 	@echo "make lint    ruff, clang-format and zizmor, as CI runs them; make format applies the first two"
 	@echo "make aot     compile every Triton kernel variant for sm_80 to sm_120, no GPU needed"
@@ -65,6 +66,12 @@ bench: $(RUNS)
 
 example: $(READY)
 	$(BIN)/python examples/train.py --model fused_res:resnet18 --output build/example $(ARGS)
+
+EXPERIMENTS = degradation gradient_flow identity_start
+
+experiments: $(RUNS)
+	for name in $(EXPERIMENTS); do $(BIN)/python examples/$$name.py --output docs/experiments/$$name.png $(ARGS) || exit 1; done
+	$(BIN)/python -m fused_res.benchmarks.readme docs/experiments.md
 
 figures: $(RUNS)
 	$(BIN)/python -m fused_res.benchmarks.readme README.md docs/*.md

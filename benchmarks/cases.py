@@ -57,7 +57,10 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One residual block at one input size, as it stands in a ResNet at 224 x 224. `size` is the input's height and width."""
+    """One residual block at one input size, as it stands in a ResNet at 224 x 224. `size` is the input's height and width.
+
+    kind: "basic" or "bottleneck", or one of them behind "preact " for a pre-activation block.
+    """
 
     name: str
     kind: str
@@ -72,7 +75,20 @@ class Case:
 
     @property
     def block(self) -> type[nn.Module]:
-        return {"basic": fused_res.BasicBlock, "bottleneck": fused_res.Bottleneck}[self.kind]
+        return {
+            "basic": fused_res.BasicBlock,
+            "bottleneck": fused_res.Bottleneck,
+            "preact basic": fused_res.PreActBasicBlock,
+            "preact bottleneck": fused_res.PreActBottleneck,
+        }[self.kind]
+
+    @property
+    def basic(self) -> bool:
+        return self.kind.endswith("basic")
+
+    @property
+    def preactivated(self) -> bool:
+        return self.kind.startswith("preact ")
 
     @property
     def outplanes(self) -> int:
@@ -81,7 +97,7 @@ class Case:
     @property
     def width(self) -> int:
         """Channels of the inner activations."""
-        return self.planes if self.kind == "basic" else int(self.planes * (self.base_width / 64.0)) * self.groups
+        return self.planes if self.basic else int(self.planes * (self.base_width / 64.0)) * self.groups
 
     @property
     def projection(self) -> bool:
@@ -115,7 +131,7 @@ class Case:
         downsample = None
         if self.projection:
             conv = nn.Conv2d(self.inplanes, self.outplanes, 1, self.stride, bias=False)
-            downsample = nn.Sequential(conv, nn.BatchNorm2d(self.outplanes))
+            downsample = nn.Sequential(conv) if self.preactivated else nn.Sequential(conv, nn.BatchNorm2d(self.outplanes))
         return self.block(self.inplanes, self.planes, self.stride, downsample, self.groups, self.base_width)
 
     def build(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0) -> nn.Module:
@@ -125,9 +141,10 @@ class Case:
     def input(
         self, batch: int, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A block input (non-negative, as after a ReLU) and an incoming gradient, made on the device from the seed."""
+        """A block input (non-negative where it comes from a ReLU) and an incoming gradient, made on the device from the seed."""
         generator = torch.Generator(device).manual_seed(seed)
-        x = _random((batch, self.inplanes, self.size, self.size), generator).relu_()
+        x = _random((batch, self.inplanes, self.size, self.size), generator)
+        x = x if self.preactivated else x.relu_()
         grad = _random((batch, self.outplanes, self.output_size, self.output_size), generator)
         return tuple(tensor.to(dtype).contiguous(memory_format=memory_format) for tensor in (x, grad))
 
@@ -216,6 +233,8 @@ def occurrences(network: str) -> dict[Case, int]:
 SUITES: dict[str, tuple[Case | Network, ...]] = {name: tuple(occurrences(name)) for name in NETWORKS}
 SUITES["full"] = tuple(dict.fromkeys(case for name in NETWORKS for case in SUITES[name]))
 SUITES["quick"] = tuple(case for case in SUITES["full"] if case.name in _QUICK)
+SUITES["resnetv2_50"] = tuple(case for case, _ in Network("resnetv2_50", "preact bottleneck", (3, 4, 6, 3)).blocks())
+"""The blocks of a pre-activation ResNet-50, the stride on the 3x3 as in timm."""
 SUITES["networks"] = tuple(NETWORKS.values())
 SUITES["host"] = (
     Case("host.basic.identity", "basic", 16, 16, 4),

@@ -9,12 +9,14 @@ headline    a result file of a network's blocks: one sentence about all of them
 predicted   SUITE MODE DTYPE BATCH: the least times that `fused_res.benchmarks.model` says; with GPUs behind it, the times to be
             expected on them
 beside      a result file: what the model expects beside what was measured, with the instructions in loops.csv beside it
+experiment  a file that a script of examples/ has written: the picture beside it, and what was found
 
 A plot is drawn anew where it is of other results than the file beside it. With --check nothing is written, and the exit code is 1
 if anything would be.
 """
 
 import argparse
+import json
 import re
 import sys
 from collections import Counter
@@ -56,6 +58,14 @@ def _headline(name: str, folder: Path) -> str:
     return headline.sentence(results.load(folder / name), name)
 
 
+def _experiment(name: str, folder: Path) -> str:
+    said = json.loads((folder / name).read_text())
+    versions = ", ".join(f"{package} {version}" for package, version in said["versions"].items())
+    source = f"`{said['command']}` on {said['machine']}; {versions}; commit {said['commit']} ([{Path(name).name}]({name}))."
+    found = "\n".join(f"- {line}" for line in said["found"])
+    return f"![{said['experiment'].replace('_', ' ')}]({_picture(name)})\n\n{found}\n\n{source}"
+
+
 RENDER = {
     "results": _measured,
     "summary": _summary,
@@ -63,8 +73,11 @@ RENDER = {
     "headline": _headline,
     "predicted": _predicted,
     "beside": _beside,
+    "experiment": _experiment,
 }
 DRAWN = ("results", "plot")
+MEASURED = ("results", "summary", "plot", "headline", "beside")
+"""The kinds whose files `fused-res bench` has written."""
 _SECTION = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(RENDER)}):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)", re.DOTALL
 )
@@ -79,9 +92,9 @@ def rewritten(text: str, folder: Path) -> str:
     return _SECTION.sub(lambda match: f"{match['begin']}\n{RENDER[match['kind']](match['what'], folder)}\n\n{match['end']}", text)
 
 
-def shown(text: str, folder: Path, kinds: Collection[str] = tuple(RENDER)) -> list[Path]:
+def shown(text: str, folder: Path, kinds: Collection[str] = MEASURED) -> list[Path]:
     """The result files that sections of these kinds show, each once."""
-    sections = [match for match in _SECTION.finditer(text) if match["kind"] in kinds and match["kind"] != "predicted"]
+    sections = [match for match in _SECTION.finditer(text) if match["kind"] in kinds]
     return list(dict.fromkeys(folder / match["what"] for match in sections))
 
 

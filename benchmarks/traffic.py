@@ -62,7 +62,7 @@ def shape_of(case: Case) -> Shape:
         return Unit(name, cin * pixels_in, cout * pixels, cin, cout, 2.0 * pixels * weights, weights, kernel == 1)
 
     width, outplanes = case.width, case.outplanes
-    if case.kind == "basic":
+    if case.basic:
         main = [
             unit("conv1", case.inplanes, width, outer, inner, 3),
             unit("conv2", width, width, inner, inner, 3),
@@ -75,6 +75,72 @@ def shape_of(case: Case) -> Shape:
         ]
     projection = unit("projection", case.inplanes, outplanes, outer, inner, 1) if case.projection else None
     return Shape(main, projection, case.inplanes * outer, outplanes * inner)
+
+
+def _norm(name: str, size: float, train: bool, fused: bool) -> Iterator[Pass]:
+    """Forward through a BN of its own and its ReLU, in one pass or in two."""
+    if train:
+        yield Pass(f"statistics {name}", size, 0)
+    yield Pass(f"normalise {name}", size, size)
+    if not fused:
+        yield Pass(f"ReLU {name}", size, size)
+
+
+def _norm_backward(name: str, size: float, fused: bool) -> Iterator[Pass]:
+    if not fused:
+        yield Pass(f"ReLU backward {name}", 2 * size, size)
+    yield Pass(f"BN reduce {name}", 2 * size, 0)
+    yield Pass(f"BN apply {name}", 2 * size, size)
+
+
+def _separate_preactivated(shape: Shape, mode: str, fused: bool) -> Iterator[Pass]:
+    """`_separate` of a pre-activation block: a BN and its ReLU in front of each convolution."""
+    yield from _bare(shape, mode)
+    for u in shape.main:
+        yield from _norm(u.name, u.input, mode != "eval", fused)
+    yield Pass("add", 2 * shape.out, shape.out)
+    if mode == "train":
+        for u in shape.main:
+            yield from _norm_backward(u.name, u.input, fused)
+        yield Pass("add gradients", 2 * shape.x, shape.x)
+
+
+def _preactivated(shape: Shape, mode: str, level: "Fusion") -> Iterator[Pass]:
+    """A pre-activation block: the BN in front of all is of x, and nothing but the sum stands behind the last convolution."""
+    *_, last = shape.main
+    x, c, p, train = shape.x, shape.out, shape.projection, mode != "eval"
+    for i, u in enumerate(shape.main):
+        if train and (i == 0 or not level.epilogue):
+            yield Pass(f"statistics {u.name}", u.input, 0)
+        if not (level.prologue or (i > 0 and level.epilogue and not train)):
+            yield Pass(f"normalise {u.name}", u.input, u.input)
+        yield u.conv("fprop", u.input + (c if u is last and level.epilogue else 0), u.output)
+    if p:
+        yield p.conv("fprop", p.input, c)
+    if not level.epilogue:
+        yield Pass("add", 2 * c, c)
+    if mode != "train":
+        return
+    if p:
+        if not level.prologue:
+            yield Pass("normalise projection", x, x)
+        yield p.conv("wgrad", c + p.input, 0)
+        yield p.conv("dgrad", c, p.input)
+    for i, u in reversed(list(enumerate(shape.main))):
+        dy = u.output if u is last or not level.prologue else 2 * u.output
+        if not level.prologue:
+            yield Pass(f"normalise {u.name}", u.input, u.input)
+        yield u.conv("wgrad", dy + u.input, 0)
+        yield u.conv("dgrad", dy + (u.input if level.epilogue else 0), u.input)
+        joined = i == 0 and p is not None
+        if joined and not level.epilogue:
+            yield Pass("add gradients", 2 * x, x)
+        if joined or not level.epilogue:
+            yield Pass(f"BN reduce {u.name}", 2 * u.input, 0)
+        if i == 0 or not level.prologue:
+            yield Pass(f"BN apply {u.name}", 2 * u.input, u.input)
+    if p is None:
+        yield Pass("add gradients", 2 * x, x)
 
 
 def _bare(shape: Shape, mode: str) -> Iterator[Pass]:
@@ -235,8 +301,11 @@ def passes(case: Case, way: str, mode: str) -> list[Pass]:
     if way == "bare":
         return list(_bare(shape, mode))
     if way in ("eager", "fused BN"):
-        return list(_separate(shape, mode, way == "fused BN"))
+        separate = _separate_preactivated if case.preactivated else _separate
+        return list(separate(shape, mode, way == "fused BN"))
     level = LEVELS[way]
+    if case.preactivated:
+        return list(_preactivated(shape, mode, level))
     found = list(_forward(shape, mode, level))
     return found + list(_backward(shape, level)) if mode == "train" else found
 

@@ -171,8 +171,9 @@ inline void check_signs(const OptionalTensor& signs, const Tensor& y) {
 }
 
 inline void check_bn_act(const Tensor& y, const Tensor& vectors, const OptionalTensor& skip, const OptionalTensor& y2,
-                         const OptionalTensor& vectors2) {
+                         const OptionalTensor& vectors2, bool keep_signs, bool relu) {
   check_normalised("y", y, "vectors", vectors);
+  STD_TORCH_CHECK(relu || !keep_signs, "keep_signs: expected False without a ReLU");
   STD_TORCH_CHECK(!(skip && y2), "skip: expected either skip or y2, got both");
   STD_TORCH_CHECK(y2.has_value() == vectors2.has_value(), "vectors2: expected together with y2");
   if (skip) check_like("skip", *skip, y);

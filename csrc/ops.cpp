@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "pixels, "
       "float[] momenta) -> ()");
   m.def(
-      "bn_act(Tensor y, Tensor vectors, Tensor? skip, Tensor? y2, Tensor? vectors2, bool keep_signs) -> "
+      "bn_act(Tensor y, Tensor vectors, Tensor? skip, Tensor? y2, Tensor? vectors2, bool keep_signs, bool relu=True) "
+      "-> "
       "(Tensor, Tensor?)");
   m.def(
       "bn_act_backward_reduce(Tensor dout, Tensor y, Tensor vectors, Tensor? signs, Tensor? y2, Tensor? vectors2) -> "

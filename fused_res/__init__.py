@@ -3,11 +3,13 @@
 from pathlib import Path
 
 from fused_res.anatomy import Anatomy
+from fused_res.chains import Chain, Residual
 from fused_res.explain import Explanation, explain
 from fused_res.folds import refresh
 from fused_res.functional import AvgPool, ConvBN, residual_block
 from fused_res.fusing import fuse, unfuse
-from fused_res.modules import BasicBlock, Bottleneck
+from fused_res.identity import zero_init_residual
+from fused_res.modules import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fused_res.planner import use_backend
 from fused_res.version import __version__
 
@@ -20,8 +22,12 @@ __all__ = [
     "AvgPool",
     "BasicBlock",
     "Bottleneck",
+    "Chain",
     "ConvBN",
     "Explanation",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "Residual",
     "__version__",
     "explain",
     "fuse",
@@ -29,4 +35,5 @@ __all__ = [
     "residual_block",
     "unfuse",
     "use_backend",
+    "zero_init_residual",
 ]

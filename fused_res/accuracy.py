@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from fused_res import reference
 from fused_res.block.forward import Saved
 from fused_res.functional import residual_block_with_saved
+from fused_res.layout import to_rows
 from fused_res.modules import ResidualBlock
 from fused_res.planner import use_backend
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.spec import Block, ConvBN
+from fused_res.spec import FORMS, Block, ConvBN
 from fused_res.tolerance import MARGIN, floor, scatter
 
 SEEDS = 8
@@ -69,7 +70,8 @@ def _through_modules(block: ResidualBlock, x: Tensor, force: list[Tensor] | None
         inputs.append(total.detach())
         return torch.where(open_, total, 0)
 
-    return reference.run_modules(x, block._layers(), block.downsample, block.residual_scale, relu), signs, inputs
+    form = block._anatomy.form
+    return reference.run_modules(x, block._layers(), block.downsample, block.residual_scale, relu, form), signs, inputs
 
 
 def _step(block: ResidualBlock, x: Tensor, dout: Tensor, run: Callable[[Tensor], _Run]) -> Result:
@@ -87,19 +89,25 @@ def _through_operator(block: ResidualBlock, x: Tensor, level: str) -> _Run:
     """The block through the operator, and the signs of its ReLUs, read from what was saved for backward."""
     operands = block.operands(x)
     out, saved = residual_block_with_saved(x, **operands)
-    main = operands["main"]
-    shortcut = operands["shortcut"]
-    kept = Saved.from_list(saved, Block(main, shortcut if isinstance(shortcut, ConvBN) else None), level)
-    size, signs = tuple(x.shape[2:]), []
-    for i, unit in enumerate(main):
-        size = unit.output_size(*size)
-        if i == len(main) - 1:
-            rows = unpack_signs(kept.signs, out.shape[1])
-        else:
-            v, y = Vectors(*kept.vectors[i]), kept.ys[i]
-            rows = ~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0)
-        signs.append(rows.view(x.shape[0], *size, -1).permute(0, 3, 1, 2))
-    return out, signs, []
+    main, shortcut, form = operands["main"], operands["shortcut"], operands["form"]
+    kept = Saved.from_list(saved, Block(main, shortcut if isinstance(shortcut, ConvBN) else None, form=form), level)
+    sizes = [tuple(x.shape[2:])]
+    for unit in main:
+        sizes.append(unit.output_size(*sizes[-1]))
+    # What the inner BNs normalised; a BN in front of all has normalised x.
+    ys, count = kept.ys[: len(main) - 1], len(main) - 1
+    if FORMS[form].preactivated:
+        ys, count = [to_rows(x), *ys], len(main)
+    else:
+        del sizes[0]
+    opened = []
+    for y, vectors in zip(ys, kept.vectors[:count], strict=True):
+        v = Vectors(*vectors)
+        opened.append(~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0))
+    if kept.signs is not None:
+        opened.append(unpack_signs(kept.signs, out.shape[1]))
+    rows = zip(opened, sizes, strict=False)
+    return out, [open_.view(x.shape[0], *size, -1).permute(0, 3, 1, 2) for open_, size in rows], []
 
 
 def step(
@@ -116,7 +124,8 @@ def step(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     parameters = dtype if pure else torch.float32
     block = copy.deepcopy(block).to(parameters).to(memory_format=layout)
-    x = x.to(parameters).contiguous(memory_format=layout)
+    # The BN in front of a pre-activation block is given what convolutions give, in the network too.
+    x = x.to(dtype if FORMS[block._anatomy.form].preactivated else parameters).contiguous(memory_format=layout)
     with torch.autocast(x.device.type, dtype, enabled=parameters != dtype):
         if backend == "eager":
             return _step(block, x, dout, lambda t: _through_modules(block, t))

@@ -1,16 +1,17 @@
 """Which child modules of a residual block are what, by their names: what `fused_res.fuse` knows of other people's blocks."""
 
-import functools
 from typing import NamedTuple
 
 from torch import nn
+
+from fused_res.spec import FORMS, POST_ACTIVATION, PRE_ACTIVATION
 
 PROTOCOL = "fused_res_anatomy"
 """The attribute by which a class of blocks says what its anatomy is."""
 
 
 class Anatomy(NamedTuple):
-    """The children of a block `out = relu(a * main(x) + shortcut(x))`, main being `conv-BN-ReLU-…-conv-BN`.
+    """The children of a block `out = relu(a * main(x) + shortcut(x))`, main being `conv-BN-ReLU-…-conv-BN`, or of another form.
 
     A class whose `forward` computes that gets fused by `fused_res.fuse` if it has one of these as its attribute
     `fused_res_anatomy`, set in its body or afterwards::
@@ -28,8 +29,9 @@ class Anatomy(NamedTuple):
     units: convolution and BN, first to last. shortcut: a child that may be None (the identity), or None where there is never one.
     activations: the children that are called as ReLUs; none where `forward` calls a function. idle: children that may be there for
     other blocks of the class and must do nothing in one that is fused: None, `nn.Identity`, or a layer that drops nothing now.
-    activated_norms: whether all BNs of `units` but the last go on to a ReLU of their own. residual_scale: the name of the
-    parameter a.
+    activated_norms: whether all BNs of `units` that a ReLU follows go on to one of their own, the ReLU behind a sum apart.
+    residual_scale: the name of the parameter a. form: what `forward` computes, as `fused_res.residual_block` says; in a
+    "pre-activation" block the BN of each unit is called before its convolution.
     """
 
     units: tuple[tuple[str, str], ...]
@@ -38,6 +40,7 @@ class Anatomy(NamedTuple):
     idle: tuple[str, ...] = ()
     activated_norms: bool = False
     residual_scale: str | None = None
+    form: str = POST_ACTIVATION
 
     def names(self) -> list[str]:
         """Of all children, the shortcut's last."""
@@ -45,7 +48,6 @@ class Anatomy(NamedTuple):
         return [*found, *self.activations, *self.idle, *([] if self.shortcut is None else [self.shortcut])]
 
 
-@functools.cache
 def containers(anatomy: Anatomy) -> tuple[tuple[str, int], ...]:
     """What lies between a block and the children that are named by a path: its name, and how many children it has."""
     inside: dict[str, set[str]] = {}
@@ -71,24 +73,27 @@ def _hugging_face(depth: int) -> Anatomy:
     return Anatomy(units, "shortcut", acts, idle=(f"layer.{depth - 1}.activation",))
 
 
+def _timm_v2(depth: int, **options: object) -> Anatomy:
+    return Anatomy(_units(depth, bn="norm{}"), idle=("drop_path",), activated_norms=True, **options)
+
+
 TORCHVISION = {depth: Anatomy(_units(depth), activations=("relu",)) for depth in (2, 3)}
 """That of torchvision's BasicBlock and Bottleneck, and of ours, by their number of convolutions."""
+PREACTIVATED = {depth: Anatomy(_units(depth, bn="norm{}"), activations=("relu",), form=PRE_ACTIVATION) for depth in (2, 3)}
+"""That of our pre-activation blocks, by their number of convolutions; the names are those of timm's resnetv2."""
 
 _KNOWN = {
     "torchvision.models.resnet.BasicBlock": TORCHVISION[2],
     "torchvision.models.resnet.Bottleneck": TORCHVISION[3],
     "timm.models.resnet.BasicBlock": _timm(2),
     "timm.models.resnet.Bottleneck": _timm(3),
-    "timm.models.resnetv2.Bottleneck": Anatomy(
-        _units(3, bn="norm{}"), activations=("act3",), idle=("drop_path",), activated_norms=True
-    ),
+    "timm.models.resnetv2.Bottleneck": _timm_v2(3, activations=("act3",)),
+    "timm.models.resnetv2.PreActBasic": _timm_v2(2, form=PRE_ACTIVATION),
+    "timm.models.resnetv2.PreActBottleneck": _timm_v2(3, form=PRE_ACTIVATION),
     "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _hugging_face(2),
     "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _hugging_face(3),
 }
-_PREACTIVATED = "a pre-activation block: its BN and ReLU come before its convolutions"
 _REFUSED = {
-    "timm.models.resnetv2.PreActBasic": _PREACTIVATED,
-    "timm.models.resnetv2.PreActBottleneck": _PREACTIVATED,
     "torchvision.models.quantization.resnet.QuantizableBasicBlock": "it is made for quantisation",
     "torchvision.models.quantization.resnet.QuantizableBottleneck": "it is made for quantisation",
     **dict.fromkeys(
@@ -112,6 +117,8 @@ def recognise(module: nn.Module) -> tuple[Anatomy | None, str | None]:
         anatomy = getattr(module, PROTOCOL)
         if not isinstance(anatomy, Anatomy):
             return None, f"{PROTOCOL} is a {type(anatomy).__name__}, not a fused_res.Anatomy"
+        if anatomy.form not in FORMS:
+            return None, f"{PROTOCOL} has the form {anatomy.form!r}, not one of {', '.join(FORMS)}"
         return anatomy, _overridden(module, type(module))
     for kind in type(module).__mro__:
         name = f"{kind.__module__}.{kind.__qualname__}"

@@ -14,7 +14,7 @@ from fused_res import planner, plans
 from fused_res.block.op import is_narrow, is_watched
 from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
-from fused_res.spec import AvgPool, Block, ConvBN, pack
+from fused_res.spec import FORMS, AvgPool, Block, ConvBN, pack
 
 
 def prepare(
@@ -40,7 +40,7 @@ _about = attrgetter("shape", "dtype", "device")
 
 def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, level: str | None) -> tuple | None:
     """What calls that are alike have in common; None where a part is of another type than expected, or somebody watches."""
-    tensors, numbers = [x, skip, residual_scale], [level, block.given, len(block.main)]
+    tensors, numbers = [x, skip, residual_scale], [level, block.given, block.form, len(block.main)]
     for unit in block.units():
         if type(unit) is not ConvBN:
             return None
@@ -70,13 +70,15 @@ def _prepare(
     sizes = check_batch(x, block, names)
     dtype = compute_dtype(x)
     outer = (x.shape[0], block.main[-1].weight.shape[0], *sizes[len(block.main) - 1])
-    if skip is None and block.projection is None and x.shape != outer:
+    if skip is None and block.projection is None and FORMS[block.form].skip and x.shape != outer:
         block = block._replace(given=True)
     _, spec, eps = pack(block)
     read = [x, skip, *(tensor for unit in block.units() for tensor in unit[:2])]
     casts = any(tensor is not None and tensor.dtype != dtype for tensor in read)
     plan = planner.plan(x, block, dtype, level=level)
     backend = plan.backend if watched else planner.resolve(plan.backend, x.device, dtype)
+    if FORMS[block.form].preactivated:
+        sizes = [tuple(x.shape[2:]), *sizes[: len(block.main) - 1]]
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
     evaluates = not watched and planner.evaluation_level(block, dtype, backend, level) is not None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_res import accuracy, backends
 from fused_res.environment import DTYPES, one_thread, temporarily
-from fused_res.modules import BasicBlock, Bottleneck, ResidualBlock
+from fused_res.modules import BasicBlock, Bottleneck, PreActBasicBlock, PreActBlock, PreActBottleneck, ResidualBlock
 from fused_res.planner import LEVELS
 
 CHECKED = ("fp32", "fp16", "bf16")
@@ -32,7 +32,10 @@ class Shape(NamedTuple):
 
 
 BATCH, HEIGHT, WIDTH = 4, 9, 7
-SHAPES = (Shape(BasicBlock, 20, 20, 1), Shape(BasicBlock, 12, 20, 2), Shape(Bottleneck, 40, 10, 1), Shape(Bottleneck, 24, 10, 2))
+SHAPES = (
+    *(Shape(BasicBlock, 20, 20, 1), Shape(BasicBlock, 12, 20, 2), Shape(Bottleneck, 40, 10, 1), Shape(Bottleneck, 24, 10, 2)),
+    *(Shape(PreActBasicBlock, 20, 20, 1), Shape(PreActBottleneck, 24, 10, 2)),
+)
 
 
 class Job(NamedTuple):
@@ -88,7 +91,9 @@ def problem(shape: Shape, mode: str, device: torch.device, seed: int) -> tuple[R
     outplanes, generator = shape.planes * shape.block.expansion, torch.Generator().manual_seed(seed)
     downsample = None
     if shape.stride != 1 or shape.inplanes != outplanes:
-        downsample = nn.Sequential(nn.Conv2d(shape.inplanes, outplanes, 1, shape.stride, bias=False), nn.BatchNorm2d(outplanes))
+        downsample = nn.Sequential(nn.Conv2d(shape.inplanes, outplanes, 1, shape.stride, bias=False))
+        if not issubclass(shape.block, PreActBlock):
+            downsample.append(nn.BatchNorm2d(outplanes))
     block = shape.block(shape.inplanes, shape.planes, shape.stride, downsample)
     block = accuracy.random_block(block, seed).train(mode == "train").to(device)
     size = (HEIGHT - 1) // shape.stride + 1, (WIDTH - 1) // shape.stride + 1

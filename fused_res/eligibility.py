@@ -151,15 +151,21 @@ def unit_reason(
     reason = foreign(conv_name, conv, Conv2d, now)
     if reason is None:
         reason = observed(bn_name, bn, now) if type(bn) is BatchNorm2d else _norm_reason(bn_name, bn, acts, now)
+    if reason is None:
+        reason = _padding_reason(conv_name, conv)
     if reason is not None:
         return reason
-    if conv.padding_mode != "zeros":
-        return f"{conv_name} has padding_mode={conv.padding_mode!r}"
-    if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*same_padding(conv), strict=True)):
-        return f"{conv_name} pads unevenly (padding='same')"
     buffers = bn._buffers
     if (lookup(buffers, bn, "running_mean") is None) != (lookup(buffers, bn, "running_var") is None):
         return f"{bn_name} has only one of running_mean and running_var"
+    return None
+
+
+def _padding_reason(name: str, conv: nn.Conv2d) -> str | None:
+    if conv.padding_mode != "zeros":
+        return f"{name} has padding_mode={conv.padding_mode!r}"
+    if conv.padding == "same" and any(2 * p != d * (k - 1) for p, d, k in zip(*same_padding(conv), strict=True)):
+        return f"{name} pads unevenly (padding='same')"
     return None
 
 
@@ -199,24 +205,31 @@ def container_reason(name: str, module: nn.Module, children: int) -> str | None:
 class Shortcut(NamedTuple):
     """How a block's `downsample` runs: as the identity, as a projection inside the operator, or by itself.
 
-    `kind` is "identity", "projection", "pooled projection" or "as it is"; `reason` says why not as a projection.
+    `kind` is "identity", "projection", "pooled projection", "as it is" or "none"; `reason` says why not inside the operator.
     """
 
     kind: str
     conv: nn.Conv2d | None = None
     bn: nn.BatchNorm2d | None = None
+    """None of a pre-activation block's."""
     pool: AvgPool | None = None
     names: str = ""
     reason: str | None = None
 
 
 _IDENTITY = Shortcut("identity")
+NO_SHORTCUT = Shortcut("none")
 
 
-def shortcut_of(downsample: nn.Module | None, name: str = "downsample") -> Shortcut:
-    """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision builds it, or in a known class."""
+def shortcut_of(downsample: nn.Module | None, name: str = "downsample", bare: bool = False) -> Shortcut:
+    """Reads `[AvgPool2d or Identity,] Conv2d, BatchNorm2d` in a Sequential, as torchvision builds it, or in a known class.
+
+    With `bare` that of a pre-activation block: instead of the BN nothing, or an Identity; or a Conv2d alone.
+    """
     if downsample is None or foreign(name, downsample, Identity) is None:
         return _IDENTITY
+    if bare and type(downsample) is Conv2d:
+        return _projection([(name, downsample)], None)
     names = known.about(type(downsample), "shortcuts")
     reason = foreign(name, downsample, Sequential) if names is None else observed(name, downsample)
     if reason is not None:
@@ -224,11 +237,14 @@ def shortcut_of(downsample: nn.Module | None, name: str = "downsample") -> Short
     if names is None and not downsample._modules:
         return _IDENTITY
     children = downsample._modules if names is None else {child: getattr(downsample, child) for child in names}
-    if len(children) not in (2, 3):
-        return Shortcut("as it is", reason=f"{name} has {len(children)} layers, not [pool,] conv, bn")
     named = [(f"{name}.{child}", module) for child, module in children.items()]
+    if bare and len(named) > 1 and foreign(*named[-1], Identity) is None:
+        named.pop()
+    last = 1 if bare else 2
+    if len(named) not in (last, last + 1):
+        return Shortcut("as it is", reason=f"{name} has {len(children)} layers, not [pool,] conv{'' if bare else ', bn'}")
     pool = None
-    if len(named) == 3 and foreign(*named[0], Identity) is not None:
+    if len(named) > last and foreign(*named[0], Identity) is not None:
         pool_name, p = named[0]
         reason = foreign(pool_name, p, AvgPool2d)
         if reason is None and p.divisor_override is not None:
@@ -238,8 +254,14 @@ def shortcut_of(downsample: nn.Module | None, name: str = "downsample") -> Short
         kernel = pair(p.kernel_size, "kernel_size")
         stride = kernel if p.stride is None or p.stride == () else pair(p.stride, "stride")
         pool = AvgPool(kernel, stride, pair(p.padding, "padding"), p.ceil_mode, p.count_include_pad)
-    (conv_name, conv), (bn_name, bn) = named[-2:]
-    reason = unit_reason(conv_name, conv, bn_name, bn)
+    return _projection(named[-last:], pool)
+
+
+def _projection(named: list[tuple[str, nn.Module]], pool: AvgPool | None) -> Shortcut:
+    """Of a convolution and a BN, or of a convolution alone, each with its name."""
+    (name, conv), (_, bn) = named[0], named[1] if len(named) > 1 else ("", None)
+    alone = bn is None
+    reason = (foreign(name, conv, Conv2d) or _padding_reason(name, conv)) if alone else unit_reason(*named[0], *named[1])
     if reason is not None:
         return Shortcut("as it is", reason=reason)
-    return Shortcut("projection" if pool is None else "pooled projection", conv, bn, pool, f"{conv_name}/{bn_name}")
+    return Shortcut("projection" if pool is None else "pooled projection", conv, bn, pool, "/".join(name for name, _ in named))

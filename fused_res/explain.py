@@ -20,6 +20,7 @@ from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
 from fused_res.primitives.conv_bn_act import who
+from fused_res.reading import child
 from fused_res.spec import Block
 
 
@@ -142,7 +143,16 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """The model's residual blocks with their names, fused or not, and whether torch.compile runs them."""
     modules = list(model.named_modules())
     compiled = [name for name, module in modules if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None]
+    # A chain that is part of a block is not called, and a hook on it would have that run unfused.
+    parts = {
+        id(child(module, part))
+        for _, module in modules
+        if isinstance(module, Fusible) and module._anatomy is not None
+        for part, _ in module._containers
+    }
     for name, module in modules:
+        if id(module) in parts:
+            continue
         if isinstance(module, Fusible) or find(module) != (None, None):
             inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
             yield without_compiled(name), module, inside

@@ -15,7 +15,7 @@ from fused_res.block.validate import check_arguments
 from fused_res.call import prepare
 from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
-from fused_res.spec import AvgPool, Block, ConvBN, pair, tensors_of
+from fused_res.spec import FORMS, POST_ACTIVATION, AvgPool, Block, ConvBN, pair, tensors_of
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
 
@@ -27,9 +27,25 @@ def residual_block(
     *,
     pool: AvgPool | None = None,
     residual_scale: Tensor | None = None,
+    form: str = POST_ACTIVATION,
     names: Sequence[str] | None = None,
 ) -> Tensor:
     """`out = relu(a * main(x) + shortcut(x))`, `main` being `conv-BN-ReLU-…-conv-BN`, as one autograd operator.
+
+    Other forms leave out the last ReLU, or the shortcut, or have the BNs and ReLUs in front of the convolutions:
+
+    =================  ================================  =========================================
+    form               out                               main
+    =================  ================================  =========================================
+    post-activation    relu(a * main(x) + shortcut(x))   conv-BN-ReLU-…-conv-BN
+    linear             a * main(x) + shortcut(x)         conv-BN-ReLU-…-conv-BN
+    chain              relu(main(x))                     conv-BN-ReLU-…-conv-BN
+    linear chain       main(x)                           conv-BN-ReLU-…-conv-BN
+    pre-activation     a * main(x) + shortcut(x)         BN-ReLU-conv-…-BN-ReLU-conv
+    =================  ================================  =========================================
+
+    In a pre-activation block (https://arxiv.org/abs/1603.05027) the BN of each `ConvBN` is that in front of its convolution, and a
+    projection is a convolution without a BN (`training=False`), which reads what the first convolution reads.
 
     Args:
         x: [N, C, H, W], float16, bfloat16, float32 or float64, any strides.
@@ -38,6 +54,7 @@ def residual_block(
             shape or one that broadcasts to it.
         pool: average pooling of x in front of the projection (ResNet-D).
         residual_scale: the scalar tensor a; None for 1.
+        form: one of the above.
         names: what error messages call the units of `main`, then the projection.
 
     Returns:
@@ -51,14 +68,15 @@ def residual_block(
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: x is not 4-D; one value per channel under batch statistics (the BN that meets it has then counted the
-            batch, as in eager); an epsilon BN does not take.
+        ValueError: x is not 4-D; an unknown form, or a shortcut or residual scale for a form that has none; one value per channel
+            under batch statistics (the BN that meets it has then counted the batch, as in eager); an epsilon BN does not take.
         RuntimeError: shapes, dtypes or devices that do not fit; a backend forced by `use_backend` that cannot run.
     """
     if isinstance(x, Tensor) and _is_unfused(x, main, shortcut, residual_scale):
-        check_arguments(x, *_parts(main, shortcut, pool), residual_scale, names)
-        return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale)
-    return residual_block_with_saved(x, main, shortcut, pool=pool, residual_scale=residual_scale, names=names)[0]
+        check_arguments(x, *_parts(main, shortcut, pool, form), residual_scale, names)
+        return reference.residual_block(x, main, shortcut, pool=pool, residual_scale=residual_scale, form=form)
+    options = {"pool": pool, "residual_scale": residual_scale, "form": form, "names": names}
+    return residual_block_with_saved(x, main, shortcut, **options)[0]
 
 
 def _is_unfused(x: Tensor, main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, residual_scale: Tensor | None) -> bool:
@@ -75,10 +93,14 @@ def is_transformed() -> bool:
     return internals.is_dual() or internals.is_transformed()
 
 
-def _parts(main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None) -> tuple[Block, Tensor | None]:
+def _parts(
+    main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None, form: str
+) -> tuple[Block, Tensor | None]:
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     given = isinstance(shortcut, Tensor)
     units = [_paired(unit) for unit in main]
-    return Block(units, None if given else _paired(shortcut), pool, given), shortcut if given else None
+    return Block(units, None if given else _paired(shortcut), pool, given, form), shortcut if given else None
 
 
 def _paired(unit: ConvBN | None) -> ConvBN | None:
@@ -95,10 +117,11 @@ def residual_block_with_saved(
     *,
     pool: AvgPool | None = None,
     residual_scale: Tensor | None = None,
+    form: str = POST_ACTIVATION,
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """As `residual_block`, never unfused; also returns what was saved for backward (`fused_res.block.forward.Saved`)."""
-    return run(x, *_parts(main, shortcut, pool), residual_scale, names)
+    return run(x, *_parts(main, shortcut, pool, form), residual_scale, names)
 
 
 def run(
@@ -128,17 +151,17 @@ def run(
         x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
-    units = block.units()
     if call.casts:
-        tensors = [tensor for unit in units for tensor in tensors_of(unit) if tensor is not None]
+        tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
+    norms = block.norms()
 
     def settle(saved: list[Tensor | None]) -> None:
-        moves = [Move(unit, v, pixels) for unit, v, pixels in zip(units, saved, call.pixels, strict=False) if unit.training]
+        moves = [Move(unit, v, pixels) for unit, v, pixels in zip(norms, saved, call.pixels, strict=False) if unit.training]
         if moves:
             move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
 
     if call.watched and torch.compiler.is_exporting():
-        return block_exported(x, skip, residual_scale, tensors, call, units, settle), []
+        return block_exported(x, skip, residual_scale, tensors, call, norms, settle), []
     return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
 
 

@@ -11,6 +11,7 @@ from fused_res.block.exported import expect_composition
 from fused_res.block.validate import compute_dtype
 from fused_res.eligibility import (
     NO_DATA,
+    NO_SHORTCUT,
     Shortcut,
     container_reason,
     foreign,
@@ -25,9 +26,9 @@ from fused_res.functional import is_transformed, run
 from fused_res.internals import constant_result, pack_hook
 from fused_res.notices import say_once
 from fused_res.originals import BatchNorm2d, Identity, ReLU
-from fused_res.reading import child, lookup, unit_of
+from fused_res.reading import child, convolution_of, lookup, unit_of
 from fused_res.recompute import Way
-from fused_res.spec import Block
+from fused_res.spec import FORMS, Block
 
 EMPTY = "the batch is empty"
 NOT_IMAGES = "x has {} dimensions"
@@ -47,8 +48,15 @@ def _speak_of_export() -> None:
     )
 
 
+def labels(anatomy: Anatomy) -> tuple[str, ...]:
+    """What error messages call the units, each by its modules in the order of their calls."""
+    preactivated = FORMS[anatomy.form].preactivated
+    return tuple(f"{bn}/{conv}" if preactivated else f"{conv}/{bn}" for conv, bn in anatomy.units)
+
+
 class Fusible:
-    """A mixin for `nn.Module`s that compute `out = relu(a * main(x) + shortcut(x))` over the child modules that `_anatomy` names.
+    """A mixin for `nn.Module`s that compute `out = relu(a * main(x) + shortcut(x))`, or what the form of `_anatomy` says, over the
+    child modules that this names.
 
     Child modules are read anew at every call. What the operator cannot stand for (another type, a hook, a parametrization, …)
     runs through the child modules themselves, after one warning; `fused_res.explain` tells the reason.
@@ -65,16 +73,19 @@ class Fusible:
 
     def __init_subclass__(cls, **keywords: object) -> None:
         super().__init_subclass__(**keywords)
-        if "_anatomy" in vars(cls):
-            cls._labels = tuple(f"{conv}/{bn}" for conv, bn in cls._anatomy.units)
+        if isinstance(vars(cls).get("_anatomy"), Anatomy):
+            cls._labels = labels(cls._anatomy)
             cls._containers = containers(cls._anatomy)
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(child(self, conv), child(self, bn)) for conv, bn in self._anatomy.units]
 
     def _shortcut(self) -> Shortcut:
-        name = self._anatomy.shortcut
-        return shortcut_of(None if name is None else child(self, name), name or "")
+        name, form = self._anatomy.shortcut, FORMS[self._anatomy.form]
+        if not form.skip:
+            return NO_SHORTCUT
+        bare = form.preactivated
+        return shortcut_of(None if name is None else child(self, name), name or "", bare)
 
     def _scale(self) -> Tensor | None:
         name = self._anatomy.residual_scale
@@ -111,7 +122,8 @@ class Fusible:
             if reason is not None:
                 return reason
         inner = (ReLU,) if anatomy.activated_norms else (ReLU, Identity)
-        last = anatomy.units[-1]
+        preactivated = FORMS[anatomy.form].preactivated
+        last = None if preactivated else anatomy.units[-1]
         for unit, (conv, norm) in zip(anatomy.units, self._layers(), strict=True):
             conv_name, name = unit
             reason = unit_reason(conv_name, conv, name, norm, (Identity,) if unit is last else inner, now)
@@ -119,6 +131,10 @@ class Fusible:
                 reason = f"{name} is a {type(norm).__name__}, without a ReLU of its own"
             if reason is not None:
                 return reason
+        if preactivated:
+            shortcut = self._shortcut()
+            if shortcut.kind == "as it is":  # it reads what only the operator has
+                return shortcut.reason
         for name in anatomy.idle:
             reason = idle_reason(name, child(self, name), now)
             if reason is not None:
@@ -138,6 +154,8 @@ class Fusible:
                 dtype, found = compute_dtype(x), torch.promote_types(compute_dtype(x), bn.weight.dtype)
                 if bn.weight.dtype != dtype:
                     return f"{name} is a {type(bn).__name__} in {bn.weight.dtype}: it makes {found} of images in {dtype}"
+        if FORMS[self._anatomy.form].preactivated and compute_dtype(x) != x.dtype:
+            return f"x is in {x.dtype}, in which its BN computes under autocast, and not in {compute_dtype(x)}"
         if self._promotes and torch.is_autocast_enabled(x.device.type):
             shortcut = self._shortcut()
             if shortcut.kind == "as it is" or (shortcut.kind == "identity" and compute_dtype(x) != x.dtype):
@@ -179,17 +197,23 @@ class Fusible:
 
     def _run(self, x: Tensor, shortcut: Shortcut, level: str | None) -> Tensor:
         block = self._parts(shortcut)
-        skip = child(self, self._anatomy.shortcut)(x) if block.given else None
+        skip = self._shortcuts_value(x) if block.given else None
         return run(x, block, skip, self._scale(), (*self._labels, shortcut.names), level, self)[0]
+
+    def _shortcuts_value(self, x: Tensor) -> Tensor:
+        """What a shortcut that runs by itself makes of x."""
+        return child(self, self._anatomy.shortcut)(x)
 
     def parts(self) -> Block:
         """What the operator computes when this block is called now, less the value of a shortcut that runs by itself."""
         return self._parts(self._shortcut())
 
     def _parts(self, shortcut: Shortcut) -> Block:
-        projection = None if shortcut.conv is None else unit_of(shortcut.conv, shortcut.bn)
+        projection = None
+        if shortcut.conv is not None:
+            projection = convolution_of(shortcut.conv) if shortcut.bn is None else unit_of(shortcut.conv, shortcut.bn)
         main = [unit_of(conv, bn) for conv, bn in self._layers()]
-        return Block(main, projection, shortcut.pool, shortcut.kind == "as it is")
+        return Block(main, projection, shortcut.pool, shortcut.kind == "as it is", self._anatomy.form)
 
     def _run_modules(self, x: Tensor, reason: str) -> Tensor:
         if reason not in _UNSAID and not planner.is_eager_forced():

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_res.spec import AvgPool, Block, ConvBN
+from fused_res.spec import POST_ACTIVATION, AvgPool, Block, ConvBN
 
 
 class Convolution(NamedTuple):
-    """A convolution and the BN behind it: weight [K, C / groups, R, S], and whether the BN takes the batch's statistics."""
+    """A convolution and its BN: weight [K, C / groups, R, S], and whether the BN takes the batch's statistics."""
 
     weight: tuple[int, ...]
     stride: tuple[int, int]
@@ -32,6 +32,7 @@ class Geometry(NamedTuple):
     pool: AvgPool | None
     given: bool
     images: tuple[int, int, int] | None
+    form: str = POST_ACTIVATION
 
     @property
     def training(self) -> bool:
@@ -49,13 +50,14 @@ class Geometry(NamedTuple):
     @classmethod
     def from_numbers(cls, numbers: tuple) -> "Geometry":
         """Inverse of `numbers_of`."""
-        main, projection, pool, given, images = numbers
+        main, projection, pool, given, form, images = numbers
         return cls(
             tuple(Convolution(*unit) for unit in main),
             None if projection is None else Convolution(*projection),
             None if pool is None else AvgPool(*pool),
             given,
             images,
+            form,
         )
 
 
@@ -71,7 +73,8 @@ def numbers_of(x: Tensor, block: Block) -> tuple | None:
     known = (torch.compiler.is_compiling() or type(x) in (Tensor, Parameter)) and all(is_fixed(size) for size in sizes)
     projection = None if block.projection is None else _numbers(block.projection)
     pool = None if block.pool is None else (*block.pool,)
-    return tuple([_numbers(unit) for unit in block.main]), projection, pool, block.given, sizes if known else None
+    parts = projection, pool, block.given, block.form
+    return tuple([_numbers(unit) for unit in block.main]), *parts, sizes if known else None
 
 
 def _numbers(unit: ConvBN) -> tuple:

@@ -27,6 +27,7 @@ SHORTCUTS = {
 CONTAINERS = {
     "transformers.models.resnet.modeling_resnet.ResNetConvLayer": (),
     "torchvision.ops.misc.Conv2dNormActivation": (),
+    "fused_res.chains.Chain": (),
 }
 """Layers that call all their children one after the other, as `nn.Sequential` does."""
 

@@ -45,6 +45,11 @@ def _steps(conv: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int
     return stride, (0, 0) if padding == "valid" else pair(padding, "padding"), dilation
 
 
+def convolution_of(conv: nn.Conv2d) -> ConvBN:
+    """Tensors and numbers of a convolution that has no BN."""
+    return ConvBN(conv.weight, conv.bias, None, None, None, None, None, *_steps(conv), conv.groups, False)
+
+
 def unit_of(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> ConvBN:
     """Tensors and numbers of a convolution and its BN, with the BN's own `training` flag, as `nn.BatchNorm2d.forward` reads it."""
     stride, padding, dilation = conv.stride, conv.padding, conv.dilation

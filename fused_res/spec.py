@@ -44,6 +44,8 @@ class ConvBN(NamedTuple):
     it is given and `training` is set.
 
     Shapes: `weight` [K, C / groups, R, S]; every other tensor [K], but `num_batches_tracked`, a scalar of dtype int64.
+
+    In a pre-activation block the BN is that in front of the convolution: its tensors are [C].
     """
 
     weight: Tensor
@@ -86,27 +88,97 @@ class AvgPool(NamedTuple):
         return tuple(sizes)
 
 
+class Form(NamedTuple):
+    """What a block computes of its parts.
+
+    preactivated: BN and ReLU come before each convolution, not behind it. relu: whether a ReLU ends the block. skip: whether there
+    is a shortcut to be added.
+    """
+
+    preactivated: bool
+    relu: bool
+    skip: bool
+
+
+POST_ACTIVATION = "post-activation"
+PRE_ACTIVATION = "pre-activation"
+LINEAR = "linear"
+CHAIN = "chain"
+LINEAR_CHAIN = "linear chain"
+FORMS = {
+    POST_ACTIVATION: Form(preactivated=False, relu=True, skip=True),
+    PRE_ACTIVATION: Form(preactivated=True, relu=False, skip=True),
+    LINEAR: Form(preactivated=False, relu=False, skip=True),
+    CHAIN: Form(preactivated=False, relu=True, skip=False),
+    LINEAR_CHAIN: Form(preactivated=False, relu=False, skip=False),
+}
+"""The forms of a block; each one's number in the operator's `spec` is its place here.
+
+post-activation: `relu(a * main(x) + shortcut(x))`, main being conv-BN-ReLU-…-conv-BN. linear: the same without the last ReLU.
+pre-activation: `a * main(x) + shortcut(x)`, main being BN-ReLU-conv-…-BN-ReLU-conv, where a projection is a convolution alone and
+reads what the first one reads. chain and linear chain: `relu(main(x))` and `main(x)`, without a shortcut.
+"""
+
+
 class Block(NamedTuple):
     """The parts of one block: `main` in order, and the shortcut.
 
     The shortcut is `projection`, with `pool` in front of it if there is one; or, if `given`, a tensor that the caller made; or
-    else the identity.
+    else the identity; there is none where `form`, one of `FORMS`, has none.
     """
 
     main: Sequence[ConvBN]
     projection: ConvBN | None = None
     pool: AvgPool | None = None
     given: bool = False
+    form: str = POST_ACTIVATION
 
     def units(self) -> list[ConvBN]:
         """All of them, the projection last. No property: torch.compile of torch 2.10 follows none of a named tuple."""
         return [*self.main, self.projection] if self.projection is not None else list(self.main)
 
+    def norms(self) -> list[ConvBN]:
+        """For every BN, in the order of `units`, the unit whose BN it would be if all BNs came behind their convolutions."""
+        if not FORMS[self.form].preactivated:
+            return self.units()
+        head, behind = regrouped(self)
+        return [head, *behind.main[:-1]]
+
+
+_CONVOLUTION = ("weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def _convolved(conv: ConvBN, bn: ConvBN | None) -> ConvBN:
+    """The convolution of one unit with the BN of another, or with none."""
+    if bn is None:
+        return ConvBN(**{name: getattr(conv, name) for name in _CONVOLUTION}, training=False)
+    return bn._replace(**{name: getattr(conv, name) for name in _CONVOLUTION})
+
+
+def regrouped(block: Block) -> tuple[ConvBN | None, Block]:
+    """A block as its schedules see it: BNs behind their convolutions, and the BN in front of all.
+
+    A pre-activation block's last convolution, and its projection, have no BN then. Of other forms the block itself, and None.
+    """
+    if not FORMS[block.form].preactivated:
+        return None, block
+    units, projection = block.main, block.projection
+    behind = [_convolved(conv, bn) for conv, bn in zip(units, [*units[1:], None], strict=True)]
+    side = None if projection is None else _convolved(projection, None)
+    return units[0]._replace(weight=None, bias=None), block._replace(main=behind, projection=side)
+
+
+def in_front(head: ConvBN, block: Block) -> Block:
+    """Inverse of `regrouped`, of gradients say."""
+    bns = [head, *block.main[:-1]]
+    return block._replace(main=[_convolved(conv, bn) for conv, bn in zip(block.main, bns, strict=True)])
+
 
 # The tensors of a unit that reach the operator, in this order. A live BN's running statistics do not: they are written after
 # the call, so keeping them for backward would let the next forward invalidate it.
 _TENSORS = ConvBN._fields[:6]
-_HEAD = 4  # main units, projections, pools, given shortcuts
+_HEAD = 5  # main units, projections, pools, given shortcuts, the form
+_PLACES = {form: i for i, form in enumerate(FORMS)}
 _NUMBERS = 8  # stride, padding, dilation (2 each), groups, training; then one presence flag for each of _TENSORS
 _ROW = _NUMBERS + len(_TENSORS)
 _POOL = 8  # kernel, stride, padding (2 each), ceil_mode, count_include_pad
@@ -121,11 +193,12 @@ def tensors_of(unit: ConvBN) -> tuple[Tensor | None, ...]:
 def pack(block: Block) -> tuple[list[Tensor], list[int], list[float]]:
     """Tensors, integers and epsilons from which `unpack` restores the block.
 
-    Integers: number of main units; 1 if there is a projection; 1 if there is a pool; 1 if the shortcut is given; the rows of
-    all units; the pool's row.
+    Integers: number of main units; 1 if there is a projection; 1 if there is a pool; 1 if the shortcut is given; the place of the
+    form in `FORMS`; the rows of all units; the pool's row.
     """
     tensors: list[Tensor] = []
     numbers = [len(block.main), int(block.projection is not None), int(block.pool is not None), int(block.given)]
+    numbers.append(_PLACES[block.form])
     for unit in block.units():
         candidates = tensors_of(unit)
         tensors += [t for t in candidates if t is not None]
@@ -151,6 +224,7 @@ class _Layout(NamedTuple):
     main: int
     pool: AvgPool | None
     given: bool
+    form: str
     kept: tuple[int, ...]
     kept_integers: tuple[int, ...]
 
@@ -159,7 +233,9 @@ class _Layout(NamedTuple):
 def _layout(numbers: tuple[int, ...]) -> _Layout:
     if len(numbers) < _HEAD:
         raise ValueError(f"spec: expected at least {_HEAD} integers, got {len(numbers)}")
-    count, projected, pooled, given = numbers[:_HEAD]
+    count, projected, pooled, given, form = numbers[:_HEAD]
+    if form not in range(len(FORMS)):
+        raise ValueError(f"spec: expected a form of 0 to {len(FORMS) - 1}, got {form}")
     units = count + projected
     expected = _HEAD + units * _ROW + pooled * _POOL
     if count < 1 or {projected, pooled, given} - {0, 1} or len(numbers) != expected:
@@ -184,6 +260,7 @@ def _layout(numbers: tuple[int, ...]) -> _Layout:
         count,
         pool,
         bool(given),
+        list(FORMS)[form],
         tuple(i for i, (_, name) in enumerate(fields) if not name.startswith("running")),
         tuple(cleared),
     )
@@ -201,7 +278,12 @@ def unpack(tensors: Sequence, numbers: Sequence[int], epsilons: Sequence[float])
         for places, rest, eps in zip(layout.places, layout.numbers, epsilons, strict=True)
     ]
     count = layout.main
-    return Block(units[:count], units[count] if len(units) > count else None, layout.pool, layout.given)
+    return Block(units[:count], units[count] if len(units) > count else None, layout.pool, layout.given, layout.form)
+
+
+def form_of(numbers: Sequence[int]) -> Form:
+    """That of the integers of `pack`."""
+    return FORMS[_layout(tuple(numbers)).form]
 
 
 def tensor_fields(numbers: Sequence[int]) -> Sequence[tuple[int, str]]:

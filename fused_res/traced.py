@@ -10,6 +10,7 @@ from torch import fx, nn
 from fused_res.anatomy import Anatomy
 from fused_res.eligibility import shortcut_of
 from fused_res.reading import child
+from fused_res.spec import FORMS
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 _SUMS = (operator.add, torch.add, "add")
@@ -64,6 +65,7 @@ class _Reader:
         self.x, self.end = inputs[0], nodes[-1].args[0]
         self.seen = {self.x, nodes[-1]}
         self.nodes = nodes
+        self.form = FORMS[anatomy.form]
 
     def _next(self, node: object, what: str) -> fx.Node:
         if not isinstance(node, fx.Node):
@@ -106,26 +108,51 @@ class _Reader:
         self.seen.add(factors[at[0]])
         return self.idle(factors[1 - at[0]])
 
-    def main(self, node: object) -> None:
-        """The main branch, from its last BN to x."""
+    def activated(self, node: object) -> object:
+        """Past a ReLU, unless the norm in front of it has one of its own."""
+        return node if self.anatomy.activated_norms else self.relu(node)
+
+    def main(self, node: object) -> object:
+        """The main branch, from its last module to x. Returns what the first convolution reads."""
+        first = node
         for i, (conv, bn) in enumerate(reversed(self.anatomy.units)):
-            if i > 0 and not self.anatomy.activated_norms:
-                node = self.relu(node)
-            node = self.module(self.idle(node), bn)
-            node = self.module(self.idle(node), conv)
+            if self.form.preactivated:
+                first = self.idle(self.module(self.idle(node), conv))
+                node = self.module(self.idle(self.activated(first)), bn)
+            else:
+                node = self.module(self.idle(self.activated(node) if i > 0 else node), bn)
+                first = node = self.idle(self.module(self.idle(node), conv))
         if self.idle(node) is not self.x:
             self._fail(self._next(node, "x"), "the input")
+        return first
 
     def is_shortcut(self, node: object) -> bool:
-        name = self.anatomy.shortcut
-        if isinstance(node, fx.Node) and node.op == "call_module" and node.target == name:
+        if isinstance(node, fx.Node) and node.op == "call_module" and node.target == self.anatomy.shortcut:
             self.seen.add(node)
-            return len(node.args) == 1 and not node.kwargs and node.args[0] is self.x
+            return len(node.args) == 1 and not node.kwargs
         return node is self.x and not self.has_shortcut
+
+    def check_shortcut(self, node: object, first: object) -> None:
+        """That a shortcut is given what it is to be given: what the first convolution is, `first`."""
+        if node is not self.x and self.idle(node.args[0]) is not first:
+            self._fail(self._next(node.args[0], "the shortcut's input"), "the shortcut's input")
 
     def block(self) -> bool:
         """The whole; whether the sum promotes."""
-        total = self._next(self.relu(self.end), "a sum")
+        end = self.relu(self.end) if self.form.relu else self.idle(self.end)
+        if self.form.skip:
+            return self.sum(end)
+        self.main(end)
+        self.check_rest()
+        return False
+
+    def check_rest(self) -> None:
+        rest = [node for node in self.nodes if node not in self.seen]
+        if rest:
+            raise _OtherwiseError(f"also calls {rest[0].target}")
+
+    def sum(self, end: object) -> bool:
+        total = self._next(end, "a sum")
         in_place = total.target in _SUMS_IN_PLACE
         if total.op not in ("call_function", "call_method") or not (in_place or total.target in _SUMS):
             self._fail(total, "a sum")
@@ -138,10 +165,8 @@ class _Reader:
             left, right = right, left
         elif not self.is_shortcut(right):
             self._fail(self._next(right, "the shortcut"), "the shortcut")
-        self.main(self.scaled(left))
-        rest = [node for node in self.nodes if node not in self.seen]
-        if rest:
-            raise _OtherwiseError(f"also calls {rest[0].target}")
+        self.check_shortcut(right, self.main(self.scaled(left)))
+        self.check_rest()
         return not in_place
 
 

@@ -30,9 +30,21 @@ from fused_res.kernels.tiling import cdiv, tile
 
 @triton.jit
 def bn_act_kernel(
-    y, vectors, skip, y2, vectors2, out, signs, P, C, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    y,
+    vectors,
+    skip,
+    y2,
+    vectors2,
+    out,
+    signs,
+    P,
+    C,
+    RELU: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """out = relu(scale * y + shift + shortcut), and a sign bit for every element of it that is open.
+    """out = relu(scale * y + shift + shortcut), or without RELU the sum, and a sign bit for every element of it that is open.
 
     y, out, and skip or y2 or neither: [P, C]. vectors, and vectors2 with y2: [5, C], float32. signs: [P, ceil(C / 8)], uint8, or
     None.
@@ -44,7 +56,7 @@ def bn_act_kernel(
 
     v = affine(load_rows(y + start, at, mask), load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :])
     v = add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)
-    rounded = relu(v).to(out.dtype.element_ty)
+    rounded = (relu(v) if RELU else v).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)
     if signs is not None:
         S, b, at = locate_signs(C, BLOCK_P, BLOCK_C)
@@ -53,7 +65,13 @@ def bn_act_kernel(
 
 
 def bn_act(
-    y: Tensor, vectors: Tensor, skip: Tensor | None, y2: Tensor | None, vectors2: Tensor | None, keep_signs: bool
+    y: Tensor,
+    vectors: Tensor,
+    skip: Tensor | None,
+    y2: Tensor | None,
+    vectors2: Tensor | None,
+    keep_signs: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Contract: fused_res/primitives/bn_act.py."""
     pixels, channels = y.shape
@@ -61,7 +79,7 @@ def bn_act(
     signs = torch.empty(pixels, -(-channels // 8), dtype=torch.uint8, device=y.device) if keep_signs else None
     block = tile(pixels, channels, y.element_size(), vectors=4)
     arguments = (y, vectors, skip, y2, vectors2, out, signs, pixels, channels)
-    launch_tiles(bn_act_kernel, cdiv(pixels, block.rows), block, channels, *arguments)
+    launch_tiles(bn_act_kernel, cdiv(pixels, block.rows), block, channels, *arguments, RELU=relu)
     return out, signs
 
 
@@ -76,3 +94,4 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield act("skip", y, vectors, y, None, None, False)
         yield act("skip, signs", y, vectors, y, None, None, True, sample=pixels == 100352)
         yield act("second, signs", y, vectors, None, y, vectors, True)
+        yield act("skip, no ReLU", y, vectors, y, None, None, False, False)

@@ -34,6 +34,7 @@ def conv_fprop_kernel(
     P,
     C,
     K,
+    RELU: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
@@ -45,7 +46,7 @@ def conv_fprop_kernel(
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y = x through the weight; with `partials` mean and centred squares of each tile, with `after` on to the block's end.
+    """y = x through the weight; with `partials` mean and centred squares of each tile, with `after`, skip or RELU on to the end.
 
     weight: [K, R, S, C]. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or None. y, and skip or y2 or neither:
     [N, H', W', K]. partials: [T, 2, K], after, vectors2: [5, K], float32, each or None. P: N * H' * W'.
@@ -80,7 +81,9 @@ def conv_fprop_kernel(
     start, at, mask = offset(row, K), p[:, None] * K + k[None, :], within(p, left, k, K)
     if after is not None:
         acc = affine(acc, load_row(after, SCALE, K, k)[None, :], load_row(after, SHIFT, K, k)[None, :])
-        acc = relu(add_shortcut(acc, skip, y2, vectors2, start, at, mask, K, k))
+    acc = add_shortcut(acc, skip, y2, vectors2, start, at, mask, K, k)
+    if RELU:
+        acc = relu(acc)
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + start + at, stored, mask=mask)
     if partials is not None:
@@ -93,10 +96,14 @@ def conv_fprop_kernel(
         tl.store(start + K + k, tl.sum(v * v, axis=0), mask=k < K)
 
 
-def _checked(output: Any, shape: tuple[int, ...], weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _checked(output: Any, shape: tuple[int, ...], weight: Tensor) -> tuple[Tensor | None, ...]:
     """The fields of an `Output` for a convolution's output of this shape."""
     skip, y2 = output.skip, output.y2
-    vectors = check_dense("output.vectors", output.vectors, (5, shape[1]), torch.float32, weight)
+    vectors = output.vectors
+    if vectors is not None:
+        check_dense("output.vectors", vectors, (5, shape[1]), torch.float32, weight)
+    elif output.relu or skip is None:
+        raise ValueError("output.vectors: expected a tensor with a ReLU, and where there is no skip")
     if skip is not None and y2 is not None:
         raise ValueError("output.skip: expected either skip or y2, got both")
     if skip is not None:
@@ -129,17 +136,25 @@ def conv_fprop(
             raise ValueError("y: expected at least one row, got none")
         partials = torch.empty(tiles, 2, channels_out, dtype=torch.float32, device=weight.device)
     after = (None, None, None, None) if output is None else _checked(output, shape, weight)
+    ends = output is not None and output.relu
     launch(
         conv_fprop_kernel,
         tiles * cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
+        RELU=ends,
         **constants(config, unit),
     )
     return y, partials, config.block_p if statistics else 0
 
 
-def _output(vectors: Tensor, skip: Tensor | None = None, y2: Tensor | None = None, vectors2: Tensor | None = None) -> Any:
-    return SimpleNamespace(vectors=vectors, skip=skip, y2=y2, vectors2=vectors2)
+def _output(
+    vectors: Tensor | None,
+    skip: Tensor | None = None,
+    y2: Tensor | None = None,
+    vectors2: Tensor | None = None,
+    relu: bool = True,
+) -> Any:
+    return SimpleNamespace(vectors=vectors, skip=skip, y2=y2, vectors2=vectors2, relu=relu)
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -157,6 +172,7 @@ def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield fprop("plain", plain, case.unit, False, None)
             yield fprop("statistics", plain, case.unit, True, None)
             yield fprop("evaluation, skip", plain, case.unit, False, _output(meta(5, k), skip=case.dy))
+            yield fprop("activated, sum", activated, case.unit, False, _output(None, skip=case.dy, relu=False))
 
 
 def aot_tiles(dtype: torch.dtype) -> Iterator[Variant]:

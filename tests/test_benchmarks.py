@@ -65,7 +65,7 @@ def document(setup):
     return new_document() | {"rows": runner.run_case(setup, FAST, rounds=5)}
 
 
-@pytest.mark.parametrize("case", SUITES["full"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SUITES["full"], *SUITES["resnetv2_50"]], ids=lambda case: case.name)
 def test_cases_are_blocks_as_their_class_makes_them(case):
     with torch.device("meta"):
         block = case.module()
@@ -509,7 +509,7 @@ def test_traffic_of_whole_networks(network, way, forward, backward):
 
 
 @pytest.mark.parametrize("mode", peers.MODES)
-@pytest.mark.parametrize("case", SUITES["full"], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SUITES["full"], *SUITES["resnetv2_50"]], ids=lambda case: case.name)
 def test_each_level_moves_less_than_the_one_before(case, mode):
     moved = [traffic.total(case, way, mode, 64, 2).bytes for way in ("eager", *traffic.LEVELS)]
     assert moved == sorted(moved, reverse=True)

@@ -80,6 +80,20 @@ def test_exact_on_integers(backend, device, dtype, shortcut):
     assert none is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_without_the_relu_it_is_the_sum(backend, device, dtype, shortcut):
+    y, vectors, more = arguments(70, 20, dtype, device, shortcut, integers=True)
+    y[3, 5] = float("nan")
+    out, signs = bn_act(y, vectors, **more, relu=False, backend=backend)
+    expected = sum(terms(y, vectors, **more))
+    assert (expected < 0).any()
+    same(out.double(), expected, nan=True)
+    assert signs is None
+    with pytest.raises(ValueError, match="keep_signs: expected False without a ReLU"):
+        bn_act(y, vectors, **more, relu=False, keep_signs=True, backend=backend)
+
+
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_float64(device, shortcut):
     y, vectors, more = arguments(17, 20, torch.float64, device, shortcut)

@@ -94,6 +94,27 @@ def test_evaluation_epilogue(backend, device, name, shortcut, dtype):
     same(y, total.relu().to(dtype))
 
 
+@every_dtype
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("name", ["1x1", "3x3"])
+def test_epilogue_without_a_relu(backend, device, name, scaled, dtype):
+    """As a pre-activation block ends: in y and the shortcut, or in a * y + bias and the shortcut."""
+    geometry = GEOMETRIES[name]
+    x, vectors, unit, draw = operands(geometry, dtype, device)
+    after, other = draw.vectors(geometry.k) if scaled else None, draw.integers(*geometry.out, dtype=dtype)
+    total = convolve(activate(x, vectors), unit)
+    if backend != "triton":  # whose kernel alone has this epilogue
+        total = total.to(dtype).double()
+    if scaled:
+        total = total * after[3].view(-1, 1, 1) + after[4].view(-1, 1, 1)
+    total = total + other.double()
+    assert (total < 0).any()
+    before = other.clone()
+    y = conv_fprop(Activation(x, vectors), unit, output=Output(after, skip=other, relu=False), backend=backend).image
+    same(y, total.to(dtype))
+    same(other, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
 def test_accuracy(device, poisoned_memory, name, dtype):

@@ -46,10 +46,16 @@ def timm_v2(preact, **options):
 
     def make(get):
         layers = get("timm", "timm.layers")
-        v2, kinds = get("timm", "timm.models.resnetv2"), {"conv_layer": layers.create_conv2d, "norm_layer": layers.BatchNormAct2d}
-        return v2.ResNetV2([1, 1, 1, 1], (16, 32, 64, 64), num_classes=10, preact=preact, stem_type="", **kinds, **options)
+        v2 = get("timm", "timm.models.resnetv2")
+        kinds = {"conv_layer": layers.create_conv2d, "norm_layer": layers.BatchNormAct2d, "stem_type": ""} | options
+        return v2.ResNetV2([1, 1, 1, 1], (16, 32, 64, 64), num_classes=10, preact=preact, **kinds)
 
     return make
+
+
+def timm_group_norm(get):
+    layers = get("timm", "timm.layers")
+    return timm_v2(True, norm_layer=lambda *a, **k: layers.GroupNormAct(*a, num_groups=4, **k))(get)
 
 
 def timm_frozen(get):
@@ -90,6 +96,9 @@ SMALL = {
     "timm BatchNormAct2d": (timm_v2(preact=False), 4),
     "timm BatchNormAct2d, pooled": (timm_v2(preact=False, avg_down=True), 4),
     "timm frozen": (timm_frozen, 4),
+    "timm preact": (timm_v2(preact=True), 4),
+    "timm preact, pooled": (timm_v2(preact=True, avg_down=True), 4),
+    "timm preact, basic": (timm_v2(preact=True, basic=True), 4),
     "transformers basic": (hugging_face("basic", [8, 8, 16, 16]), 5),
     "transformers bottleneck": (hugging_face("bottleneck", [16, 16, 32, 32]), 5),
 }
@@ -116,18 +125,14 @@ WHOLE = {
             "resnet10t": 4,
             "resnext50_32x4d": 16,
             "resnet50s": 16,
+            "resnetv2_50": 16,
         }.items()
     },
     "transformers ResNet-50": (hugging_face("bottleneck", [256, 512, 1024, 2048]), 5),
 }
 LEFT = {
     "timm seresnet50": (timm("seresnet50"), 16, "se is a SEModule, not nn.Identity"),
-    "timm resnetv2_50": (timm("resnetv2_50"), 16, "a pre-activation block: its BN and ReLU come before its convolutions"),
-    "timm BatchNormAct2d, preact": (
-        timm_v2(preact=True),
-        4,
-        "a pre-activation block: its BN and ReLU come before its convolutions",
-    ),
+    "timm GroupNorm, preact": (timm_group_norm, 4, "norm1 is a GroupNormAct, not nn.BatchNorm2d"),
     "timm resnest14d": (timm("resnest14d"), 4, "its convolutions are weighted by attention"),
     "timm SiLU": (timm_narrow("BasicBlock", act_layer=nn.SiLU), 5, "act1 is a SiLU, not nn.ReLU"),
     "timm GroupNorm": (timm("resnet18", norm_layer="groupnorm"), 8, "bn1 is a GroupNorm, not nn.BatchNorm2d"),

@@ -21,6 +21,8 @@ ORDER = (
     "call recompute",
     "functional anatomy",
     "fusible traced",
+    "chains",
+    "identity",
     "modules fusing",
     "explain accuracy",
     "__init__ check",

@@ -78,6 +78,7 @@ struct BnAct {
   void* out;
   uint8_t* signs;
   bool stream;  // results go past the caches
+  bool relu = true;
 };
 
 struct BnActBackwardReduce {

@@ -1,4 +1,4 @@
-// Kernel of `bn_act`: normalise, add the shortcut, apply ReLU, and keep the ReLU's signs, in one pass.
+// Kernel of `bn_act`: normalise, add the shortcut, apply ReLU, if asked for, and keep its signs, in one pass.
 #pragma once
 
 #include "launch.cuh"
@@ -16,6 +16,7 @@ struct BnAct {
   void* out;              // [P, C]
   std::uint8_t* signs;    // [P, ceil(C / 8)] or null
   Layout layout;
+  bool relu = true;
 };
 
 /// Rows that a thread loads before it computes: four independent loads of 16 bytes, or about as many single ones.
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_kernel(BnAct a) {
         float v = first(j, get<T>(value[u], j));
         if constexpr (kShortcut == Shortcut::kIdentity) v += get<T>(other[u], j);
         if constexpr (kShortcut == Shortcut::kProjection) v += second(j, get<T>(other[u], j));
-        result[j] = relu(v);
+        result[j] = a.relu ? relu(v) : v;
       }
       const Pack rounded = pack<T>(result);
       store<T, kWide>(out + row * C, rounded, valid);

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.conv_dgrad import Inflow
-from fused_res.primitives.conv_fprop import Convolved
+from fused_res.primitives.conv_fprop import Convolved, finished
 from fused_res.primitives.moments import SUSPECT, Moments
 from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
@@ -183,6 +183,8 @@ def move_statistics(moves: Sequence[Move]) -> bool:
 
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
+    if output is not None and not output.relu:  # for which these kernels have no epilogue
+        return Convolved(finished(conv_fprop(x, unit, False, None).image, output, backend="native"))
     if not _pointwise(unit):
         finish = (None,) * 4 if output is None else (output.vectors, _rows(output.skip), _rows(output.y2), output.vectors2)
         image, vectors, *_ = _activation(x)

@@ -5,17 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.block.forward import Found, Saved, projected
+from fused_res.block.forward import Found, Saved, bare_vectors, projected, through
 from fused_res.block.levels import Level, is_pointwise
-from fused_res.block.pool import join_through_pool, pooled, through_pool
+from fused_res.block.pool import join_through_pool, through_pool
 from fused_res.layout import nhwc, to_image, to_rows
+from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
     bn_act_backward_apply,
     bn_act_backward_finalize,
     bn_act_backward_reduce,
 )
+from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
+from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.moments import moments
@@ -28,7 +31,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
-from fused_res.spec import AvgPool, Block, ConvBN
+from fused_res.spec import FORMS, AvgPool, Block, ConvBN, in_front, regrouped
 
 
 class Gradients(NamedTuple):
@@ -84,10 +87,18 @@ def coefficient(found: Tensor | TailGradients, name: str) -> Tensor:
 
 
 class _Outer(NamedTuple):
-    """The gradient of out, [N, K, H', W'] and channels_last, and the signs of the outer ReLU."""
+    """The gradient of out, [N, K, H', W'] and channels_last, and the signs of the outer ReLU, if there is one."""
 
     dout: Tensor
-    signs: Tensor
+    signs: Tensor | None
+
+
+def _open(outer: _Outer) -> Tensor:
+    """The signs of the outer ReLU, or of one that is open everywhere: an eighth of a byte for each element, and no kernel more."""
+    if outer.signs is not None:
+        return outer.signs
+    n, channels, h, w = outer.dout.shape
+    return torch.full((n * h * w, sign_bytes(channels)), 255, dtype=torch.uint8, device=outer.dout.device)
 
 
 def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branch, backend: str) -> Tensor:
@@ -100,7 +111,7 @@ def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branc
 
 def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, backend: str) -> tuple[list[Tensor], list[Gradient | None]]:
     """Through the outer ReLU and the BNs added in front of it, one or two: [7, K] coefficients and dy of each branch."""
-    dout, signs = to_rows(outer.dout), outer.signs
+    dout, signs = to_rows(outer.dout), _open(outer)
     first, second = branches[0], branches[1] if len(branches) > 1 else None
     partials = None
     if any(branch.needs_sums for branch in branches):
@@ -166,11 +177,13 @@ def _moment_bn(
 
 
 def _projection(
-    image: Tensor, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
+    read: Activation, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
 ) -> tuple[Tensor | None, Addend | None]:
-    """Gradients of a projection's weight and of x through it, from the gradient of its convolution's output."""
-    unit, wanted = branch.unit, pooled(image, pool) if branch.needs_dy else None
-    dweight = conv_wgrad(dy, Activation(wanted), unit, backend=backend) if branch.wants.weight else None
+    """Gradients of a projection's weight and of what it reads, before the pool, from the gradient of its convolution's output."""
+    if not branch.needs_dy:
+        return None, None
+    unit, image, sampled = branch.unit, read.image, through(read, pool, backend)
+    dweight = conv_wgrad(dy, sampled, unit, backend=backend) if branch.wants.weight else None
     if not branch.below:
         return dweight, None
     if is_pointwise(unit) and tuple(unit.stride) != (1, 1) and pool is None:
@@ -179,8 +192,52 @@ def _projection(
         read = image.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
         dx = conv_dgrad(dy, read, unit._replace(stride=(1, 1)), backend=backend).image
         return dweight, Addend(dx, stride=tuple(unit.stride))
-    dx = conv_dgrad(dy, wanted, unit, backend=backend).image
+    dx = conv_dgrad(dy, sampled.image, unit, backend=backend).image
     return dweight, Addend(dx if pool is None else nhwc(through_pool(dx, image, pool)))
+
+
+class _Bare(NamedTuple):
+    """Through a last convolution without a BN: gradients of its bias, of the residual scale and of the bias of a projection beside
+    it, where they are wanted, and dy, that of its output."""
+
+    dbias: Tensor | None
+    dscale: Tensor | None
+    dy: Gradient
+    dside: Tensor | None
+
+
+def _bare_end(outer: _Outer, z: Activation, current: _Branch, side: _Branch | None, level: Level, backend: str) -> _Bare:
+    """What a residual scale multiplied is computed once more where the scale's own gradient is wanted: nobody has kept it."""
+    rows, unit, a = to_rows(outer.dout), current.unit, current.residual_scale
+    wide = statistics_dtype(rows.dtype)
+    of_side = side is not None and side.wants.bias
+    total = rows.sum(0, dtype=wide) if of_side or current.wants.bias or (current.needs_scale and unit.bias is not None) else None
+    dbias = total if current.wants.bias else None
+    dy = Gradient(outer.dout)
+    if a is not None:
+        dbias = None if dbias is None else dbias * a.to(wide)
+        dy = Gradient(outer.dout * a)
+    dscale = None
+    if current.needs_scale:
+        read = z if level.prologues else Activation(z.values(backend))
+        y = to_rows(conv_fprop(read, unit, backend=level.convolutions(backend)).image)
+        vectors = bare_vectors(unit._replace(bias=None), None, torch.ones_like(a), y.dtype)
+        partials = bn_act_backward_reduce(rows, y, vectors, signs=_open(outer), backend=backend)
+        dscale = partials[:, 1].sum()
+        if unit.bias is not None:
+            dscale = dscale + (unit.bias.to(wide) * total).sum()
+    return _Bare(dbias, dscale, dy, total if of_side else None)
+
+
+def _through_head(inflow: Inflow, head: _Branch, add: Addend | None, level: Level, backend: str) -> tuple[ConvBN, Tensor | None]:
+    """Through the ReLU and the BN in front of all convolutions: its parameters' gradients, and x's, with the shortcut's."""
+    c, dy = _inner_bn(inflow, head, level, backend)
+    dx = None
+    if head.below:
+        dx = dy.values(backend)
+        if add is not None:
+            masked_add(dx, add, backend=backend)
+    return head.parameters(c, None), dx
 
 
 def _moment_projection(
@@ -207,7 +264,7 @@ def backward(
     level: str,
     backend: str,
 ) -> Gradients:
-    """Gradients of `out = relu(a * main(x) + shortcut(x))`.
+    """Gradients of what the block's form says: of `out = relu(a * main(x) + shortcut(x))`, say.
 
     Args:
         dout: [N, K, H', W'], any strides; never written to.
@@ -219,32 +276,40 @@ def backward(
         The gradients asked for: images channels_last, weights in the weights' dtype, per-channel vectors in the statistics'.
     """
     image, count, level = nhwc(x), len(block.main), Level.of(level, block)
+    (head, block), (head_wants, wants_of) = regrouped(block), regrouped(needs.block)
     outer, convolutions = _Outer(nhwc(dout), saved.signs), level.convolutions(backend)
     sizes = [tuple(image.shape[2:])]
     for unit in block.main:
         sizes.append(unit.output_size(*sizes[-1]))
 
-    units, wanted = block.units(), needs.block.units()
+    units, wanted = block.units(), wants_of.units()
+    # With a BN in front of all convolutions, the others' vectors come after its own.
+    vectors = [*saved.vectors[head is not None :], *[None] * len(units)]
 
     def branch(i: int, below: bool, *scale) -> _Branch:
         found = saved.found[i] if saved.found else None
-        return _Branch(units[i], saved.ys[i], saved.vectors[i], found, wanted[i], below, *scale)
+        return _Branch(units[i], saved.ys[i], vectors[i], found, wanted[i], below, *scale)
 
     # below[i]: whether anything in front of unit i wants a gradient.
-    below = [bool(needs.x)]
-    for wants in needs.block.main[:-1]:
+    below = [bool(needs.x) or (head is not None and any((head_wants.gamma, head_wants.beta)))]
+    for wants in wants_of.main[:-1]:
         below.append(below[-1] or any((wants.weight, wants.bias, wants.gamma, wants.beta)))
 
+    before = None
+    if head is not None:  # whose input is x, and which has no convolution in front whose weight would want dy
+        before = _Branch(head, to_rows(image), saved.vectors[0], None, head_wants._replace(weight=False, bias=False), bool(needs.x))
     current = branch(count - 1, below[-1], residual_scale, bool(needs.residual_scale))
-    side = None if block.projection is None else branch(count, bool(needs.x))
-    add = Addend(*outer) if side is None and not block.given else None
+    side = None if block.projection is None else branch(count, below[0])
+    identity = FORMS[block.form].skip and side is None and not block.given
+    # What joins the gradient of what the first convolution reads: x's own shortcut, unless that begins in front of a BN.
+    add = Addend(*outer) if identity and head is None else None
     dprojection = None
 
     def activation(i: int) -> Activation:
         """What unit i of main reads."""
         if i == 0:
-            return Activation(image)
-        return Activation(to_image(saved.ys[i - 1], image.shape[0], *sizes[i]), saved.vectors[i - 1])
+            return Activation(image) if head is None else Activation(image, saved.vectors[0])
+        return Activation(to_image(saved.ys[i - 1], image.shape[0], *sizes[i]), vectors[i - 1])
 
     main: list[ConvBN] = [ConvBN(weight=None)] * count
     if level.moment_main:
@@ -253,17 +318,27 @@ def backward(
         del z
         if side is not None and not level.moment_projection:
             (found,), (dside,) = _outer_bns(outer, [side], level, backend)
-            dweight, add = _projection(image, side, block.pool, dside, convolutions)
+            dweight, add = _projection(Activation(image), side, block.pool, dside, convolutions)
             dprojection = side.parameters(found, dweight)
             del dside
+    elif head is not None:
+        c, bare = None, _bare_end(outer, activation(count - 1), current, side, level, backend)
+        dy, dscale = bare.dy, bare.dscale
+        if side is not None:
+            z = activation(0)
+            read = z if level.prologues else Activation(z.values(backend))
+            dweight, add = _projection(read, side, block.pool, Gradient(outer.dout), convolutions)
+            dprojection = ConvBN(dweight, bare.dside)
+            del z, read
     else:
         branches = [current] if side is None else [current, side]
         (c, *found), (dy, *dsides) = _outer_bns(outer, branches, level, backend)
         if side is not None:
-            dweight, add = _projection(image, side, block.pool, dsides[0], convolutions)
+            dweight, add = _projection(Activation(image), side, block.pool, dsides[0], convolutions)
             dprojection = side.parameters(found[0], dweight)
         del dsides
-    dscale = coefficient(c, "dscale").sum() if needs.residual_scale else None
+    if head is None:
+        dscale = coefficient(c, "dscale").sum() if needs.residual_scale else None
 
     dx = None
     for i in reversed(range(count)):
@@ -280,25 +355,37 @@ def backward(
                 read = z if level.prologues else Activation(z.values(backend))
                 dweight = conv_wgrad(dy, read, current.unit, backend=convolutions)
                 z, read = activation(i), None  # frees the values
-            if i == 0 and needs.x:
+            if i == 0 and head is None and needs.x:
                 joins = add if level.epilogues else None
                 dx = conv_dgrad(dy, image, current.unit, add=joins, backend=convolutions).image
                 if add is not None and joins is None:
                     masked_add(dx, add, backend=backend)
             elif below[i]:
-                inner = z if level.epilogues and branch(i - 1, below[i - 1]).needs_sums else None
-                inflow = conv_dgrad(dy, z.image, current.unit, inner=inner, backend=convolutions)
-        main[i] = current.parameters(c, dweight)
+                behind, joins = (before, add) if i == 0 else (branch(i - 1, below[i - 1]), None)
+                inner = z if level.epilogues and joins is None and behind.needs_sums else None
+                ends = {"inner": inner, "add": joins if level.epilogues else None}
+                inflow = conv_dgrad(dy, z.image, current.unit, **ends, backend=convolutions)
+                if joins is not None and not level.epilogues:
+                    masked_add(inflow.image, joins, backend=backend)
+        if head is not None and i == count - 1:
+            main[i] = ConvBN(dweight, bare.dbias)
+        else:
+            main[i] = current.parameters(c, dweight)
         if i == 0 or not below[i]:
             break
         current = branch(i - 1, below[i - 1])
         c, dy = _inner_bn(inflow, current, level, backend)
-        del inflow
+        inflow = None  # frees its image
+    dhead = ConvBN(None)
+    if head is not None and below[0]:
+        dhead, dx = _through_head(inflow, before, Addend(outer.dout) if identity else None, level, backend)
     if side is not None and level.moment_projection:
         found = _moment_projection(outer, image, side, block.pool, dx, backend)
         dprojection = side.parameters(found, None if found is None else found.dweight)
     dskip = None
     if needs.skip:
-        dskip = torch.zeros_like(outer.dout)
-        masked_add(dskip, Addend(*outer), backend=backend)
-    return Gradients(dx, dskip, dscale, Block(main, dprojection))
+        dskip = outer.dout.clone() if outer.signs is None else torch.zeros_like(outer.dout)
+        if outer.signs is not None:
+            masked_add(dskip, Addend(*outer), backend=backend)
+    found = Block(main, dprojection)
+    return Gradients(dx, dskip, dscale, found if head is None else in_front(dhead, found))

@@ -10,7 +10,7 @@ from fused_res import plans
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.primitives.choice import Call
-from fused_res.spec import Block, ConvBN, pack, unpack
+from fused_res.spec import FORMS, Block, ConvBN, pack, unpack
 
 
 class Asked(NamedTuple):
@@ -79,10 +79,15 @@ def saved_bytes(x: Tensor, residual_scale: Tensor | None, block: Block, level: s
     tensors, spec, eps = pack(bare)
     _, saved = torch.ops.fused_res.block_forward(image, skip, _meta(residual_scale), tensors, spec, eps, True, level, "reference")
     own = x.numel() * x.element_size() + sum(tensor.nbytes for tensor in saved)
-    eager, size = x.numel(), tuple(x.shape[2:])
-    for i, (unit, fixed) in enumerate(zip(block.main, frozen, strict=False)):
+    form, size = FORMS[block.form], tuple(x.shape[2:])
+    if form.preactivated:  # x, where its BN keeps that, and what the first ReLU made of it
+        eager, fixed_behind, frozen = x.numel() * (2 - frozen[0]), [*frozen[1:], True], [*frozen, True]
+    else:
+        eager, fixed_behind = x.numel(), frozen
+    for i, (unit, fixed) in enumerate(zip(block.main, fixed_behind, strict=False)):
         size = unit.output_size(*size)
-        images = (not fixed) + (i < len(block.main) - 1 or residual_scale is not None)
+        activated = i < len(block.main) - 1 or residual_scale is not None
+        images = (not fixed) + activated
         eager += _pixels(x, size) * unit.weight.shape[0] * images
     if block.projection is not None:
         start = tuple(x.shape[2:])
@@ -91,9 +96,9 @@ def saved_bytes(x: Tensor, residual_scale: Tensor | None, block: Block, level: s
             eager += x.shape[1] * _pixels(x, start)
         if not frozen[-1]:
             eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
-    units = zip(block.units(), frozen, strict=True)
-    counts = [(unit, 1 if fixed else 2 * unit.training) for unit, fixed in units]
-    vectors = sum(count * unit.weight.shape[0] * _statistic_bytes(x, unit) for unit, count in counts)
+    channels = [unit.weight.shape[1] * unit.groups if form.preactivated else unit.weight.shape[0] for unit in block.units()]
+    units = zip(block.norms(), channels, frozen, strict=False)
+    vectors = sum(k * (1 if fixed else 2 * unit.training) * _statistic_bytes(x, unit) for unit, k, fixed in units)
     return own, eager * x.element_size() + vectors
 
 

@@ -16,7 +16,7 @@ from torch.library import Library
 from fused_res import reference
 from fused_res.block.prepared import Prepared
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import ConvBN, unpack
+from fused_res.spec import FORMS, ConvBN, unpack
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
@@ -31,16 +31,17 @@ def block_exported(
     residual_scale: Tensor | None,
     tensors: list[Tensor],
     call: Prepared,
-    units: list[ConvBN],
+    norms: list[ConvBN],
     settle: Callable[[list[Tensor | None]], None],
 ) -> Tensor:
-    """The block as one operator of an exported program. Units that take the batch's statistics give them to `settle`.
+    """The block as one operator of an exported program. Of `norms`, its BNs, those that take the batch's statistics give them to
+    `settle`.
 
     Whether anything is kept for backward is decided when the program runs.
     """
     out, statistics = torch.ops.fused_res.block(x, skip, residual_scale, tensors, call.spec, call.eps, call.level, call.backend)
     rest = iter(statistics)
-    settle([next(rest) if unit.training else None for unit in units])
+    settle([next(rest) if unit.training else None for unit in norms])
     return out
 
 
@@ -55,8 +56,8 @@ def _block(x, skip, residual_scale, tensors, spec, eps, level, backend):
     wanted = (x, skip, residual_scale, *tensors)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in wanted)
     out, saved = torch.ops.fused_res.block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
-    units = unpack(tensors, spec, eps).units()
-    return out, [vectors[:2] for unit, vectors in zip(units, saved, strict=False) if unit.training]
+    norms = unpack(tensors, spec, eps).norms()
+    return out, [vectors[:2] for unit, vectors in zip(norms, saved, strict=False) if unit.training]
 
 
 def _is_taken_apart() -> bool:
@@ -69,23 +70,38 @@ def _is_taken_apart() -> bool:
 
 def _composed(x, skip, residual_scale, tensors, spec, eps):
     block, statistics = unpack(tensors, spec, eps), []
+    preactivated = FORMS[block.form].preactivated
 
-    def conv_bn(images: Tensor, unit: ConvBN) -> Tensor:
-        y = F.conv2d(images, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
+    def conv(images: Tensor, unit: ConvBN) -> Tensor:
+        return F.conv2d(images, unit.weight, unit.bias, unit.stride, unit.padding, unit.dilation, unit.groups)
+
+    def bn(y: Tensor, unit: ConvBN, bias: Tensor | None) -> Tensor:
+        """bias: of the convolution that made y, which the statistics are without."""
         if unit.training:
             wide = y.detach().to(statistics_dtype(y.dtype))
             var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            mean = mean if unit.bias is None else mean - unit.bias.detach()
+            mean = mean if bias is None else mean - bias.detach()
             statistics.append(torch.stack((mean, var)))
         return F.batch_norm(y, unit.running_mean, unit.running_var, unit.gamma, unit.beta, unit.training, 0.0, unit.eps)
 
-    main = [lambda images, unit=unit: conv_bn(images, unit) for unit in block.main]
+    def conv_bn(images: Tensor, unit: ConvBN) -> Tensor:
+        return bn(conv(images, unit), unit, unit.bias)
+
     shortcut = None
     if block.projection is not None:
-        shortcut = lambda images: conv_bn(reference.pooled(images, block.pool), block.projection)  # noqa: E731
+        project = conv if preactivated else conv_bn
+        shortcut = lambda images: project(reference.pooled(images, block.pool), block.projection)  # noqa: E731
     elif block.given:
         shortcut = lambda _: skip  # noqa: E731
-    return reference.compose(x, main, shortcut, residual_scale), statistics
+    if preactivated:
+        biases = (None, *(unit.bias for unit in block.main[:-1]))
+        pairs = [
+            (lambda y, unit=unit, bias=bias: torch.relu(bn(y, unit, bias)), lambda z, unit=unit: conv(z, unit))
+            for unit, bias in zip(block.main, biases, strict=True)
+        ]
+        return reference.compose_preactivated(x, pairs, shortcut, residual_scale), statistics
+    main = [lambda images, unit=unit: conv_bn(images, unit) for unit in block.main]
+    return reference.compose(x, main, shortcut, residual_scale, form=block.form), statistics
 
 
 _library.impl("block", _block, "CompositeImplicitAutograd")

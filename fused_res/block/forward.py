@@ -14,11 +14,11 @@ from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import bn_finalize, bn_running
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.common import statistics_dtype
-from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.conv_fprop import conv_fprop, finished
 from fused_res.primitives.moments import Moments, moments, moments_finalize
 from fused_res.primitives.operands import Activation, Output, multiplied
 from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
-from fused_res.spec import AvgPool, Block, ConvBN
+from fused_res.spec import FORMS, AvgPool, Block, ConvBN, regrouped
 
 
 class Found(NamedTuple):
@@ -39,32 +39,32 @@ class Found(NamedTuple):
 class Saved(NamedTuple):
     """What the forward keeps for the backward, beside the inputs.
 
-    vectors: for every unit the [5, K] tensor of `bn_finalize`; ys: for every unit its convolution's output as a matrix
-    [P, K], or None where the moment form does without it; signs: the outer ReLU's sign bits. found: for every unit what the
-    moment form found, or None; empty where nobody kept it, and it is found again. The inner activations are recomputed from
-    `ys`.
+    vectors: for every BN, in the order of `block.norms()`, the [5, K] tensor of `bn_finalize`; ys: for every unit its convolution's
+    output as a matrix [P, K], or None where backward does without it; signs: the outer ReLU's sign bits, if there is one. found:
+    for every unit what the moment form found, or None; empty where nobody kept it, and it is found again. The inner activations
+    are recomputed from `ys`, and from x where a BN comes first.
     """
 
     vectors: Sequence[Tensor]
     ys: Sequence[Tensor | None]
-    signs: Tensor
+    signs: Tensor | None
     found: Sequence[Found | None] = ()
 
     def to_list(self) -> list[Tensor]:
         ys, found = (y for y in self.ys if y is not None), (f for f in self.found if f is not None)
-        return [*self.vectors, *ys, *chain.from_iterable(found), self.signs]
+        return [*self.vectors, *ys, *chain.from_iterable(found), *(() if self.signs is None else (self.signs,))]
 
     @classmethod
     def from_list(cls, tensors: Sequence[Tensor], block: Block, level: str) -> "Saved":
         level = Level.of(level, block)
-        units, kept, counted = len(level.stores), sum(level.stores), level.keeps_moments(block)
-        expected = units + kept + len(Found._fields) * sum(counted) + 1
+        norms, kept, counted, signed = len(block.norms()), sum(level.stores), level.keeps_moments(block), FORMS[block.form].relu
+        expected = norms + kept + len(Found._fields) * sum(counted) + signed
         if len(tensors) != expected:
             raise ValueError(f"saved: expected {expected} tensors at level {level.name!r}, got {len(tensors)}")
-        rest = iter(tensors[units:-1])
+        rest = iter(tensors[norms:])
         ys = [next(rest) if stored else None for stored in level.stores]
         found = [Found(next(rest), next(rest), next(rest)) if there else None for there in counted]
-        return cls(tensors[:units], ys, tensors[-1], found)
+        return cls(tensors[:norms], ys, next(rest) if signed else None, found)
 
 
 def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, backend: str) -> Tensor:
@@ -106,11 +106,11 @@ def projected(image: Tensor, unit: ConvBN, pool: AvgPool | None) -> Activation:
 def forward(
     x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, block: Block, level: str, save: bool, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """`out = relu(a * main(x) + shortcut(x))`.
+    """What the block's form says (`fused_res.spec.FORMS`): `out = relu(a * main(x) + shortcut(x))`, say.
 
     Args:
         x: [N, C, H, W], any strides.
-        skip: the shortcut's value [N, K, H', W'] where the block has neither an identity nor a projection.
+        skip: the shortcut's value [N, K, H', W'] where that is neither the identity nor a projection, and there is one.
         residual_scale: the scalar a, or None for 1.
         block: tensors in x's dtype (BN's may be float32).
         level: one of `fused_res.block.levels.LEVELS`.
@@ -120,9 +120,16 @@ def forward(
         out [N, K, H', W'], channels_last, and the list of `Saved`, of which only `vectors` if not `save`.
     """
     image, level = nhwc(x), Level.of(level, block)
+    head, block = regrouped(block)
     vectors: list[Tensor] = []
     ys: list[Tensor | None] = []
     z = Activation(image)
+    if head is not None:
+        vectors.append(_in_front(image, head, backend))
+        z = Activation(image, vectors[0])
+        if not level.prologues:
+            z = Activation(z.values(backend))
+    first = z if head is not None and block.projection is not None else None
     for unit in block.main[:-1]:
         if level.epilogues and not (save or unit.training):
             vectors.append(running(unit, x.dtype, None, backend))
@@ -135,8 +142,11 @@ def forward(
         if not level.prologues:
             z = Activation(z.values(backend))
         del y, rows
-    finish = _moment_tail if level.moment_main else _tail
-    end = finish(z, image, skip, residual_scale, block, level, save, backend)
+    if head is not None:
+        end = _bare_tail(z, first or Activation(image), skip, residual_scale, block, level, backend)
+    else:
+        finish = _moment_tail if level.moment_main else _tail
+        end = finish(z, image, skip, residual_scale, block, level, save, backend)
     vectors += end.vectors
     if not save:
         return end.out, vectors
@@ -153,6 +163,61 @@ class _End(NamedTuple):
     found: list[Found | None]
 
 
+def _in_front(image: Tensor, head: ConvBN, backend: str) -> Tensor:
+    """The [5, C] vectors of the BN in front of all convolutions. Another normalisation of x would be found here."""
+    rows = to_rows(image)
+    if not head.training:
+        return running(head, rows.dtype, None, backend)
+    partials, size = bn_stats(rows, backend=backend)
+    return bn_finalize(partials, size, rows.shape[0], head.gamma, head.beta, head.eps, backend=backend)
+
+
+def bare_vectors(unit: ConvBN, side: ConvBN | None, residual_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[5, K] of what stands behind a convolution that has no BN: `scale = a`, `shift = a * bias + bias2`; None for nothing.
+
+    side: a convolution that is added as it is, and whose bias2 then joins here.
+    """
+    biases = unit.bias is not None or (side is not None and side.bias is not None)
+    if residual_scale is None and not biases:
+        return None
+    rows = unit.weight.new_zeros((5, unit.weight.shape[0]), dtype=statistics_dtype(dtype))
+    rows[1:4] = 1
+    if unit.bias is not None:
+        rows[4] = unit.bias
+    if residual_scale is not None:
+        rows[3:] *= residual_scale
+    if side is not None and side.bias is not None:
+        rows[4] += side.bias
+    return rows
+
+
+def _bare_tail(
+    z: Activation,
+    first: Activation,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    block: Block,
+    level: Level,
+    backend: str,
+) -> _End:
+    """The last convolution, without a BN, and the shortcut. first: what a projection reads; or else x."""
+    unit, side, convolutions = block.main[-1], block.projection, level.convolutions(backend)
+    if side is not None:
+        skip = conv_fprop(through(first, block.pool, backend), side, backend=convolutions).image
+    elif skip is None:
+        skip = first.image
+    output = Output(bare_vectors(unit, side, residual_scale, skip.dtype), nhwc(skip), relu=False)
+    if level.epilogues:
+        return _End(conv_fprop(z, unit, output=output, backend=backend).image, [], [], None, [])
+    y = conv_fprop(z, unit, backend=convolutions).image
+    return _End(finished(y, output, backend=backend), [], [], None, [])
+
+
+def through(z: Activation, pool: AvgPool | None, backend: str) -> Activation:
+    """What a projection reads behind a pool."""
+    return z if pool is None else Activation(pooled(z.values(backend), pool))
+
+
 def _tail(
     z: Activation,
     image: Tensor,
@@ -163,22 +228,23 @@ def _tail(
     save: bool,
     backend: str,
 ) -> _End:
-    """The last convolution, BN, shortcut and ReLU."""
-    unit, y2, rows2, vectors2 = block.main[-1], None, None, None
+    """The last convolution and BN, and what there is of shortcut and ReLU."""
+    unit, form, y2, rows2, vectors2 = block.main[-1], FORMS[block.form], None, None, None
     if block.projection is not None:
         y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
-    elif skip is None:
+    elif skip is None and form.skip:
         skip = image
     others = [] if vectors2 is None else [vectors2]
     if level.epilogues and not (save or unit.training):
         vectors = running(unit, image.dtype, residual_scale, backend)
-        output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2)
+        output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2, form.relu)
         return _End(conv_fprop(z, unit, output=output, backend=backend).image, [vectors, *others], [], None, [])
     y, rows, vectors = conv_bn(z, unit, residual_scale, level, backend)
     del z
     n, _, h, w = y.shape
     shortcut = None if skip is None else to_rows(skip)
-    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, keep_signs=save, backend=backend)
+    ends = {"keep_signs": save and form.relu, "relu": form.relu}
+    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, **ends, backend=backend)
     return _End(to_image(out, n, h, w), [vectors, *others], [rows] if y2 is None else [rows, rows2], signs, [])
 
 

@@ -1,7 +1,7 @@
 """The biases of a block, which its backward holds but does not save: an optimizer may step them between two backwards.
 
 Autograd refuses a backward once a saved tensor has been written to, and eager saves no bias of a convolution or a BN. Nor are their
-values needed: only the gradient of a residual scale takes the last BN's, and that from a copy.
+values needed: only the gradient of a residual scale takes the last one, and that from a copy.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.spec import tensor_fields, without_running_statistics
+from fused_res.spec import form_of, tensor_fields, without_running_statistics
 
 
 class Kept(NamedTuple):
@@ -47,7 +47,8 @@ def kept_of(spec: tuple[int, ...], scaled: bool) -> Kept:
     saved = tuple(i for i in indices if fields[i][1] not in ("bias", "beta"))
     biases = tuple(i for i in indices if i not in saved)
     order = tuple((*saved, *biases).index(i) for i in indices)
-    copied = indices.index(fields.index((last, "beta"))) if scaled and (last, "beta") in fields else None
+    end = (last, "bias" if form_of(spec).preactivated else "beta")
+    copied = indices.index(fields.index(end)) if scaled and end in fields else None
     return Kept(tuple(indices), tuple(kept_spec), saved, biases, order, copied)
 
 

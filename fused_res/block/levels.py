@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from fused_res.backends import LIBRARY
-from fused_res.spec import Block, ConvBN
+from fused_res.spec import FORMS, POST_ACTIVATION, Block, ConvBN
 
 LEVELS = ("bn_act", "epilogue", "prologue", "moment")
 """Levels of fusion, each with all of those before it.
@@ -20,7 +20,7 @@ def is_pointwise(unit: ConvBN) -> bool:
 
 
 class Level(NamedTuple):
-    """What a level means for one block: a last convolution other than 1x1 has no moment form."""
+    """What a level means for one block: the moment form is that of a last 1x1 convolution with BN, shortcut and ReLU behind it."""
 
     name: str
     """The highest level that means something for the block, of this and those before it."""
@@ -29,7 +29,7 @@ class Level(NamedTuple):
     moment_main: bool
     moment_projection: bool
     stores: tuple[bool, ...]
-    """For each of `block.units()`: whether its convolution's output is stored."""
+    """For each of `block.units()`: whether its convolution's output is kept for backward."""
 
     def convolutions(self, backend: str) -> str:
         """The backend to ask for convolutions: below `epilogue` they are the library's."""
@@ -37,6 +37,8 @@ class Level(NamedTuple):
 
     def keeps_moments(self, block: Block) -> tuple[bool, ...]:
         """For each of `block.units()`: whether it is in the moment form and under batch statistics."""
+        if not self.moment_main:
+            return (False,) * len(self.stores)
         return tuple(unit.training and not stored for unit, stored in zip(block.units(), self.stores, strict=True))
 
     @classmethod
@@ -46,8 +48,10 @@ class Level(NamedTuple):
             raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
         rank = LEVELS.index(level)
         last, projection = block.main[-1], block.projection
-        main = level == "moment" and is_pointwise(last) and tuple(last.stride) == (1, 1)
+        main = level == "moment" and block.form == POST_ACTIVATION and is_pointwise(last) and tuple(last.stride) == (1, 1)
         side = main and projection is not None and is_pointwise(projection)
-        stores = [True] * (len(block.main) - 1) + [not main] + ([not side] if projection is not None else [])
+        bare = FORMS[block.form].preactivated  # no BN behind the last convolution, nor behind the projection
+        ends = [not (main or bare)] + ([not (side or bare)] if projection is not None else [])
+        stores = [True] * (len(block.main) - 1) + ends
         name = level if main or level != "moment" else "prologue"
         return cls(name, rank >= LEVELS.index("epilogue"), rank >= LEVELS.index("prologue"), main, side, tuple(stores))

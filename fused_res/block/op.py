@@ -23,7 +23,7 @@ from fused_res.block.through_reference import reference_gradients, second_gradie
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import Block, tensor_fields, unpack
+from fused_res.spec import FORMS, Block, tensor_fields, unpack
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
@@ -42,23 +42,28 @@ def _output_channels_last(x: Tensor, block: Block, narrow: bool) -> bool:
     Its convolutions are as soon as their input or their weight is. On a CPU its BNs make what is contiguous as well, one channel
     or one pixel, contiguous; `narrow` says whether there is such an output (`is_narrow`).
     """
-    found = is_channels_last(x)
+    found, preactivated = is_channels_last(x), FORMS[block.form].preactivated
     if not narrow or x.device.type != "cpu":
         return found or any(is_channels_last(unit.weight) for unit in block.main)
     for unit, one in zip(block.main, _are_narrow(x, block), strict=True):
-        found = not one and (found or is_channels_last(unit.weight))
+        convolved = is_channels_last(unit.weight)
+        found = (found and not one) or convolved if preactivated else not one and (found or convolved)
     return found
 
 
 def _are_narrow(x: Tensor, block: Block) -> Iterator[bool]:
-    size = tuple(x.shape[2:])
+    """For each unit whether what its BN normalises has one channel or one pixel."""
+    channels, size = x.shape[1], tuple(x.shape[2:])
     for unit in block.main:
-        size = unit.output_size(*size)
-        yield unit.weight.shape[0] == 1 or size[0] * size[1] == 1
+        if FORMS[block.form].preactivated:
+            yield channels == 1 or size[0] * size[1] == 1
+        channels, size = unit.weight.shape[0], unit.output_size(*size)
+        if not FORMS[block.form].preactivated:
+            yield channels == 1 or size[0] * size[1] == 1
 
 
 def is_narrow(x: Tensor, block: Block) -> bool:
-    """Whether any output of the main branch has one channel or one pixel."""
+    """Whether anything that a BN of the main branch normalises has one channel or one pixel."""
     return any(_are_narrow(x, block))
 
 
@@ -133,7 +138,8 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
     outer = block.main[-1].weight.shape[0]
     layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
     out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
-    saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in channels]
+    normalised = [x.shape[1], *channels[: len(block.main) - 1]] if FORMS[block.form].preactivated else channels
+    saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in normalised]
     if save:
         depth = Level.of(level, block)
         saved += [x.new_empty((p, k)) for p, k, stored in zip(pixels, channels, depth.stores, strict=True) if stored]
@@ -142,7 +148,8 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
                 c, k = unit.weight.shape[:2]
                 saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
                 saved.append(x.new_empty(c, dtype=torch.bool))
-        saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
+        if FORMS[block.form].relu:
+            saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
     return out, saved
 
 
@@ -192,7 +199,7 @@ def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps
 
     numbers = spec, eps, needs
     inputs = dout, x, residual_scale, *tensors, *saved
-    # How kernels read sign bits depends on where they lie.
+    # How kernels read sign bits, which come last where there are any, depends on where they lie.
     key = tuple(needs), saved[-1].data_ptr() % 16, *_circumstances(x.device, inputs)
     with _no_autocast(x.device.type):
         return program.run(call.programs, key, schedule, inputs, call.backend)

@@ -7,7 +7,7 @@ import torch
 
 
 class Prepared(NamedTuple):
-    """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of each unit's output, with the batch.
+    """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of what each of `block.norms()` normalises.
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
     `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.

@@ -11,7 +11,7 @@ from fused_res.block.held import valued
 from fused_res.layout import in_layout, is_channels_last
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.spec import Block, ConvBN, tensor_fields, unpack
+from fused_res.spec import FORMS, Block, ConvBN, tensor_fields, unpack
 
 
 class _Leaves:
@@ -24,27 +24,32 @@ class _Leaves:
         self.x, self.residual_scale = _alias(x), None if residual_scale is None else _alias(residual_scale)
         block = unpack(tensors, spec, eps)
         state = Saved.from_list(saved, block, level)
-        last = len(block.main) - 1
+        last, preactivated = len(block.main) - 1, FORMS[block.form].preactivated
         self.tensors = []
         for (u, name), tensor in zip(tensor_fields(spec), tensors, strict=True):
-            v = Vectors(*state.vectors[u])
-            if name == "bias":
+            # Whose values a residual scale multiplies are there as they were.
+            scaled = u == last and residual_scale is not None and name == ("bias" if preactivated else "beta")
+            if name == "bias" and not scaled:
                 self.tensors.append(valued(tensor, torch.zeros_like(tensor, requires_grad=False)))
-            elif name == "beta" and not (u == last and residual_scale is not None):
+            elif name == "beta" and not scaled:
+                v = Vectors(*state.vectors[u])
                 self.tensors.append(valued(tensor, (v.shift + v.scale * v.mean).to(tensor.dtype)))
             else:
                 self.tensors.append(_alias(tensor))
-        self.block = _with_running_statistics(unpack(self.tensors, spec, eps), state.vectors)
+        self.block = _with_running_statistics(unpack(self.tensors, spec, eps), state.vectors, preactivated)
         self.signs = state.signs
 
     def out(self, dout: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output where the shortcut is no given tensor, or its main branch's; and where the outer ReLU is open.
 
-        The saved signs stand in for the ReLU, so that a given shortcut's value need not be kept.
+        The saved signs stand in for the ReLU, so that a given shortcut's value need not be kept; without a ReLU all is open.
         """
         n, channels, h, w = dout.shape
-        # In the gradient's own layout: a mask in another one makes autograd's batched gradients wrong (torch 2.13, one image).
-        open_ = in_layout(unpack_signs(self.signs, channels).view(n, h, w, -1).permute(0, 3, 1, 2), is_channels_last(self.x))
+        if self.signs is None:
+            open_ = torch.ones((), dtype=torch.bool, device=dout.device)
+        else:
+            # In the gradient's own layout: a mask in another one makes autograd's batched gradients wrong (torch 2.13, one image).
+            open_ = in_layout(unpack_signs(self.signs, channels).view(n, h, w, -1).permute(0, 3, 1, 2), is_channels_last(self.x))
         block = self.block
         skip = torch.zeros((), dtype=dout.dtype, device=dout.device).expand(dout.shape) if block.given else block.projection
         out = reference.residual_block(
@@ -53,7 +58,8 @@ class _Leaves:
             skip,
             pool=block.pool,
             residual_scale=self.residual_scale,
-            last_activation=lambda total: torch.where(open_, total, 0),
+            form=block.form,
+            last_activation=None if self.signs is None else lambda total: torch.where(open_, total, 0),
         )
         return out, open_
 
@@ -62,8 +68,11 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor) if tensor.requires_grad else tensor
 
 
-def _with_running_statistics(block: Block, vectors: Sequence[Tensor]) -> Block:
-    """The block with the statistics that the forward normalised by, where those were running ones: its biases are zero here."""
+def _with_running_statistics(block: Block, vectors: Sequence[Tensor], preactivated: bool) -> Block:
+    """The block with the statistics that the forward normalised by, where those were running ones: its biases are zero here.
+
+    A bias that is not, that of a last convolution without a BN, stands behind all of them.
+    """
 
     def restore(unit: ConvBN, rows: Tensor) -> ConvBN:
         if unit.training:
@@ -72,6 +81,8 @@ def _with_running_statistics(block: Block, vectors: Sequence[Tensor]) -> Block:
         v = Vectors(*rows)
         return unit._replace(running_mean=v.mean.to(dtype), running_var=v.var.to(dtype))
 
+    if preactivated:  # whose projection has no BN
+        return block._replace(main=[restore(unit, rows) for unit, rows in zip(block.main, vectors, strict=True)])
     units = [restore(unit, rows) for unit, rows in zip(block.units(), vectors, strict=True)]
     count = len(block.main)
     return block._replace(main=units[:count], projection=units[count] if block.projection is not None else None)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res.spec import AvgPool, Block, ConvBN
+from fused_res.spec import FORMS, AvgPool, Block, ConvBN
 
 _FIELDS = ConvBN._fields[:6]
 
@@ -36,15 +36,20 @@ def check_arguments(
         raise TypeError(f"shortcut: expected a ConvBN, a Tensor or None, got {type(block.projection).__name__}")
     if block.pool is not None and (block.projection is None or not isinstance(block.pool, AvgPool)):
         raise TypeError("pool: expected an AvgPool, in front of a ConvBN shortcut")
+    form = FORMS[block.form]
+    if not form.skip:
+        for name, value in (("shortcut", block.projection), ("shortcut", skip), ("residual_scale", residual_scale)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None for the form {block.form!r}, which has no shortcut")
     if names is None:
         names = [f"main[{i}]" for i in range(len(block.main))] + ["shortcut"]
     if not x.dtype.is_floating_point:
         raise RuntimeError(f"x: expected a floating-point dtype, got {x.dtype}")
     channels = x.shape[1]
     for name, unit in zip(names, block.main, strict=False):
-        channels = _check_unit(name, unit, x, channels)
+        channels = _check_unit(name, unit, x, channels, form.preactivated)
     if block.projection is not None:
-        out = _check_unit(names[len(block.main)], block.projection, x, x.shape[1])
+        out = _check_unit(names[len(block.main)], block.projection, x, x.shape[1], bare=form.preactivated)
         if out != channels:
             raise RuntimeError(f"{names[-1]}: expected {channels} output channels, as the main branch has, got {out}")
     if skip is not None:
@@ -66,8 +71,11 @@ def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"{name}: expected all tensors to be on the device of x, {x.device}, got {tensor.device}")
 
 
-def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int) -> int:
-    """Checks one unit for an input of this many channels; returns its number of output channels."""
+def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int, in_front: bool = False, bare: bool = False) -> int:
+    """Checks one unit for an input of this many channels; returns its number of output channels.
+
+    in_front: whether its BN normalises the input; bare: whether it is to have none.
+    """
     weight = unit.weight
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}.weight: expected a Tensor, got {type(weight).__name__}")
@@ -86,6 +94,10 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int) -> int:
             f"{name}: expected stride and dilation of at least 1 and padding of at least 0, got stride={unit.stride}, "
             f"dilation={unit.dilation}, padding={unit.padding}"
         )
+    if bare:
+        found = [field for field in ConvBN._fields[2:7] if getattr(unit, field) is not None] + ["training"] * unit.training
+        if found:
+            raise ValueError(f"{name}: a pre-activation block's projection is a convolution without a BN, got {found[0]}")
     if unit.eps < 0 or (unit.training and unit.eps == 0):
         raise ValueError(f"{name}.eps: batch normalisation needs a positive eps, got {unit.eps}")
     dtype, device = compute_dtype(x), x.device
@@ -97,10 +109,13 @@ def _check_unit(name: str, unit: ConvBN, x: Tensor, channels: int) -> int:
             _check_device(f"{name}.{field}", tensor, x)
         if field in ("weight", "bias") and tensor.dtype != dtype and compute_dtype(tensor) != dtype:
             raise RuntimeError(f"{name}.{field}: expected {dtype}, as x has, got {tensor.dtype}")
-        if field != "weight" and tensor.shape != (out,):
-            raise RuntimeError(f"{name}.{field} should contain {out} elements, got shape {tuple(tensor.shape)}")
+        count = channels if in_front and field != "bias" else out
+        if field != "weight" and tensor.shape != (count,):
+            raise RuntimeError(f"{name}.{field} should contain {count} elements, got shape {tuple(tensor.shape)}")
         if field != "bias" and tensor.dtype not in allowed:
             raise RuntimeError(f"{name}.{field}: expected {' or '.join(map(str, allowed))} for x of {dtype}, got {tensor.dtype}")
+    if bare:
+        return out
     if not unit.training and (unit.running_mean is None or unit.running_var is None):
         raise RuntimeError(f"{name}: running_mean and running_var must be defined in evaluation mode")
     if unit.training and (unit.running_mean is None) != (unit.running_var is None):
@@ -129,11 +144,14 @@ def check_batch(x: Tensor, block: Block, names: Sequence[str]) -> list[tuple[int
         sizes.append(_unit_size(names[len(block.main)], block.projection, size))
         if sizes[-1] != sizes[-2]:
             raise RuntimeError(f"{names[len(block.main)]}: its output size {sizes[-1]} is not the main branch's {sizes[-2]}")
-    for unit, (height, width) in zip(block.units(), sizes, strict=True):
+    normalised, channels = sizes, [unit.weight.shape[0] for unit in block.units()]
+    if FORMS[block.form].preactivated:
+        normalised, channels = [tuple(x.shape[2:]), *sizes[: len(block.main) - 1]], [x.shape[1], *channels]
+    for unit, (height, width), count in zip(block.norms(), normalised, channels, strict=False):
         if unit.training and x.shape[0] * height * width == 1:
             if unit.num_batches_tracked is not None:
                 unit.num_batches_tracked.add_(1)
-            got = torch.Size((x.shape[0], unit.weight.shape[0], height, width))
+            got = torch.Size((x.shape[0], count, height, width))
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {got}")
     return sizes
 

@@ -27,7 +27,13 @@ def unpack_signs(signs: Tensor, channels: int) -> Tensor:
 
 
 def plain(
-    y: Tensor, vectors: Tensor, skip: Tensor | None, y2: Tensor | None, vectors2: Tensor | None, keep_signs: bool
+    y: Tensor,
+    vectors: Tensor,
+    skip: Tensor | None,
+    y2: Tensor | None,
+    vectors2: Tensor | None,
+    keep_signs: bool,
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     v = Vectors(*vectors)
     total = torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale)
@@ -36,7 +42,7 @@ def plain(
     if y2 is not None:
         v2 = Vectors(*vectors2)
         total += torch.addcmul(v2.shift, y2.to(v2.scale.dtype), v2.scale)
-    out = total.relu_().to(y.dtype)
+    out = (total.relu_() if relu else total).to(y.dtype)
     return out, pack_signs(~(out <= 0)) if keep_signs else None
 
 
@@ -48,9 +54,12 @@ def bn_act(
     y2: Tensor | None = None,
     vectors2: Tensor | None = None,
     keep_signs: bool = False,
+    relu: bool = True,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """`out = relu(scale * y + shift [+ skip] [+ scale2 * y2 + shift2])`, computed in the vectors' dtype and rounded once.
+
+    The ReLU is left out without `relu`; there are no signs then.
 
     Args:
         y: convolution output [P, C].
@@ -74,4 +83,9 @@ def bn_act(
         raise ValueError("vectors2: expected together with y2")
     if vectors2 is not None:
         check("vectors2", vectors2, vectors.shape, vectors.dtype, y.device)
-    return select("bn_act", backend, y.device, plain)(y, vectors, skip, y2, vectors2, keep_signs)
+    run = select("bn_act", backend, y.device, plain)
+    if relu:
+        return run(y, vectors, skip, y2, vectors2, keep_signs)
+    if keep_signs:
+        raise ValueError("keep_signs: expected False without a ReLU")
+    return run(y, vectors, skip, y2, vectors2, False, False)

@@ -71,7 +71,7 @@ def _kind(operand: object) -> str | bool:
         return f"{mask} bn{'' if operand.training else ', running statistics'}"
     if isinstance(operand, Output):
         shortcut = "y2" if operand.y2 is not None else "skip" if operand.skip is not None else "none"
-        return f"output, {shortcut}"
+        return f"output, {shortcut}{'' if operand.relu else ', no ReLU'}"
     if isinstance(operand, Addend):
         return f"{'plain' if operand.signs is None else 'masked'} addend, stride {operand.stride[0]} {operand.stride[1]}"
     return operand if isinstance(operand, bool) else ""

@@ -9,7 +9,8 @@ from fused_res.primitives import library, products
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.choice import convolution
-from fused_res.primitives.operands import Activation, Output
+from fused_res.primitives.masked_add import masked_add
+from fused_res.primitives.operands import Activation, Addend, Output
 from fused_res.spec import ConvBN
 
 
@@ -53,7 +54,15 @@ def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output:
         return Convolved(y, *bn_stats(to_rows(y), backend=backend))
     if output is None:
         return Convolved(y)
+    return Convolved(finished(y, output, backend=backend))
+
+
+def finished(y: Tensor, output: Output, *, backend: str) -> Tensor:
+    """What `output` makes of an image that nobody else reads, in a pass of its own."""
+    if output.vectors is None:
+        masked_add(y, Addend(output.skip), backend=backend)
+        return y
     n, _, h, w = y.shape
     skip, y2 = (None if image is None else to_rows(image) for image in (output.skip, output.y2))
-    out, _ = bn_act(to_rows(y), output.vectors, skip=skip, y2=y2, vectors2=output.vectors2, backend=backend)
-    return Convolved(to_image(out, n, h, w))
+    ends = {"skip": skip, "y2": y2, "vectors2": output.vectors2, "relu": output.relu}
+    return to_image(bn_act(to_rows(y), output.vectors, **ends, backend=backend)[0], n, h, w)

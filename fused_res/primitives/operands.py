@@ -111,15 +111,17 @@ class Gradient:
 
 
 class Output(NamedTuple):
-    """The rest of a block in evaluation: the convolution's output y leaves as `relu(scale * y + shift [+ shortcut])`.
+    """The rest of a block: the convolution's output y leaves as `relu(scale * y + shift [+ shortcut])`, or without the ReLU.
 
-    vectors: [5, K] from `bn_finalize`. The shortcut is `skip` [N, K, H', W'], or `scale2 * y2 + shift2` from `y2` and `vectors2`.
+    vectors: [5, K] from `bn_finalize`; None, for y itself, only with `skip` and without `relu`. The shortcut is `skip`
+    [N, K, H', W'], or `scale2 * y2 + shift2` from `y2` and `vectors2`.
     """
 
-    vectors: Tensor
+    vectors: Tensor | None
     skip: Tensor | None = None
     y2: Tensor | None = None
     vectors2: Tensor | None = None
+    relu: bool = True
 
 
 class Addend(NamedTuple):

@@ -14,7 +14,7 @@ from fused_res.layout import to_image, to_rows
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.operands import Activation
 from fused_res.reference import pooled
-from fused_res.spec import Block, pack, unpack
+from fused_res.spec import FORMS, Block, pack, unpack
 from fused_res.tuning import synthetic
 from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
 
@@ -50,16 +50,20 @@ class Problem:
         """What a backward at the first level starts from: as a forward saves it, less inner pre-activations near 0.
 
         `inner`: where the inner units' part and the signs come from; otherwise from a forward of this problem. The outer units
-        follow from it, as the moment form takes for granted.
+        follow from it, as the moment form takes for granted. Of a pre-activation block all BNs are inner ones, x's too.
         """
         if not self.training:
             return None
-        count = len(self.block.main) - 1
+        count, preactivated = len(self.block.main) - 1, FORMS[self.block.form].preactivated
         if inner is None:
             inner = Saved.from_list(self.forward(LEVELS[0], backend)[1], self.block, LEVELS[0])
-            for y, vectors in zip(inner.ys[:count], inner.vectors, strict=False):
+            if preactivated:
+                self.x.copy_(synthetic.clear(self.x, inner.vectors[0]))
+            for y, vectors in zip(inner.ys[:count], inner.vectors[preactivated:], strict=False):
                 y.copy_(to_rows(synthetic.clear(to_image(y, 1, 1, len(y)), vectors)))
-        vectors = [v.to(statistics_dtype(self.x.dtype)) for v in inner.vectors[:count]]
+        vectors = [v.to(statistics_dtype(self.x.dtype)) for v in inner.vectors[: count + preactivated]]
+        if preactivated:
+            return Saved(vectors, [None if y is None else y.to(self.x.dtype) for y in inner.ys], None)
         ys, size = [y.to(self.x.dtype) for y in inner.ys[:count]], tuple(self.x.shape[2:])
         for unit in self.block.main[:-1]:
             size = unit.output_size(*size)
@@ -83,7 +87,7 @@ class Problem:
         out, saved = self.forward(level, backend)
         if not self.training:
             return [out]
-        batch = [row for vectors, unit in zip(saved, self.block.units(), strict=False) if unit.training for row in vectors[:2]]
+        batch = [row for vectors, unit in zip(saved, self.block.norms(), strict=False) if unit.training for row in vectors[:2]]
         stores = Level.of(level, self.block).stores
         ys = [y if stored else None for y, stored in zip(state.ys, stores, strict=True)]
         return [out, *batch, *self.backward(Saved(state.vectors, ys, state.signs), level, backend)]

@@ -17,7 +17,7 @@ from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.choice import Call
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
-from fused_res.spec import Block, ConvBN
+from fused_res.spec import FORMS, Block, ConvBN
 
 _OPEN = 0.25  # replaces pre-activations
 _NEAR = 2.0**-6  # that are nearer to 0 than this
@@ -101,10 +101,11 @@ def _gradient(draw: Draw, like: Gradient) -> Gradient:
 
 
 def _output(draw: Draw, like: Output) -> Output:
-    channels, dtype = like.vectors.shape[1], like.vectors.dtype
+    vectors, vectors2 = (
+        None if rows is None else draw.vectors(rows.shape[1], rows.dtype) for rows in (like.vectors, like.vectors2)
+    )
     images = (None if image is None else draw.image(tuple(image.shape), image.dtype) for image in (like.skip, like.y2))
-    vectors2 = None if like.vectors2 is None else draw.vectors(channels, dtype)
-    return Output(draw.vectors(channels, dtype), *images, vectors2)
+    return Output(vectors, *images, vectors2, like.relu)
 
 
 def _addend(draw: Draw, like: Addend) -> Addend:
@@ -147,8 +148,9 @@ def anew(call: Call, dtype: torch.dtype | None = None) -> Call:
     return call._replace(unit=unit, operands=tuple(renew(operand) for operand in call.operands))
 
 
-def _unit(draw: Draw, unit: Convolution, dtype: torch.dtype) -> ConvBN:
-    statistics, channels = statistics_dtype(dtype), (unit.weight[0],)
+def _unit(draw: Draw, unit: Convolution, dtype: torch.dtype, in_front: bool) -> ConvBN:
+    """in_front: whether its BN normalises the convolution's input."""
+    statistics, channels = statistics_dtype(dtype), (unit.weight[1] * unit.groups if in_front else unit.weight[0],)
     weight = draw.weight(unit.weight, dtype)
     gamma, beta = draw.uniform(channels, statistics, 0.5, 1.5), draw.normal(channels, statistics, 0.3)
     mean, var = draw.normal(channels, statistics, 0.1), draw.uniform(channels, statistics, 0.5, 1.5)
@@ -159,9 +161,12 @@ def _unit(draw: Draw, unit: Convolution, dtype: torch.dtype) -> ConvBN:
 def block(geometry: Geometry, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Block, Tensor]:
     """A random block of this geometry, and an x for it."""
     draw = Draw(seed, device)
-    main = [_unit(draw, unit, dtype) for unit in geometry.main]
-    projection = None if geometry.projection is None else _unit(draw, geometry.projection, dtype)
+    in_front = FORMS[geometry.form].preactivated
+    main = [_unit(draw, unit, dtype, in_front) for unit in geometry.main]
+    projection = None if geometry.projection is None else _unit(draw, geometry.projection, dtype, in_front)
+    if projection is not None and in_front:
+        projection = projection._replace(**dict.fromkeys(("gamma", "beta", "running_mean", "running_var")), training=False)
     n, height, width = geometry.images
     first = geometry.main[0]
     x = draw.image((n, first.weight[1] * first.groups, height, width), dtype)
-    return Block(main, projection, geometry.pool, geometry.given), x
+    return Block(main, projection, geometry.pool, geometry.given, geometry.form), x
