@@ -1,11 +1,13 @@
 """What blocks have prepared of their weights for evaluation: kept while every tensor that it follows from stays as it was.
 
-Seen are all changes that PyTorch counts (in-place writes by optimizers, `load_state_dict`, `copy_`, …), other tensors in the place
-of those that were there, and other memory behind them (`.data = …`, `Module.to`). What PyTorch does not count, nobody can see:
+Seen are all changes that PyTorch counts (in-place operations, `load_state_dict`, …), steps of optimizers, which PyTorch does not
+count where they are fused, other tensors in the place of those that were there, and other memory behind them (`.data = …`,
+`Module.to`). What PyTorch does not count, nobody can see:
 writes through `.data`, through `detach().numpy()` and other views of the memory from outside, and by collectives of
 `torch.distributed`. After those call `refresh`.
 """
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fused_res import internals
 
@@ -70,6 +73,21 @@ class _Fold:
 _folds: dict[int, _Fold] = {}
 
 
+@functools.cache
+def _watch_optimizers() -> None:
+    """Fused optimizers' steps write past the count: what follows from their parameters is let go after each."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    written = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    if not written:
+        return
+    for key, fold in list(_folds.items()):
+        if any(id(source.tensor) in written for source in fold.sources):
+            _folds.pop(key, None)
+
+
 def _is_followed(tensor: Tensor) -> bool:
     """Whether every change of this tensor can be seen: there is a count, and nobody writes past it."""
     return not (tensor.is_inference() or tensor.is_shared() or internals.is_sharded(tensor))
@@ -91,6 +109,7 @@ def find(owner: object, tensors: Sequence[Tensor], call: object, switches: tuple
         with _lock:
             fold = _folds.get(id(owner))
             if fold is None or not fold.holds(tensors):
+                _watch_optimizers()
                 fold = _folds[id(owner)] = _Fold(owner, tensors)
     if fold.made is None:
         return None

@@ -70,6 +70,16 @@ def by_foreach(block, name, t):
         torch._foreach_mul_([t], 0.5)
 
 
+def in_inference_mode(block, name, t):
+    with torch.inference_mode():
+        t.mul_(0.5)
+
+
+def as_an_output(block, name, t):
+    with torch.no_grad():
+        torch.mul(t.detach().clone(), 0.5, out=t)
+
+
 def by_loading(block, name, t):
     state = {n: v.clone() for n, v in block.state_dict().items()}
     state[name] *= 0.5
@@ -117,6 +127,8 @@ CHANGES = (
     by_a_view,
     by_a_detached_alias,
     by_foreach,
+    in_inference_mode,
+    as_an_output,
     by_loading,
     by_assigning,
     by_a_new_tensor,
@@ -216,6 +228,27 @@ def test_training_between_two_evaluations_is_followed(kind):
     block.eval()
     with torch.no_grad():
         same(block(x), fresh(block, x))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("how", ["fused", "foreach", None])
+def test_steps_of_optimizers_are_followed_with_evaluations_in_between(optimizer, how):
+    block, other = served(), served()
+    x = image(block, dtype=torch.float32)
+    steps = optimizer(block.parameters(), lr=0.1, **({} if how is None else {how: True}))
+    with torch.no_grad():
+        other(x)
+    for _ in range(2):
+        loss = block(x).square().mean()
+        with torch.no_grad():
+            before = block(x)
+            assert is_kept(block)
+        loss.backward()
+        steps.step()
+        with torch.no_grad():
+            same(block(x), fresh(block, x))
+            assert not torch.equal(block(x), before)
+    assert is_kept(other)  # nobody has stepped it
 
 
 def test_batches_in_training_mode_without_gradients_are_followed():
