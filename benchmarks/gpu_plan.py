@@ -170,6 +170,8 @@ def finish(output: Path, worst: int = 4) -> list[Step]:
     )
     profile = code.format(module="fused_res.benchmarks.profiling", before=[])
     report = code.format(module="fused_res.cli", before=["bench", "report"])
+    ship = code.format(module="fused_res.benchmarks.shipping", before=[])
+    outcomes = [str(output / f"{name}.outcomes.jsonl") for name in ("kernel-tests", "gpu-tests")]
     return [
         Step(
             "profile",
@@ -178,6 +180,7 @@ def finish(output: Path, worst: int = 4) -> list[Step]:
             90,
             last=True,
         ),
+        Step("plans", (("-c", ship, str(output), "--output", str(output / "shipped"), "--outcomes", *outcomes),), 5, 30, last=True),
         Step("report", (("-c", report, str(output), "--output", str(output / "report.html")),), 8, 40, last=True),
     ]
 

@@ -11,6 +11,7 @@ from fused_res.fusing import fuse, unfuse
 from fused_res.identity import zero_init_residual
 from fused_res.modules import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck
 from fused_res.planner import use_backend
+from fused_res.tuned import Tuning, tune
 from fused_res.version import __version__
 
 # Python started in a source folder imports the package from there, where kernels and benchmarks lie beside it.
@@ -28,11 +29,13 @@ __all__ = [
     "PreActBasicBlock",
     "PreActBottleneck",
     "Residual",
+    "Tuning",
     "__version__",
     "explain",
     "fuse",
     "refresh",
     "residual_block",
+    "tune",
     "unfuse",
     "use_backend",
     "zero_init_residual",

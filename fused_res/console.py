@@ -1,4 +1,4 @@
-"""Text for terminals: a table that needs no package, a progress bar where rich is installed, and what to install where not."""
+"""Text for terminals: a table that needs no package, a progress bar, and what to install where not."""
 
 import importlib
 import shutil
@@ -71,9 +71,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], shared: int = 0)
     return "\n".join(found)
 
 
+def _plain_progress(total: int, title: str) -> Iterator[Advance]:
+    """One line on stderr that is written over, for want of rich."""
+    started = 0
+
+    def advance(label: str) -> None:
+        nonlocal started
+        line = f"{title}: {min(started, total)} of {total} done, {label}"
+        sys.stderr.write(f"\r{line[: width() - 1].ljust(width() - 1)}")
+        sys.stderr.flush()
+        started += 1
+
+    try:
+        yield advance
+    finally:
+        sys.stderr.write(f"\r{' ' * (width() - 1)}\r")
+
+
 @contextmanager
 def progress(total: int, title: str) -> Iterator[Advance]:
-    """A bar on stderr if that is a terminal; yields `advance(label)`, to be called when a step with this label starts."""
+    """A bar on stderr if that is a terminal, or a line without rich; yields `advance(label)`, to be called when a step starts."""
     if not sys.stderr.isatty():
         yield lambda label: None
         return
@@ -81,7 +98,7 @@ def progress(total: int, title: str) -> Iterator[Advance]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     except ModuleNotFoundError:
-        yield lambda label: None
+        yield from _plain_progress(total, title)
         return
     columns = (
         TextColumn("{task.description}"),

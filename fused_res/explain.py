@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
@@ -47,7 +47,8 @@ class Row:
 
     `backend` is "eager" where it runs through its child modules, and `level` then None; `reason` says why, or why the
     shortcut runs by itself. `units` names its convolutions, main branch first; `convolutions` are those that run as such in a
-    forward and, in training, in a backward to everything. `measured`: whether tuning found the level.
+    forward and, in training, in a backward to everything. `measured`: whether tuning found the level. `decided`: who gave it,
+    "forced" by `use_backend` or `fuse`, "measured", "shipped" (a plan that came with the package), "model" or "rule".
 
     `saved_bytes` and `eager_saved_bytes`: what this call would keep for a backward to everything, without parameters and output,
     fused and through the child modules; None where it runs unfused or in evaluation mode.
@@ -66,6 +67,7 @@ class Row:
     measured: bool = False
     saved_bytes: int | None = None
     eager_saved_bytes: int | None = None
+    decided: str | None = None
 
     def who_convolves(self) -> str:
         """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
@@ -85,6 +87,9 @@ def _who(convolutions: list[Convolution]) -> str:
     return f"{word} ({why})" if why else word
 
 
+_SAID = (planner.MEASURED, planner.SHIPPED, planner.MODEL)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Rows in the order of the calls; `str()` gives a table."""
@@ -99,7 +104,7 @@ class Explanation:
         lines = [head]
         for row in self.rows:
             what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
-            level = f"{row.level} (measured)" if row.measured else row.level or "-"
+            level = f"{row.level} ({row.decided})" if row.decided in _SAID else row.level or "-"
             saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}/{row.eager_saved_bytes / 1e6:.1f} MB"
             lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, saved, row.reason or ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -127,9 +132,10 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):
         choice = choose(call)
         run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
-    measured = not compiled and planner.is_measured(x, parts, level=block._fused_res_level)
+    who = planner.RULE if compiled else planner.who_decided(x, parts, level=block._fused_res_level)
+    measured = who == planner.MEASURED
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
-    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved)
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved, who)
 
 
 def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> tuple[Convolution, ...]:
@@ -176,12 +182,20 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
         backward beside eager; or why it runs unfused.
     """
     rows: list[Row] = []
+    visit(model, inputs, keywords, lambda *call: rows.append(_row(*call)))
+    return Explanation(tuple(rows))
+
+
+def visit(model: nn.Module, inputs: tuple, keywords: dict, saw: Callable[[str, nn.Module, Tensor, bool], object]) -> None:
+    """Run the model once, of which nothing remains, and tell `saw` of every call of a residual block: its name, the block, its x,
+    and whether torch.compile runs it.
+    """
 
     def record(name: str, compiled: bool):
         def hook(block, args, kwargs=None):  # without, where torch is still registering it for another thread's call
             x = args[0] if args else next(iter((kwargs or {}).values()), None)
             if isinstance(x, Tensor):
-                rows.append(_row(name, block, x, compiled))
+                saw(name, block, x, compiled)
 
         return hook
 
@@ -201,7 +215,6 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-    return Explanation(tuple(rows))
 
 
 _lock, _stance, _asking = threading.Lock(), ExitStack(), 0

@@ -1,6 +1,7 @@
 """Which backend and which level of fusion a block runs at: what the user forced, or the automatic choice."""
 
 import importlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res import backends, plans, settings
+from fused_res import backends, environment, plans, settings, shipped
 from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry, is_fixed, numbers_of
@@ -19,6 +20,7 @@ from fused_res.spec import POST_ACTIVATION, Block
 
 __all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
 
+FORCED, MEASURED, SHIPPED, MODEL, RULE = "forced", "measured", "shipped", "model", "rule"
 EAGER = "eager"
 """The name under which `use_backend` runs blocks unfused, in ordinary autograd (`fused_res.reference`)."""
 
@@ -173,12 +175,12 @@ def evaluation_level(block: Block, dtype: torch.dtype, backend: str, level: str 
     return depth.name if depth.epilogues and not depth.moment_main else None
 
 
-def is_measured(x: Tensor, block: Block, *, level: str | None = None) -> bool:
-    """Whether tuning found the level that `plan` gave, not a rule, `use_backend` or `fuse`."""
+def who_decided(x: Tensor, block: Block, *, level: str | None = None) -> str:
+    """Who gave the level of `plan`: `FORCED`, by `use_backend` or `fuse`, `MEASURED`, `SHIPPED`, `MODEL` or `RULE`."""
     asked, numbers = forced() or Forced(AUTO, None), numbers_of(x, block)
-    return (asked.level or level) is None and plans.decided(
-        ("measured", *_key(asked.backend, x.device, x.dtype, numbers))
-    ) is not None
+    if asked.level or level:
+        return FORCED
+    return plans.decided(("who", *_key(asked.backend, x.device, x.dtype, numbers))) or RULE
 
 
 def _key(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple | None) -> tuple:
@@ -214,20 +216,54 @@ def _level(backend: str, device: torch.device, dtype: torch.dtype, numbers: tupl
     level = plans.decided(key)
     if level is not None:
         return level
-    found, measured = _found(backend, device, dtype, numbers, tries=True)
+    found, who = _found(backend, device, dtype, numbers, tries=True)
     level = plans.decide(key, found)
-    if measured and level == found:
-        plans.decide(("measured", *key), True)
+    if level == found:
+        plans.decide(("who", *key), who)
     return level
 
 
-def _found(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple, tries: bool) -> tuple[str, bool]:
-    """The level by measurement, or else by the backend's rule, and whether it was measured."""
+def _found(backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple, tries: bool) -> tuple[str, str]:
+    """The level, and who says so: what was measured here, a plan that came with the package, the model, or the backend's rule."""
     name = resolve(backend, device, dtype) if backend == AUTO else backend
-    geometry, found = Geometry.from_numbers(numbers), None
-    if settings.tune() and _runs(name, device, dtype):
-        found = _tuner().level(name, device, dtype, geometry, tries=tries)
-    return found or backends.load(name).level(device, dtype, geometry), found is not None
+    geometry = Geometry.from_numbers(numbers)
+    if _runs(name, device, dtype):
+        if settings.tune():
+            level = _tuner().level(name, device, dtype, geometry, tries=tries)
+        else:
+            level = _recalled(name, device, dtype, geometry)
+        if level is not None:
+            return level, MEASURED
+        if name == "triton" and device.type == "cuda" and geometry.images is not None:
+            level = _shipped(device, dtype, numbers)
+            if level is not None:
+                return level, SHIPPED
+            level = _modelled(device, dtype, geometry) if tries else None
+            if level is not None:
+                return level, MODEL
+    return backends.load(name).level(device, dtype, geometry), RULE
+
+
+def _recalled(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
+    """What was tuned before, without importing all of tuning where nothing was."""
+    files = importlib.import_module("fused_res.tuning.files")
+    if "fused_res.tuning.tuner" not in sys.modules and not files.any_kept():
+        return None
+    return _tuner().recalled(backend, device, dtype, geometry)
+
+
+def _shipped(device: torch.device, dtype: torch.dtype, numbers: tuple) -> str | None:
+    gpu, versions = torch.cuda.get_device_name(device), environment.versions()
+    return shipped.level(gpu, versions, str(dtype).removeprefix("torch."), numbers)
+
+
+def _modelled(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
+    """By `fused_res.cost`, which runs the schedules on tensors without data: not while anybody traces."""
+    if not _tuner().can_try(device, dtype, geometry):
+        return None
+    predict = importlib.import_module("fused_res.cost.predict")  # brings the kernels
+    gpu = predict.nearest(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    return None if gpu is None else predict.level(geometry, dtype, gpu, geometry.training)
 
 
 def _tune_at(level: str, backend: str, device: torch.device, dtype: torch.dtype, numbers: tuple) -> None:

@@ -28,6 +28,12 @@ def decide(key: Hashable, value: T) -> T:
     return _decided.setdefault(key, value)
 
 
+def forget() -> None:
+    """Settle everything anew from here on: for those who know that no recompute is to come of what ran before."""
+    _decided.clear()
+    _derived.clear()
+
+
 def derived(key: Hashable) -> object | None:
     """What was derived from decisions under this key, or None."""
     return _derived.get(key)

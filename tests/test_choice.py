@@ -153,10 +153,15 @@ def test_what_is_imposed_or_decided_is_what_runs(planted):
     assert run() == [(3, 4)]
 
 
-def test_where_blocks_are_tuned_what_was_not_measured_is_the_librarys(planted):
+def test_while_blocks_are_tuned_what_was_not_measured_is_the_librarys(planted, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_TUNE", "1")
     assert choose(call()) == Choice(True)
     plans.remember_by(lambda key: None)
     assert choose(call()) == Choice(False, why="not measured")
+    with plans.afresh():
+        plans.remember_by(lambda key: None)
+        monkeypatch.setenv("FUSED_RES_TUNE", "0")
+        assert choose(call()) == Choice(True)
 
 
 def test_a_plain_convolution_is_our_own_only_if_that_was_measured(planted):

@@ -1,9 +1,9 @@
 """Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
 
 The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest.
-Where blocks are tuned, the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and nothing
-else. FUSED_RES_CONVOLUTIONS=library leaves all to the library, FUSED_RES_CONVOLUTIONS=own leaves to the kernel
-whatever has something fused into it.
+What was tuned stands: the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and under
+FUSED_RES_TUNE=1 nothing else. FUSED_RES_CONVOLUTIONS=library leaves all to the library, FUSED_RES_CONVOLUTIONS=own leaves to the
+kernel whatever has something fused into it.
 """
 
 import functools
@@ -118,7 +118,11 @@ def _choose(call: Call) -> Choice:
     if asked == "library":
         return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
     if plans.remembers():
-        return plans.ask(call.key(), Choice(False, why="not measured"))
+        return plans.ask(call.key(), Choice(False, why="not measured") if settings.tune() else _by_rule(call, asked))
+    return _by_rule(call, asked)
+
+
+def _by_rule(call: Call, asked: str) -> Choice:
     if not any(call.fused):
         return Choice(False, why="nothing fused")
     pays = getattr(backends.load(call.backend), "pays", None)

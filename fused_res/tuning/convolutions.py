@@ -23,7 +23,10 @@ LIBRARY = "library"
 
 def perform(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
     """What the primitive returns, run as chosen."""
-    call = synthetic.anew(call)
+    return _run(synthetic.anew(call), choice)
+
+
+def _run(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
     with imposing(choice):
         if call.primitive == "conv_fprop":
             x, sums, output = call.operands
@@ -88,6 +91,44 @@ def choices(call: Call) -> dict[str, Choice]:
     """The candidates' names, and what they stand for."""
     found = {LIBRARY: Choice(False, why="measured"), "own": Choice(True, why="measured")}
     return found | {f"own {tuple(tile)}": Choice(True, tile, "measured") for tile in tiles(call)}
+
+
+def shares(call: Call, following: Call | None) -> bool:
+    """Whether both gradients of a convolution follow from one that is still to be computed: what one computes of it serves both."""
+    if following is None or (call.primitive, following.primitive) != ("conv_wgrad", "conv_dgrad"):
+        return False
+    return call.operands[0] is following.operands[0] and call.operands[0].coefficients is not None
+
+
+def try_both(wgrad: Call, dgrad: Call, device: torch.device, measure: Measure) -> list[tuple[Choice, Verdict]]:
+    """The choices for two calls that share their gradient, tried together, as a step runs them: the library's convolution of either
+    needs its values in memory, which the other one then finds there.
+
+    Of each kernel of our own only the tile that is the fastest by itself takes part.
+    """
+    alone = [try_convolution(call, device, measure)[1] for call in (wgrad, dgrad)]
+    able: list[dict[str, Choice]] = []
+    for call, verdict in zip((wgrad, dgrad), alone, strict=True):
+        own = {name: time for name, time in verdict.seconds.items() if name != LIBRARY and name not in verdict.rejected}
+        found, best = choices(call), min(own, key=own.__getitem__, default=None)
+        able.append({LIBRARY: found[LIBRARY]} | ({} if best is None else {best: found[best]}))
+    pairs = {f"{w} + {d}": (able[0][w], able[1][d]) for w in able[0] for d in able[1]}
+    calls = [[synthetic.operands(call, device, seed) for call in (wgrad, dgrad)] for seed in range(INPUTS)]
+
+    def both(i: int, pair: tuple[Choice, Choice]) -> list[Convolved | Inflow | Tensor]:
+        first, second = (synthetic.anew(call) for call in calls[i])
+        second = second._replace(operands=(first.operands[0], *second.operands[1:]))
+        return [_run(first, pair[0]), _run(second, pair[1])]
+
+    def results(i: int, pair: tuple[Choice, Choice]) -> list[Tensor]:
+        return [tensor for call, found in zip(calls[i], both(i, pair), strict=True) for tensor in comparable(call, found)]
+
+    candidates = {
+        name: Candidate(lambda i, pair=pair: both(i, pair), lambda i, pair=pair: results(i, pair)) for name, pair in pairs.items()
+    }
+    incumbent = f"{LIBRARY} + {LIBRARY}"
+    verdict = hold(candidates, incumbent, lambda i: [*truth(calls[i][0]), *truth(calls[i][1])], device, measure, queued=True)
+    return [(choice, verdict) for choice in pairs[verdict.winner]]
 
 
 def try_convolution(call: Call, device: torch.device, measure: Measure) -> tuple[Choice, Verdict]:

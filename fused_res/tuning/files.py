@@ -58,6 +58,19 @@ def root() -> Path | None:
     return folder
 
 
+def any_kept() -> bool:
+    """Whether anything has been kept, of any machine; makes no folder."""
+    asked = settings.cache_folder()
+    if asked == "":
+        return False
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = Path(asked) if asked is not None else base / "fused_res"
+        return folder.is_dir() and any(folder.iterdir())
+    except (OSError, RuntimeError):
+        return False
+
+
 class PlanFiles:
     """The decisions of one machine, set of versions and device, all told by `identity`.
 

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,8 @@ from fused_res.geometry import Geometry
 from fused_res.internals import has_dispatch_modes
 from fused_res.primitives.choice import Call, Choice, own_kernel, switches
 from fused_res.tuning import synthetic, trials
-from fused_res.tuning.convolutions import try_convolution, variants
-from fused_res.tuning.files import PlanFiles, warn_once
+from fused_res.tuning.convolutions import shares, try_both, try_convolution, variants
+from fused_res.tuning.files import PlanFiles, any_kept, warn_once
 from fused_res.tuning.levels import try_levels
 
 measure: trials.Measure = trials.measure
@@ -34,6 +35,7 @@ measure: trials.Measure = trials.measure
 _logger = logging.getLogger("fused_res")
 _lock = threading.RLock()
 _known: dict[tuple[PlanFiles, str], object] = {}
+_times: dict[tuple[PlanFiles, str], dict[str, float]] = {}
 
 
 def level(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry, *, tries: bool = True) -> str | None:
@@ -56,7 +58,8 @@ def convolutions_at(level: str, backend: str, device: torch.device, dtype: torch
     plans.remember_by(recall)
     with _lock:
         if can_try(device, dtype, geometry):
-            _guarded(lambda: _tune_convolutions([level], backend, device, dtype, geometry), device)
+            for piece in pieces(backend, device, dtype, geometry, level)[0]:
+                piece.work()
 
 
 def can_try(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> bool:
@@ -89,37 +92,107 @@ def _recall_level(backend: str, device: torch.device, dtype: torch.dtype, geomet
     return found if found in LEVELS else None
 
 
+def recalled(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
+    """The level that was measured to be the fastest before, by this process or another of the same user; nothing is tried."""
+    if not _known and not any_kept():
+        return None
+    return level(backend, device, dtype, geometry, tries=False)
+
+
+def times(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> dict[str, float] | None:
+    """Seconds of a block's levels, where this process has measured them."""
+    return _times.get((_files(device), _level_text(backend, device, dtype, geometry)))
+
+
+class Piece(NamedTuple):
+    """A trial that is still to be made. work: makes it, and keeps what it finds; False where memory does not suffice."""
+
+    label: str
+    work: Callable[[], bool]
+
+
+def pieces(
+    backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry, level: str | None = None
+) -> tuple[list[Piece], Piece | None]:
+    """The trials of a block's convolutions that nobody has made, at one level or at all, and that of its levels.
+
+    The latter means something once the former have been made; there is none where a level is given. `can_try` must hold.
+    """
+    plans.remember_by(recall)
+    levels = LEVELS[1:] if level is None else [level]
+    found = _guarded(lambda: _convolution_pieces(levels, backend, device, dtype, geometry), device) or []
+
+    def work() -> bool:
+        return _guarded(lambda: _try_levels(backend, device, dtype, geometry), device) is not None
+
+    known = level is not None or _recall_level(backend, device, dtype, geometry) is not None
+    return found, None if known else Piece("levels", work)
+
+
 def _tune(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
     def work() -> str:
-        _tune_convolutions(LEVELS[1:], backend, device, dtype, geometry)
-        found, verdict = try_levels(geometry, backend, dtype, device, measure)
-        for images in (geometry.images, None):
-            text = _level_text(backend, device, dtype, geometry._replace(images=images))
-            _keep(_files(device), text, found, verdict)
-        return found
+        for piece in _convolution_pieces(LEVELS[1:], backend, device, dtype, geometry):
+            piece.work()
+        return _try_levels(backend, device, dtype, geometry)
 
     return _guarded(work, device)
 
 
-def _tune_convolutions(
+def _try_levels(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
+    found, verdict = try_levels(geometry, backend, dtype, device, measure)
+    for images in (geometry.images, None):
+        text = _level_text(backend, device, dtype, geometry._replace(images=images))
+        _keep(_files(device), text, found, verdict)
+        _times[_files(device), text] = verdict.seconds
+    return found
+
+
+def _convolution_pieces(
     levels: list[str] | tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry
-) -> None:
+) -> list[Piece]:
     if settings.convolutions() != "auto":
-        return
+        return []
     block, x = synthetic.block(geometry, dtype, device, 0)
-    asked = [c.call for name in levels for c in convolutions(x, None, block, name, backend, geometry.training)]
-    calls: dict[tuple, Call] = {}
-    for call in asked:
-        for variant in variants(call):
-            calls.setdefault(variant.key(), variant)
+    groups: dict[tuple, tuple[Call, ...]] = {}
+    for name in levels:
+        asked = [c.call for c in convolutions(x, None, block, name, backend, geometry.training)]
+        taken = False
+        for call, following in zip(asked, [*asked[1:], None], strict=True):
+            group = (call, following) if shares(call, following) else (call,)
+            if not taken:
+                for alike in zip(*map(variants, group), strict=True):
+                    groups.setdefault(tuple(one.key() for one in alike), alike)
+            taken = len(group) == 2
     del block, x
-    for key, call in calls.items():
-        if own_kernel(call)[0] is None or plans.decided(key) is not None or recall(key) is not None:
-            continue
-        choice, verdict = try_convolution(call, device, measure)
-        plans.decide(key, choice)
-        value = {"own": choice.own, "config": None if choice.config is None else list(choice.config)}
-        _keep(_files(device), _text(key), value, verdict)
+    found, settled = [], set()
+    for keys, group in groups.items():
+        if all(_is_open(call, key) and key not in settled for call, key in zip(group, keys, strict=True)):
+            found.append(_piece(group, keys, device))
+        else:  # what one of two shares with the other cannot be saved where the other is settled
+            pairs = zip(group, keys, strict=True)
+            found += [_piece((call,), (key,), device) for call, key in pairs if _is_open(call, key) and key not in settled]
+        settled.update(keys)
+    return found
+
+
+def _is_open(call: Call, key: tuple) -> bool:
+    return own_kernel(call)[0] is not None and plans.decided(key) is None and recall(key) is None
+
+
+def _piece(group: tuple[Call, ...], keys: tuple[tuple, ...], device: torch.device) -> Piece:
+    def work() -> bool:
+        def trial() -> bool:
+            made = try_both(*group, device, measure) if len(group) == 2 else [try_convolution(group[0], device, measure)]
+            for key, (choice, verdict) in zip(keys, made, strict=True):
+                plans.decide(key, choice)
+                value = {"own": choice.own, "config": None if choice.config is None else list(choice.config)}
+                _keep(_files(device), _text(key), value, verdict)
+            return True
+
+        return _guarded(trial, device) is not None
+
+    weight = group[0].unit.weight
+    return Piece(f"{' and '.join(call.primitive for call in group)} of {'x'.join(map(str, weight.shape))}", work)
 
 
 def _guarded(work: Callable, device: torch.device) -> object | None:
