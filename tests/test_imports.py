@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the bottom to the top: a file imports from lines above its own alone, a folder also from itself.
 ORDER = (
-    "version tolerance settings spec layout internals console notices aot_table",
+    "version tolerance settings spec layout internals console notices aot_table shipped",
     "plans folds geometry reference originals kernels",
     "known aot",
     "backends reading",
@@ -25,6 +25,7 @@ ORDER = (
     "identity",
     "modules fusing",
     "explain accuracy",
+    "tuned",
     "__init__ check",
     "benchmarks",
     "cli",
