@@ -159,7 +159,7 @@ def summaries(document: dict) -> list[str]:
     if ran_as:
         found = "; ".join(f"{backend} ({count} of {ran_as.total()})" for backend, count in ran_as.items())
         lines.append(f"fused_res ran as: {found}.")
-    lines += sum_lines(document)
+    lines += sum_lines(document) + host_lines(document)
     if check := document.get("check"):
         verdict = "passed" if check["passed"] else "FAILED"
         largest = "not finite" if check["worst"] is None else f"at {check['worst']:.2f} of its limit"
@@ -171,6 +171,18 @@ def summaries(document: dict) -> list[str]:
             f"{100 * digits['accuracy']['eager']:.1f} % eager. Losses of the first {digits['window']} steps differ by "
             f"{digits['difference']['fused']:.1e} at most, eager's own, disturbed by one ulp, by up to {digits['natural']:.1e}."
         )
+    return lines
+
+
+def host_lines(document: dict) -> list[str]:
+    """The host's share of the wall time of a step on a GPU, `1 - ms / wall`, a line for each case whose wall time was measured."""
+    lines = []
+    for (case, batch, *_), peers in measured(document):
+        walls = {name: row for name, row in ran(peers).items() if "wall_ms" in row}
+        if walls:
+            shares = {name: max(0.0, 1 - row["ms"]["median"] / row["wall_ms"]["median"]) for name, row in walls.items()}
+            found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+            lines.append(f"The host's share of the wall time, {case}, batch {batch}: {found}. A CUDA graph takes it away.")
     return lines
 
 

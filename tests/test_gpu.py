@@ -217,6 +217,22 @@ def test_compiled_for_reduced_overhead_trains_as_eager_blocks_do(exact):
     torch._dynamo.reset()
 
 
+def test_graphed_callables_train_as_eager_blocks_do(exact, level):
+    model, x = network(), images()
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(model.state_dict())
+    graphed = torch.cuda.make_graphed_callables(model, (x.clone().requires_grad_(),))
+    model.load_state_dict(before)  # warming up moves running statistics
+    for m, call in ((model, graphed), (twin, twin)):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.05)
+        for k in range(4):
+            optimizer.zero_grad()
+            loss_of(call((images() * (k + 1)).requires_grad_())).backward()
+            optimizer.step()
+    assert_near(model.state_dict(), twin.state_dict(), 1e-5)
+    assert model[0].bn1.num_batches_tracked == 4
+
+
 # Streams, devices, synchronisation, repeatability
 
 
