@@ -37,7 +37,7 @@ def _plans(document: dict, void: Collection[tuple[str, str]]) -> Iterator[dict]:
         yield {
             "case": f"{name}, batch {batch}",
             "dtype": _DTYPES[dtype],
-            "block": cases[name].geometry(batch),
+            "block": cases[name].geometry(batch).numbers,
             "level": level,
             "ms": rounded,
         }

@@ -47,6 +47,11 @@ class Geometry(NamedTuple):
             return None
         return math.prod(self.images) // math.prod(step for unit in self.main for step in unit.stride)
 
+    @property
+    def numbers(self) -> tuple:
+        """As `numbers_of` gives them."""
+        return self.main, self.projection, self.pool, self.given, self.form, self.images
+
     @classmethod
     def from_numbers(cls, numbers: tuple) -> "Geometry":
         """Inverse of `numbers_of`."""

@@ -258,8 +258,8 @@ def _shipped(device: torch.device, dtype: torch.dtype, numbers: tuple) -> str | 
 
 
 def _modelled(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
-    """By `fused_res.cost`, which runs the schedules on tensors without data: not while anybody traces."""
-    if not _tuner().can_try(device, dtype, geometry):
+    """By `fused_res.cost`, which knows one form of block, and runs its schedules without data: not while anybody traces."""
+    if geometry.form != POST_ACTIVATION or not _tuner().can_try(device, dtype, geometry):
         return None
     predict = importlib.import_module("fused_res.cost.predict")  # brings the kernels
     gpu = predict.nearest(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))

@@ -82,7 +82,7 @@ def test_the_plan_is_in_order_and_fits_the_stay(tmp_path):
     names = [step.name for step in planned if step.name != "build"]
     assert names[:4] == ["smoke", "kernel-tests", "gpu-tests", "warm"]
     assert names[4].startswith("resnet50-train-bf16 ")
-    assert names[-2:] == ["profile", "report"]
+    assert names[-3:] == ["profile", "plans", "report"]
     assert len(set(names)) == len(names)
     known = {case.name for suite in SUITES.values() for case in suite}
     for step in planned:
