@@ -9,9 +9,10 @@ from torch import nn
 
 import fused_res
 from blocks import Eager, add_biases, image, make, projection
-from fused_res import BasicBlock, Bottleneck, backends, explain, folds, use_backend
+from fused_res import BasicBlock, Bottleneck, backends, explain, folds, planner, use_backend
 from fused_res.accuracy import random_block
 from fused_res.primitives import library
+from fused_res.spec import FORMS, POST_ACTIVATION, Block, ConvBN
 from fused_res.tolerance import MARGIN, floor
 
 WHY = backends.supports("native", torch.device("cpu"), torch.float32)
@@ -280,3 +281,10 @@ def test_the_precision_of_float32_convolutions_is_asked_at_every_call(monkeypatc
         monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "library")
         block(x)
     assert len(folds._folds[id(block)].made) == 2
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != POST_ACTIVATION])
+def test_nothing_is_prepared_for_other_forms(form):
+    unit = ConvBN(torch.randn(8, 8, 1, 1), None, None, None, torch.zeros(8), torch.ones(8), training=False)
+    assert planner.evaluation_level(Block([unit]), torch.float32, "native") == "epilogue"
+    assert planner.evaluation_level(Block([unit], form=form), torch.float32, "native") is None
