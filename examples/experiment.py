@@ -74,6 +74,7 @@ def parsed(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argp
     for name in ("size", "width", "epochs", "batch", "seeds"):
         if getattr(args, name) < 1:
             options.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    args.commit = _commit()  # as the run began
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -284,8 +285,9 @@ def finish(args: argparse.Namespace, name: str, drawn: "Figure", watch: str, fou
     """Writes the picture and, beside it, what was found with the machine, versions, commit and command. Prints what to look for."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(args.output, facecolor="white")
-    shown = {key: value for key, value in vars(args).items() if key not in ("device", "output", "data") and value is not None}
-    options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in shown.items())
+    unsaid = ("device", "output", "data", "commit")
+    shown = {key: value if isinstance(value, list) else [value] for key, value in vars(args).items() if key not in unsaid}
+    options = " ".join(f"--{key.replace('_', '-')} {' '.join(map(str, values))}" for key, values in shown.items())
     settings = "".join(f"{key}={value} " for key, value in sorted(os.environ.items()) if key.startswith("FUSED_RES_"))
     document = {
         "experiment": name,
@@ -293,7 +295,7 @@ def finish(args: argparse.Namespace, name: str, drawn: "Figure", watch: str, fou
         "command": f"{settings}python examples/{name}.py {options}" + (" --data DIR" if args.data else ""),
         "machine": _machine(args.device),
         "versions": {"torch": torch.__version__, "fused_res": fused_res.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        "commit": args.commit,
         "numbers": numbers,
     }
     args.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
