@@ -11,7 +11,7 @@ from fused_res.benchmarks import calibration, model
 from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.results import load
 from fused_res.block.levels import LEVELS
-from fused_res.cost import constants, counted, predict
+from fused_res.cost import constants, counted, predict, recorded
 from fused_res.cost.constants import GPUS, SLOTS
 from fused_res.cost.recorded import Step, launches, steps
 
@@ -26,9 +26,9 @@ PAYS = triton.pays  # conftest.py replaces it in every test by one that says yes
 @pytest.fixture(autouse=True)
 def _as_sizes_say(monkeypatch):
     monkeypatch.setattr(triton, "pays", PAYS)
-    steps.cache_clear()
+    recorded.clear()
     yield
-    steps.cache_clear()
+    recorded.clear()
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fused_res import settings
 from fused_res.aot import SHARED
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.geometry import Convolution, Geometry
+from fused_res.primitives.choice import switches
 from fused_res.primitives.common import statistics_dtype
 from fused_res.spec import Block, ConvBN, pack, unpack
 
@@ -168,8 +170,18 @@ def launches(geometry: Geometry, level: str, dtype: torch.dtype, capability: int
     return found
 
 
-@functools.lru_cache(maxsize=256)
 def steps(geometry: Geometry, level: str, dtype: torch.dtype, capability: int, backward_too: bool = True) -> tuple[Step, ...]:
     """The same, as what each of them costs."""
+    return _steps(geometry, level, dtype, capability, backward_too, switches(torch.device("cuda")), settings.convolutions())
+
+
+def clear() -> None:
+    """Forget what has been recorded: where a backend's rules have been replaced."""
+    _steps.cache_clear()
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(geometry: Geometry, level: str, dtype: torch.dtype, capability: int, backward_too: bool, *_: object) -> tuple[Step, ...]:
+    """`_`: what else decides who runs a convolution, and how."""
     found = launches(geometry, level, dtype, capability, backward_too)
     return tuple(step if isinstance(step, Step) else of_launch(step) for step in found)
