@@ -404,7 +404,9 @@ def test_inputs_are_left_alone():
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         call(name, arguments)
         for position, (a, b) in enumerate(zip(arguments, before, strict=True)):
-            assert not isinstance(a, torch.Tensor) or torch.equal(a, b) or position in OUTPUTS.get(name, ()), (name, position)
+            if isinstance(a, torch.Tensor) and position not in OUTPUTS.get(name, ()):
+                # Bit for bit: prepared weights end in what was in the memory, NaN perhaps, which nobody reads.
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (name, position)
 
 
 def test_gradients_do_not_get_lost():
