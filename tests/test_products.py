@@ -35,8 +35,14 @@ def operands(unit, dtype, n=2, size=(9, 6), layout=LAST, seed=0):
 def library(x, dy, unit):
     """y, dx and dweight by torch's convolution."""
     geometry = (unit.stride, unit.padding, unit.dilation, False, (0, 0), unit.groups)
-    dx, dw, _ = torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (True, True, False))
-    return torch.convolution(x, unit.weight, None, *geometry), dx, dw
+    dx, _, _ = torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (True, False, False))
+    y = torch.convolution(x, unit.weight, None, *geometry)
+    if tuple(unit.weight.shape[2:]) == (1, 1) and unit.padding == (0, 0):
+        # Of the pixels that it reads alone: without AVX-512, oneDNN writes past the end of its memory where the strides differ.
+        down, right = unit.stride
+        x, geometry = x[:, :, ::down, ::right].contiguous(memory_format=LAST), ((1, 1), *geometry[1:])
+    _, dw, _ = torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (False, True, False))
+    return y, dx, dw
 
 
 def assert_close(got, expected, truth):
