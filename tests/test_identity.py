@@ -122,7 +122,7 @@ def test_at_a_scale_of_zero_its_gradient_and_all_others_are_within_the_rule(kind
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "level"), [("Bottleneck", "bn_act"), ("Bottleneck", "moment"), ("PreActBasicBlock", "prologue")])
 def test_at_a_scale_of_zero_gradients_on_triton_are_those_of_the_formulas(kind, level, device, proven_interpreter):
     pytest.importorskip("triton")
@@ -131,7 +131,7 @@ def test_at_a_scale_of_zero_gradients_on_triton_are_those_of_the_formulas(kind, 
         block, x, dout = scaled(kind, seed)
         return block.to(device), x.to(device), dout.to(device)
 
-    assert_as_accurate_as_the_formulas(make_one, torch.float32, "triton", level)
+    assert_as_accurate_as_the_formulas(make_one, torch.float32, "triton", level, seeds=8)
 
 
 class Network(nn.Module):
