@@ -92,7 +92,7 @@ def test_a_scale_of_zero_gives_the_shortcut_exactly(kind, level, cpu_backend):
             check_zero_scale_beside_a_projection(projected(), image(torch.float32))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_level
 @every_block
 def test_both_hold_on_triton(kind, level, device, proven_interpreter, poisoned_memory):
