@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -163,7 +164,7 @@ def test_dry_run(tmp_path):
     summary = whole(archive)["results/summary.md"].decode()
     assert "| resnet18.1.identity, batch 1 |" in summary
     assert "| sanitizer | skipped" in summary
-    assert "Tests: 10 passed" in summary
+    assert re.search(r"^Tests: [1-9]\d* passed\.$", summary, re.MULTILINE), summary  # and none of another outcome
     assert "aten::" in (output / "profile.md").read_text()
     assert "</html>" in (output / "report.html").read_text()
     (sequence,) = [json.loads(line) for line in (output / "sequences.jsonl").read_text().splitlines()]
