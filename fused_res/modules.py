@@ -12,6 +12,14 @@ from fused_res.fusible import Fusible
 from fused_res.identity import last_tensors
 
 
+def _check_basic(name: str, groups: int, base_width: int, dilation: int) -> None:
+    """What torchvision refuses of a block of two 3x3 convolutions."""
+    if groups != 1 or base_width != 64:
+        raise ValueError(f"{name} only supports groups=1 and base_width=64, got {groups} and {base_width}")
+    if dilation > 1:
+        raise NotImplementedError(f"Dilation > 1 not supported in {name}, got {dilation}")
+
+
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
 
@@ -168,10 +176,7 @@ class BasicBlock(ResidualBlock):
         *,
         residual_scale: float | None = None,
     ) -> None:
-        if groups != 1 or base_width != 64:
-            raise ValueError(f"BasicBlock only supports groups=1 and base_width=64, got {groups} and {base_width}")
-        if dilation > 1:
-            raise NotImplementedError(f"Dilation > 1 not supported in BasicBlock, got {dilation}")
+        _check_basic("BasicBlock", groups, base_width, dilation)
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         self.conv1 = _conv3x3(inplanes, planes, stride)
@@ -271,10 +276,7 @@ class PreActBasicBlock(PreActBlock):
         *,
         residual_scale: float | None = None,
     ) -> None:
-        if groups != 1 or base_width != 64:
-            raise ValueError(f"PreActBasicBlock only supports groups=1 and base_width=64, got {groups} and {base_width}")
-        if dilation > 1:
-            raise NotImplementedError(f"Dilation > 1 not supported in PreActBasicBlock, got {dilation}")
+        _check_basic("PreActBasicBlock", groups, base_width, dilation)
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         self._set_downsample(downsample)  # first, as in timm
