@@ -1,4 +1,4 @@
-"""Runs of the CUDA kernels on the CPU, under AddressSanitizer and UBSan, in another process: the client of cuda_kernels.cpp."""
+"""Runs of the CUDA kernels on the CPU, under AddressSanitizer and UBSan, in another process: the client of cuda_serving.h."""
 
 import itertools
 import os
@@ -14,6 +14,7 @@ from fused_res.primitives.bn_act import pack_signs, sign_bytes
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# Of cuda_kernels.cpp, in the order of its table.
 KERNELS = (
     *("bn_stats", "bn_finalize", "bn_act", "bn_act_backward_reduce", "bn_act_backward_finalize", "bn_act_backward_apply"),
     *("masked_add", "row_tiles", "widen", "narrow", "toy"),
@@ -29,10 +30,11 @@ class CrashError(Exception):
     """The process died; the message is what it had to say."""
 
 
-def build(folder: Path) -> Path:
-    program = folder / "cuda_kernels"
+def build(folder: Path, name: str = "cuda_kernels") -> Path:
+    """Compiles tests/NAME.cpp, which serves kernels."""
+    program = folder / name
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    source = ROOT / "tests" / "cuda_kernels.cpp"
+    source = ROOT / "tests" / f"{name}.cpp"
     command = [compiler, *FLAGS, *SANITIZERS, "-I", ROOT / "tests", "-I", ROOT / "csrc" / "cuda", source, "-o", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -42,8 +44,10 @@ def build(folder: Path) -> Path:
 class Emulator:
     """Keeps the program running from call to call; a crash ends one process, and the next call starts another."""
 
-    def __init__(self, program: Path):
+    def __init__(self, program: Path, kernels: tuple[str, ...] = KERNELS):
+        """kernels: what the program serves, in the order of its table."""
         self.program = program
+        self.kernels = kernels
         self.process = None
         self.seeds = itertools.count()
 
@@ -51,8 +55,8 @@ class Emulator:
         """Calls the kernel's launcher.
 
         Args:
-            kernel: one of KERNELS.
-            integers: in the order in which cuda_kernels.cpp reads them.
+            kernel: one of those that the program serves.
+            integers: in the order in which the program reads them.
             buffers: tensors or None likewise; those among `outputs` are sent as their size only.
             outputs: the tensors to fill, which must be among the buffers.
             shift: distance of all buffers from 16-byte alignment, in their elements.
@@ -60,7 +64,7 @@ class Emulator:
             short: elements by which the memory of the first buffer is too small.
         """
         integers = [int(i) for i in integers]
-        request = struct.pack("=4q", KERNELS.index(kernel), next(self.seeds), skipped_barrier, absent_thread)
+        request = struct.pack("=4q", self.kernels.index(kernel), next(self.seeds), skipped_barrier, absent_thread)
         request += struct.pack(f"={1 + len(integers)}q", len(integers), *integers) + struct.pack("=q", len(buffers))
         for i, buffer in enumerate(buffers):
             if buffer is None:

@@ -3,17 +3,10 @@
 #pragma once
 
 #include "launch.cuh"
+#include "sampling.cuh"
 #include "signs.cuh"
 
 namespace fused_res::cuda {
-
-/// Rows of images that are sampled: every down-th line, every right-th pixel of it.
-struct Sampling {
-  std::int64_t image_area;  // rows of an image
-  int image_width;
-  int area, width;  // of its sample
-  int down, right;
-};
 
 struct MaskedAdd {
   const void* addend;         // [P, C]
@@ -22,17 +15,6 @@ struct MaskedAdd {
   Sampling sampling;
   Layout layout;  // of the addend
 };
-
-enum class Sample { kAll, kSome };
-
-template <Sample kSample>
-__device__ __forceinline__ std::int64_t source_row(const Sampling& s, std::int64_t row) {
-  if constexpr (kSample == Sample::kAll) return row;
-  const std::int64_t image = row / s.area;
-  const int pixel = static_cast<int>(row - image * s.area), line = pixel / s.width;
-  return image * s.image_area + std::int64_t{line} * s.down * s.image_width +
-         std::int64_t{pixel - line * s.width} * s.right;
-}
 
 /// Rows that a thread loads before it computes, two groups of each.
 template <bool kWide>
