@@ -20,6 +20,9 @@ KERNELS = (
     *("masked_add", "row_tiles", "widen", "narrow", "toy"),
 )
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+# What can be planted, and what plants none of it.
+FAULTS = dict.fromkeys(("skipped_barrier", "absent_thread", "skipped_wait"), -1)
+FAULTS |= dict.fromkeys(("early", "displaced", "unswizzled", "swapped"), 0)
 SHORTCUTS = ("none", "identity", "projection")
 RELUS = ("inner", "outer", "two")
 # Few multiprocessors make blocks of the persistent kernels take several steps.
@@ -30,28 +33,32 @@ class CrashError(Exception):
     """The process died; the message is what it had to say."""
 
 
-def build(folder: Path, name: str = "cuda_kernels") -> Path:
+def build(folder: Path, name: str = "cuda_kernels", *flags: str) -> Path:
     """Compiles tests/NAME.cpp, which serves kernels."""
     program = folder / name
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     source = ROOT / "tests" / f"{name}.cpp"
-    command = [compiler, *FLAGS, *SANITIZERS, "-I", ROOT / "tests", "-I", ROOT / "csrc" / "cuda", source, "-o", program]
+    command = [compiler, *FLAGS, *SANITIZERS, *flags, "-I", ROOT / "tests", "-I", ROOT / "csrc" / "cuda", source, "-o", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return program
 
 
 class Emulator:
-    """Keeps the program running from call to call; a crash ends one process, and the next call starts another."""
+    """Keeps the program running from call to call; a crash ends one process, and the next call starts another.
+
+    `conflicts`: the bank conflicts of the last run, by the place of the access in the sources.
+    """
 
     def __init__(self, program: Path, kernels: tuple[str, ...] = KERNELS):
         """kernels: what the program serves, in the order of its table."""
         self.program = program
         self.kernels = kernels
+        self.conflicts = {}
         self.process = None
         self.seeds = itertools.count()
 
-    def run(self, kernel, integers, buffers, outputs, *, shift=0, skipped_barrier=-1, absent_thread=-1, short=0):
+    def run(self, kernel, integers, buffers, outputs, *, shift=0, short=0, **faults):
         """Calls the kernel's launcher.
 
         Args:
@@ -60,11 +67,13 @@ class Emulator:
             buffers: tensors or None likewise; those among `outputs` are sent as their size only.
             outputs: the tensors to fill, which must be among the buffers.
             shift: distance of all buffers from 16-byte alignment, in their elements.
-            skipped_barrier, absent_thread: faults to plant, see cuda_on_cpu.h.
             short: elements by which the memory of the first buffer is too small.
+            faults: to plant, see cuda_on_cpu.h.
         """
         integers = [int(i) for i in integers]
-        request = struct.pack("=4q", self.kernels.index(kernel), next(self.seeds), skipped_barrier, absent_thread)
+        planted = [faults.pop(name, none) for name, none in FAULTS.items()]
+        assert not faults, f"no such faults: {sorted(faults)}"
+        request = struct.pack(f"={2 + len(planted)}q", self.kernels.index(kernel), next(self.seeds), *planted)
         request += struct.pack(f"={1 + len(integers)}q", len(integers), *integers) + struct.pack("=q", len(buffers))
         for i, buffer in enumerate(buffers):
             if buffer is None:
@@ -90,6 +99,8 @@ class Emulator:
             if buffer is not None and any(buffer is other for other in outputs) and buffer.numel():
                 filled = torch.frombuffer(bytearray(self._read(buffer.numel() * buffer.element_size())), dtype=buffer.dtype)
                 buffer.copy_(filled.view(buffer.shape))
+        remarks = self._read(struct.unpack("=q", self._read(8))[0]).decode()
+        self.conflicts = {place: int(count) for place, count in (line.split() for line in remarks.splitlines())}
 
     def close(self):
         if self.process is not None:

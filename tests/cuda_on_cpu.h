@@ -1,10 +1,11 @@
 // Run CUDA C++ kernels on the CPU, for tests: every thread of a block is a fiber; a barrier or a shuffle gives way.
 //
-// Included in place of the CUDA headers when g++ builds a kernel. Kernels must use no inline PTX. Their static
+// Included in place of the CUDA headers when g++ builds a kernel; what kernels say in PTX is in ptx_on_cpu.h. Their
+// static
 // __shared__ variables are left to the caller: shared_memory<T>() gives a block fresh memory, full of NaN and fenced by
 // AddressSanitizer (build with -fsanitize=address,undefined, run with ASAN_OPTIONS=detect_stack_use_after_return=0).
-// Fibers and blocks run in random order, so that a missing barrier shows as a wrong result; a barrier that not all
-// threads reach is an error; `faults` plants both on purpose.
+// Fibers, warps and blocks run in random order, so that a missing barrier shows as a wrong result; a barrier that not
+// all threads reach is an error; `faults` plants both on purpose.
 #pragma once
 
 #include <ucontext.h>
@@ -16,9 +17,11 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -38,6 +41,11 @@ namespace cuda_on_cpu {
 struct Faults {
   int skipped_barrier = -1;  // this one of every thread's barriers is missing
   int absent_thread = -1;    // this thread of every block does not take part at all
+  int skipped_wait = -1;     // this one of every thread's waits for copies is missing
+  bool early = false;        // every wait leaves one group of copies more under way
+  int displaced = 0;         // matrices are read so many bytes further on
+  int unswizzled = 0;        // matrices are read (1) or copies written (2) without the swizzle, or both (3)
+  bool swapped = false;      // two words of the first factor of every product are swapped
 };
 inline Faults faults;
 
@@ -63,7 +71,22 @@ inline std::vector<Fiber> fibers;
 inline std::function<void()> body;
 inline dim3 block_index, block_dim, grid_dim;
 inline std::uint64_t exchanged[kMostThreads];
-inline std::map<const void*, std::unique_ptr<char[]>> block_memory;
+inline void (*before_block)() = [] {};
+inline void (*after_block)() = [] {};
+/// What there is to say of a run beside its results, a line each.
+inline std::string (*remarks)() = [] { return std::string(); };
+
+/// What a thread has found wrong; the first one stands. No exception leaves a fiber.
+inline std::string failure;
+inline void fail(const char* what) {
+  if (failure.empty()) failure = what;
+}
+
+/// Aligned so that equal offsets are equal banks, and lines of 128 bytes alike.
+struct Free {
+  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{1024}); }
+};
+inline std::map<const void*, std::unique_ptr<char, Free>> block_memory;
 
 inline void wait(State state) {
   current->state = state;
@@ -111,52 +134,76 @@ inline bool all_done() {
   return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; });
 }
 
-/// Let go the warps all of whose named lanes have met, and the block if all its threads have. Threads that are done are
-/// not waited for, as on the device. Returns whether any could go on.
-inline bool release() {
+/// Let go the lanes of a warp that have met all whom they named. Threads that are done are not waited for, as on the
+/// device. Returns whether any could go on.
+inline bool release_warp(std::size_t first) {
+  const std::size_t count = std::min<std::size_t>(kLanes, fibers.size() - first);
   bool released = false;
-  for (std::size_t first = 0; first < fibers.size(); first += kLanes) {
-    const std::size_t count = std::min<std::size_t>(kLanes, fibers.size() - first);
-    for (std::size_t i = 0; i < count; ++i) {
-      if (fibers[first + i].state != State::kAtWarp) continue;
-      const unsigned lanes = fibers[first + i].lanes;
-      const auto is_met = [&](std::size_t lane) {
-        const Fiber& f = fibers[first + lane];
-        return !(lanes >> lane & 1u) || f.state == State::kDone || (f.state == State::kAtWarp && f.lanes == lanes);
-      };
-      bool met = true;
-      for (std::size_t lane = 0; lane < count; ++lane) met = met && is_met(lane);
-      for (std::size_t lane = 0; met && lane < count; ++lane) {
-        if (lanes >> lane & 1u && fibers[first + lane].state == State::kAtWarp)
-          fibers[first + lane].state = State::kReady;
-      }
-      released = released || met;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (fibers[first + i].state != State::kAtWarp) continue;
+    const unsigned lanes = fibers[first + i].lanes;
+    const auto is_met = [&](std::size_t lane) {
+      const Fiber& f = fibers[first + lane];
+      return !(lanes >> lane & 1u) || f.state == State::kDone || (f.state == State::kAtWarp && f.lanes == lanes);
+    };
+    bool met = true;
+    for (std::size_t lane = 0; lane < count; ++lane) met = met && is_met(lane);
+    for (std::size_t lane = 0; met && lane < count; ++lane) {
+      if (lanes >> lane & 1u && fibers[first + lane].state == State::kAtWarp)
+        fibers[first + lane].state = State::kReady;
     }
+    released = released || met;
   }
+  return released;
+}
+
+/// Let go the block if all its threads have come to a barrier or are done.
+inline bool release_block() {
   const auto at_barrier = [](const Fiber& f) { return f.state == State::kAtBarrier || f.state == State::kDone; };
-  if (!released && std::all_of(fibers.begin(), fibers.end(), at_barrier)) {
-    for (Fiber& fiber : fibers) {
-      if (fiber.state == State::kAtBarrier) {
-        fiber.state = State::kReady;
-        released = true;
-      }
+  if (!std::all_of(fibers.begin(), fibers.end(), at_barrier)) return false;
+  bool released = false;
+  for (Fiber& fiber : fibers) {
+    if (fiber.state == State::kAtBarrier) {
+      fiber.state = State::kReady;
+      released = true;
     }
   }
   return released;
 }
 
-inline void run_block(std::vector<unsigned>& order) {
-  block_memory.clear();
-  for (unsigned i = 0; i < fibers.size(); ++i) prepare(fibers[i], i);
+inline bool any_ready() {
+  return std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kReady; });
+}
+
+/// Run the warp's lanes in random order until they wait for the block or, by chance, earlier: one warp may be far ahead
+/// of another that nothing makes it wait for.
+inline void run_warp(unsigned warp) {
+  const unsigned first = warp * kLanes,
+                 count = std::min<unsigned>(kLanes, static_cast<unsigned>(fibers.size()) - first);
+  unsigned order[kLanes];
+  std::iota(order, order + count, first);
   do {
-    std::shuffle(order.begin(), order.end(), random_order);
-    for (unsigned i : order) {
-      if (fibers[i].state != State::kReady) continue;
-      current = &fibers[i];
+    std::shuffle(order, order + count, random_order);
+    for (unsigned i = 0; i < count; ++i) {
+      if (fibers[order[i]].state != State::kReady) continue;
+      current = &fibers[order[i]];
       swapcontext(&scheduler, &current->context);
     }
-  } while (release());
+  } while (release_warp(first) && random_order() % 32 != 0);
+}
+
+inline void run_block(std::vector<unsigned>& warps) {
+  block_memory.clear();
+  failure.clear();
+  before_block();
+  for (unsigned i = 0; i < fibers.size(); ++i) prepare(fibers[i], i);
+  do {
+    std::shuffle(warps.begin(), warps.end(), random_order);
+    for (unsigned warp : warps) run_warp(warp);
+  } while (any_ready() || release_block());
+  if (!failure.empty()) throw std::logic_error(failure);
   if (!all_done()) throw std::logic_error("some threads wait where the others never come");
+  after_block();
 }
 
 /// kernel<<<grid, block>>>(arguments...)
@@ -168,13 +215,13 @@ void run(Kernel kernel, dim3 grid, dim3 block, const Arguments&... arguments) {
   block_dim = block;
   body = [&] { kernel(arguments...); };
   fibers.resize(threads);
-  std::vector<unsigned> order(threads), blocks(std::size_t{grid.x} * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0u);
+  std::vector<unsigned> warps((threads + kLanes - 1) / kLanes), blocks(std::size_t{grid.x} * grid.y * grid.z);
+  std::iota(warps.begin(), warps.end(), 0u);
   std::iota(blocks.begin(), blocks.end(), 0u);
   std::shuffle(blocks.begin(), blocks.end(), random_order);
   for (unsigned i : blocks) {
     block_index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    run_block(order);
+    run_block(warps);
   }
 }
 
@@ -191,7 +238,7 @@ T& shared_memory() {
   static const char key{};
   auto& memory = cuda_on_cpu::block_memory[&key];
   if (!memory) {
-    memory.reset(new char[sizeof(T)]);
+    memory.reset(static_cast<char*>(::operator new(sizeof(T), std::align_val_t{1024})));
     std::memset(memory.get(), 0xff, sizeof(T));
   }
   return *reinterpret_cast<T*>(memory.get());
@@ -206,11 +253,20 @@ T __shfl_down_sync(unsigned lanes, T value, unsigned by) {
   return cuda_on_cpu::exchange(lanes, value, lane + by < cuda_on_cpu::kLanes ? me + by : me);
 }
 
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T value, unsigned mask) {
+  return cuda_on_cpu::exchange(lanes, value, cuda_on_cpu::current->number ^ mask);
+}
+
 using cudaStream_t = void*;
 
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) { return {x, y, z, w}; }
 
 template <class T>

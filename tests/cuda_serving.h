@@ -1,8 +1,9 @@
 // Serves runs of CUDA kernels on the CPU over standard input and output; tests/cuda_emulator.py is the client.
 //
-// A request: kernel, seed, skipped barrier, absent thread (int64 each); count and values of integers; count of buffers,
-// and for each its size (-1: null), distance from 16-byte alignment, whether it is an output, and, if not, its bytes.
-// The answer: 0 and the bytes of all outputs, or the length of an error message and the message.
+// A request: kernel, seed, the faults to plant (int64 each); count and values of integers; count of buffers, and for
+// each its size (-1: null), distance from 16-byte alignment, whether it is an output, and, if not, its bytes. The
+// answer: 0, the bytes of all outputs, and the length and text of remarks, a line each; or the length of an error
+// message and the message.
 #pragma once
 
 #include "cuda_on_cpu.h"
@@ -17,6 +18,7 @@ namespace cuda_serving {
 
 using fused_res::cuda::Number;
 using fused_res::cuda::Parameter;
+using fused_res::cuda::Type;
 
 /// A device allocation: as large as asked for to the byte, so that AddressSanitizer sees every access beyond it.
 struct Buffer {
@@ -40,6 +42,14 @@ struct Request {
   }
   Parameter parameter() { return {buffer<void>(), number()}; }
 };
+
+/// Calls `run(Type<T>)` with a format of activations.
+template <class Run>
+void with_type(Number number, Run run) {
+  if (number == Number::kFloat) run(Type<float>{});
+  if (number == Number::kHalf) run(Type<fused_res::cuda::Half>{});
+  if (number == Number::kBFloat16) run(Type<fused_res::cuda::BFloat16>{});
+}
 
 inline bool read(void* to, std::size_t size) { return std::fread(to, 1, size, stdin) == size; }
 
@@ -72,8 +82,14 @@ inline Buffer read_buffer() {
 inline void serve_one(void (*const* servers)(Request&)) {
   const std::int64_t kernel = read_integer();
   cuda_on_cpu::random_order.seed(static_cast<unsigned>(read_integer()));
-  cuda_on_cpu::faults.skipped_barrier = static_cast<int>(read_integer());
-  cuda_on_cpu::faults.absent_thread = static_cast<int>(read_integer());
+  cuda_on_cpu::Faults& faults = cuda_on_cpu::faults;
+  faults.skipped_barrier = static_cast<int>(read_integer());
+  faults.absent_thread = static_cast<int>(read_integer());
+  faults.skipped_wait = static_cast<int>(read_integer());
+  faults.early = read_integer() != 0;
+  faults.displaced = static_cast<int>(read_integer());
+  faults.unswizzled = static_cast<int>(read_integer());
+  faults.swapped = read_integer() != 0;
   Request request;
   for (std::int64_t left = read_integer(); left > 0; --left) request.integers.push_back(read_integer());
   for (std::int64_t left = read_integer(); left > 0; --left) request.buffers.push_back(read_buffer());
@@ -91,6 +107,12 @@ inline void serve_one(void (*const* servers)(Request&)) {
   write(message.data(), message.size());
   for (const Buffer& b : request.buffers) {
     if (message.empty() && b.output && b.size > 0) write(b.data, b.size);
+  }
+  const std::string remarks = cuda_on_cpu::remarks();
+  if (message.empty()) {
+    const std::int64_t size = static_cast<std::int64_t>(remarks.size());
+    write(&size, sizeof size);
+    write(remarks.data(), remarks.size());
   }
   std::fflush(stdout);
 }

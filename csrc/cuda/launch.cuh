@@ -29,15 +29,17 @@ inline void check(cudaError_t error) {
 }
 
 template <class Arguments>
-void launch(void (*kernel)(Arguments), unsigned blocks, const Queue& queue, const Arguments& arguments) {
+void launch(void (*kernel)(Arguments), unsigned blocks, const Queue& queue, const Arguments& arguments,
+            int threads = kThreads) {
   if (blocks == 0) return;
-  kernel<<<blocks, kThreads, 0, queue.stream>>>(arguments);
+  kernel<<<blocks, threads, 0, queue.stream>>>(arguments);
   check(cudaGetLastError());
 }
 #else
 template <class Arguments>
-void launch(void (*kernel)(Arguments), unsigned blocks, const Queue&, const Arguments& arguments) {
-  if (blocks > 0) cuda_on_cpu::run(kernel, dim3(blocks), dim3(kThreads), arguments);
+void launch(void (*kernel)(Arguments), unsigned blocks, const Queue&, const Arguments& arguments,
+            int threads = kThreads) {
+  if (blocks > 0) cuda_on_cpu::run(kernel, dim3(blocks), dim3(threads), arguments);
 }
 #endif
 

@@ -1,0 +1,125 @@
+// What the kernels of 1x1 convolutions share: their input, the BN and ReLU in front of it, and their tiles.
+#pragma once
+
+#include "product.cuh"
+#include "signs.cuh"
+
+namespace fused_res::cuda {
+
+/// The input of a 1x1 convolution: rows [P, K], the pixels of images [N, H, W, K] at a stride, and the BN and ReLU that
+/// are still to be applied to them.
+struct Activation {
+  const void* image;
+  const float* vectors;  // [5, K] or null
+  std::int64_t pixels;
+  int channels;
+  bool sampled;
+  Sampling sampling;
+};
+
+/// Of `images` images of so many channels.
+inline Activation activation_of(const void* image, const float* vectors, std::int64_t images, int channels,
+                                const Sampling& sampling) {
+  const bool sampled = sampling.down != 1 || sampling.right != 1;
+  return {image, vectors, images * sampling.area, channels, sampled, sampling};
+}
+
+template <class T>
+__device__ __forceinline__ Lines<T> lines_of(const Activation& a) {
+  return {static_cast<const T*>(a.image), a.pixels, a.channels, a.sampled, a.sampling};
+}
+
+/// A dense matrix [rows, columns].
+template <class T>
+__device__ __forceinline__ Lines<T> lines_of(const void* matrix, std::int64_t rows, int columns) {
+  return {static_cast<const T*>(matrix), rows, columns, false, {}};
+}
+
+/// The prologue relu(scale * v + shift), rounded to T; without vectors, v.
+template <class T>
+struct Activated {
+  static constexpr bool kActive = true;
+  using Column = Affine<kGroup<T>>;
+  struct Piece {};
+
+  const float* vectors;
+  std::int64_t channels;
+
+  __device__ __forceinline__ bool on() const { return vectors != nullptr; }
+
+  template <bool kWide>
+  __device__ __forceinline__ Column column(int channel, int valid) const {
+    return load_affine<kWide, kGroup<T>>(vectors, channels, Place{0, 0, 0, channel, valid});
+  }
+
+  __device__ __forceinline__ Piece piece(std::int64_t, int, int) const { return {}; }
+
+  __device__ __forceinline__ Pack apply(const Column& column, const Piece&, const Pack& values) const {
+    float result[kGroup<T>];
+#pragma unroll
+    for (int j = 0; j < kGroup<T>; ++j) result[j] = relu(column(j, get<T>(values, j)));
+    return pack<T>(result);
+  }
+};
+
+template <class T>
+__device__ __forceinline__ Activated<T> activated(const Activation& a) {
+  return {a.vectors, a.channels};
+}
+
+/// sum += (W z)^T over all of z's channels: rows of z from `row` on, rows of the weight [C, K] from `column` on.
+template <class T, class Tiling, bool kWide>
+struct Pointwise {
+  using Core = Product<T, Tiling, Major::kDepth, Major::kDepth, kWide>;
+
+  static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, typename Core::Memory& memory,
+                                             const Activation& z, const void* weight, int channels, std::int64_t row,
+                                             int column) {
+    Core::add(sum, memory, lines_of<T>(z), row, activated<T>(z), lines_of<T>(weight, channels, z.channels), column,
+              AsIs{}, Range{0, z.channels});
+  }
+};
+
+/// What a block of a kernel over tiles of [P, C] works on.
+struct TileOf {
+  std::int64_t tile, row;  // number of its rows' tile, its first row
+  int column;              // its first column
+  int left;                // rows of it that there are
+};
+
+template <class Tiling>
+__device__ __forceinline__ TileOf tile_of(std::int64_t pixels, int channels) {
+  const unsigned across = static_cast<unsigned>((channels + Tiling::kColumns - 1) / Tiling::kColumns);
+  const std::int64_t tile = blockIdx.x / across, row = tile * Tiling::kRows;
+  const int column = static_cast<int>(blockIdx.x % across) * Tiling::kColumns;
+  return {tile, row, column, static_cast<int>(pixels - row < Tiling::kRows ? pixels - row : Tiling::kRows)};
+}
+
+template <class Tiling>
+unsigned tiles_of(std::int64_t pixels, int channels) {
+  const std::int64_t across = (std::int64_t{channels} + Tiling::kColumns - 1) / Tiling::kColumns;
+  return static_cast<unsigned>((pixels + Tiling::kRows - 1) / Tiling::kRows * across);
+}
+
+/// Where a lane's group of channels is.
+template <class T, class Tiling>
+__device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
+  const std::int64_t channel = std::int64_t{tile.column} + Groups<T, Tiling>::column(), left = channels - channel;
+  return {0, 0, 0, static_cast<int>(channel), left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>};
+}
+
+// All have the same 48 KiB of shared memory or less, which every GPU gives without being asked.
+using LargeTiling = Tiling<128, 128, 64, 3, 4>;
+/// For two accumulators, which would leave a large tile's threads no registers.
+using MiddleTiling = Tiling<64, 128, 64, 3, 4>;
+using SmallTiling = Tiling<64, 64, 64, 4, 4>;
+
+/// Which tile, from the shape alone: a large one where there are enough of them to fill a GPU of 144 multiprocessors
+/// twice.
+enum class Tile { kSmall, kLarge };
+
+inline Tile default_tile(std::int64_t pixels, int channels) {
+  return channels > 64 && (pixels + 127) / 128 * ((channels + 127) / 128) >= 288 ? Tile::kLarge : Tile::kSmall;
+}
+
+}  // namespace fused_res::cuda

@@ -1,0 +1,338 @@
+// The core of the kernels that multiply: a tile of the product of two matrices, from memory to registers.
+//
+// Copies run several stages ahead of the products. What a prologue computes of an operand, it computes once for each
+// element, in shared memory, by the thread that has copied it. What becomes of the result, an epilogue takes in groups
+// of 16 bytes that lie in memory as they are to be stored.
+#pragma once
+
+#include "launch.cuh"
+#include "merge.cuh"
+#include "panel.cuh"
+#include "sampling.cuh"
+
+namespace fused_res::cuda {
+
+/// The work of a block: rows x columns of a result, in steps of kDepthBytes of each line; stages of copies; how its
+/// warps share it. A warp has 64 columns.
+template <int kRows_, int kColumns_, int kDepthBytes_, int kStages_, int kWarpsDown_>
+struct Tiling {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kDepthBytes = kDepthBytes_;
+  static constexpr int kWarpsDown = kWarpsDown_, kWarpColumns = 64, kWarpsAcross = kColumns / kWarpColumns;
+  static constexpr int kWarps = kWarpsDown * kWarpsAcross, kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = kRows / kWarpsDown;
+  static constexpr int kTilesDown = kWarpRows / 16, kTilesAcross = kWarpColumns / 8;
+  static_assert(kColumns % kWarpColumns == 0 && kWarpRows % 16 == 0 && kStages >= 2);
+
+  /// The first row and column of the thread's warp.
+  static __device__ __forceinline__ int warp_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kWarpsAcross * kWarpRows;
+  }
+  static __device__ __forceinline__ int warp_column() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * kWarpColumns;
+  }
+};
+
+/// A matrix in memory, of `count` lines; of images at a stride, the sampled pixels are its lines.
+template <class T>
+struct Lines {
+  const T* data;
+  std::int64_t count;
+  int columns;
+  bool sampled;
+  Sampling sampling;
+
+  __device__ __forceinline__ const T* at(std::int64_t line) const {
+    return data + (sampled ? source_row<Sample::kSome>(sampling, line) : line) * columns;
+  }
+};
+
+/// The part of the depth that is summed over: elements of lines for Major::kDepth, lines for Major::kExtent.
+struct Range {
+  std::int64_t begin, end;
+};
+
+/// The prologue of an operand that is multiplied as it lies in memory.
+///
+/// A prologue sees groups of 16 bytes as they lie in memory: of a line, from a channel on. `column` loads what depends
+/// on the channels, `piece` what depends on the line as well, both before the copies have arrived; `apply` computes.
+/// `on` is the same for all threads. Elements outside of the matrix are 0, and stay so.
+struct AsIs {
+  static constexpr bool kActive = false;
+};
+
+/// One operand on its way: a thread copies the same chunk of every kDown-th line.
+template <class T, class Panel, Major kMajor, int kThreads, bool kWide, class Prologue>
+class Feed {
+ public:
+  static constexpr int kDown = kThreads / Panel::kChunks, kPieces = Panel::kLines / kDown;
+  static constexpr int kDepth = kMajor == Major::kDepth ? Panel::kChunks * kGroup<T> : Panel::kLines;
+  static_assert(kThreads % Panel::kChunks == 0 && Panel::kLines % kDown == 0);
+
+  __device__ __forceinline__ Feed(const Lines<T>& lines, std::int64_t first, Range depth, const Prologue& prologue)
+      : lines_(lines),
+        prologue_(prologue),
+        first_(first),
+        depth_(depth),
+        line_(static_cast<int>(threadIdx.x) / Panel::kChunks),
+        chunk_(static_cast<int>(threadIdx.x) % Panel::kChunks) {
+    if constexpr (kMajor == Major::kDepth) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const std::int64_t line = first + line_ + i * kDown;
+        start_[i] = line < lines.count ? lines.at(line) : nullptr;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy(Panel& panel, int step) const {
+    const int channel = channel_of(step), valid = valid_at(channel);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const T* from = line_at(i, step);
+      const bool inside = from != nullptr && valid > 0;
+      from = inside ? from + channel : lines_.data;
+      void* to = panel.at(line_ + i * kDown, chunk_);
+      if constexpr (kWide) {
+        ptx::copy_async(to, from, inside);
+      } else {
+        const Pack value = load<T, false>(from, inside ? valid : 0);
+        ptx::shared_store(to, make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+      }
+    }
+  }
+
+  /// What the prologue needs beside the copies of a step.
+  __device__ __forceinline__ void fetch(int step) {
+    if constexpr (Prologue::kActive) {
+      if (!prologue_.on()) return;
+      const int channel = channel_of(step), valid = valid_at(channel);
+      column_ = prologue_.template column<kWide>(channel, valid);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const bool inside = line_at(i, step) != nullptr;
+        piece_[i] = prologue_.piece(line_number(i, step), channel, inside ? valid : 0);
+      }
+    }
+  }
+
+  /// The prologue, once the thread's own copies have arrived.
+  __device__ __forceinline__ void apply(Panel& panel, int step) const {
+    if constexpr (Prologue::kActive) {
+      if (!prologue_.on()) return;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        void* at = panel.at(line_ + i * kDown, chunk_);
+        const uint4 v = ptx::shared_load<uint4>(at);
+        Pack value = {{v.x, v.y, v.z, v.w}};
+        if (line_at(i, step) != nullptr) value = prologue_.apply(column_, piece_[i], value);
+        ptx::shared_store(at, make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int channel_of(int step) const {
+    const std::int64_t start = kMajor == Major::kDepth ? depth_.begin + std::int64_t{step} * kDepth : first_;
+    return static_cast<int>(start) + chunk_ * kGroup<T>;
+  }
+
+  __device__ __forceinline__ int valid_at(int channel) const {
+    const std::int64_t end = kMajor == Major::kDepth ? depth_.end : lines_.columns;
+    const std::int64_t left = end - channel;
+    return left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>;
+  }
+
+  __device__ __forceinline__ std::int64_t line_number(int i, int step) const {
+    return (kMajor == Major::kDepth ? first_ : depth_.begin + std::int64_t{step} * kDepth) + line_ + i * kDown;
+  }
+
+  /// Null beyond the last line.
+  __device__ __forceinline__ const T* line_at(int i, int step) const {
+    if constexpr (kMajor == Major::kDepth) return start_[i];
+    const std::int64_t line = line_number(i, step);
+    return line < depth_.end ? lines_.at(line) : nullptr;
+  }
+
+  struct Nothing {};
+  template <class P, bool kActive>
+  struct State {
+    using Column = Nothing;
+    using Piece = Nothing;
+  };
+  template <class P>
+  struct State<P, true> {
+    using Column = typename P::Column;
+    using Piece = typename P::Piece;
+  };
+
+  const Lines<T>& lines_;
+  const Prologue& prologue_;
+  std::int64_t first_;
+  Range depth_;
+  int line_, chunk_;
+  const T* start_[kMajor == Major::kDepth ? kPieces : 1];
+  typename State<Prologue, Prologue::kActive>::Column column_;
+  typename State<Prologue, Prologue::kActive>::Piece piece_[kPieces];
+};
+
+/// A warp's part of the result, in the words of `multiply`.
+template <class Tiling>
+struct Accumulators {
+  float value[Tiling::kTilesDown][Tiling::kTilesAcross][4] = {};
+};
+
+/// first x second, each in memory as its Major says. kWide: both can be copied in 16 bytes.
+template <class T, class Tiling, Major kFirst, Major kSecond, bool kWide>
+struct Product {
+  static constexpr int kDepth = Tiling::kDepthBytes / static_cast<int>(sizeof(T));
+  using First = Panel<T, Tiling::kRows, kDepth, kFirst>;
+  using Second = Panel<T, Tiling::kColumns, kDepth, kSecond>;
+
+  struct Stage {
+    First first;
+    Second second;
+  };
+  struct Memory {
+    Stage stage[Tiling::kStages];
+  };
+
+  /// Adds the product to `sum`, of rows from `row` of the first operand on and of columns from `column` of the second
+  /// on. All threads must come here. What was in the memory before must have been read; afterwards it has been.
+  template <class FirstPrologue, class SecondPrologue>
+  static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, Memory& memory, const Lines<T>& first,
+                                             std::int64_t row, const FirstPrologue& first_prologue,
+                                             const Lines<T>& second, std::int64_t column,
+                                             const SecondPrologue& second_prologue, Range depth) {
+    Feed<T, First, kFirst, Tiling::kThreads, kWide, FirstPrologue> a(first, row, depth, first_prologue);
+    Feed<T, Second, kSecond, Tiling::kThreads, kWide, SecondPrologue> b(second, column, depth, second_prologue);
+    const int steps = static_cast<int>((depth.end - depth.begin + kDepth - 1) / kDepth);
+    constexpr int kAhead = Tiling::kStages - 1;
+#pragma unroll
+    for (int step = 0; step < kAhead; ++step) {
+      if (step < steps) {
+        a.copy(memory.stage[step].first, step);
+        b.copy(memory.stage[step].second, step);
+      }
+      ptx::commit_copies();
+    }
+    int read = 0, write = kAhead;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      a.fetch(step);
+      b.fetch(step);
+      ptx::wait_copies<kAhead - 1>();
+      a.apply(memory.stage[read].first, step);
+      b.apply(memory.stage[read].second, step);
+      // Now all of this stage is there, and all have read the one that the next copies overwrite.
+      __syncthreads();
+      if (step + kAhead < steps) {
+        a.copy(memory.stage[write].first, step + kAhead);
+        b.copy(memory.stage[write].second, step + kAhead);
+      }
+      ptx::commit_copies();
+      multiply(sum, memory.stage[read]);
+      read = read + 1 == Tiling::kStages ? 0 : read + 1;
+      write = write + 1 == Tiling::kStages ? 0 : write + 1;
+    }
+    // The groups that are left are empty.
+    __syncthreads();
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply(Accumulators<Tiling>& sum, const Stage& stage) {
+    const int row = Tiling::warp_row(), column = Tiling::warp_column();
+#pragma unroll
+    for (int step = 0; step < kDepth / (2 * kGroup<T>); ++step) {
+      std::uint32_t a[Tiling::kTilesDown][4], b[Tiling::kTilesAcross / 2][4];
+#pragma unroll
+      for (int i = 0; i < Tiling::kTilesDown; ++i) stage.first.load_first(a[i], row + 16 * i, step);
+#pragma unroll
+      for (int j = 0; j < Tiling::kTilesAcross / 2; ++j) stage.second.load_second(b[j], column + 16 * j, step);
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (auto& words : a) {
+#pragma unroll
+          for (std::uint32_t& word : words) word = ptx::to_tf32(word);
+        }
+#pragma unroll
+        for (auto& words : b) {
+#pragma unroll
+          for (std::uint32_t& word : words) word = ptx::to_tf32(word);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Tiling::kTilesDown; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tiling::kTilesAcross; ++j) {
+          ptx::multiply<T>(sum.value[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+};
+
+/// The way of a result from registers to memory: a warp hands 16 rows of it at a time to its lanes, in groups of 16
+/// bytes of the format T that it is stored in. A lane's groups all begin at the same column.
+template <class T, class Tiling>
+struct Groups {
+  static constexpr int kCount = kGroup<T>, kAcross = Tiling::kWarpColumns / kCount, kDown = 32 / kAcross;
+  /// Of 4 rows lanes write 8 columns at once, and of 8 columns each they read chunks that a pair of them has swapped.
+  static constexpr int kPitch = Tiling::kWarpColumns + 8;
+
+  struct Memory {
+    alignas(16) float value[Tiling::kWarps][16 * kPitch];
+  };
+
+  /// The lane's column in the block's tile.
+  static __device__ __forceinline__ int column() {
+    return Tiling::warp_column() + static_cast<int>(threadIdx.x) % kAcross * kCount;
+  }
+
+  /// Calls `finish(row in the block's tile, values, fetched)` in all lanes, with what `fetch(row)` has returned
+  /// earlier.
+  template <class Fetch, class Finish>
+  static __device__ __forceinline__ void each(const Accumulators<Tiling>& sum, Memory& memory, Fetch fetch,
+                                              Finish finish) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float* slab = memory.value[threadIdx.x / 32];
+#pragma unroll
+    for (int i = 0; i < Tiling::kTilesDown; ++i) {
+      const int first = Tiling::warp_row() + 16 * i;
+      decltype(fetch(0)) fetched[16 / kDown];
+#pragma unroll
+      for (int p = 0; p < 16 / kDown; ++p) fetched[p] = fetch(first + p * kDown + lane / kAcross);
+      // What was there has been read.
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < Tiling::kTilesAcross; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const auto& v = sum.value[i][j];
+          ptx::shared_store(slab + place(lane / 4 + 8 * h, 8 * j + lane % 4 * 2), make_float2(v[2 * h], v[2 * h + 1]));
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int p = 0; p < 16 / kDown; ++p) {
+        const int row = p * kDown + lane / kAcross;
+        float value[kCount];
+#pragma unroll
+        for (int q = 0; q < kCount / 4; ++q) {
+          const uint4 v = ptx::shared_load<uint4>(slab + place(row, lane % kAcross * kCount + 4 * q));
+          value[4 * q] = __uint_as_float(v.x);
+          value[4 * q + 1] = __uint_as_float(v.y);
+          value[4 * q + 2] = __uint_as_float(v.z);
+          value[4 * q + 3] = __uint_as_float(v.w);
+        }
+        finish(first + row, value, fetched[p]);
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int place(int row, int column) {
+    return row * kPitch + (column / 4 ^ column / 32 % 2) * 4 + column % 4;
+  }
+};
+
+}  // namespace fused_res::cuda
