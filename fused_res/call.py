@@ -81,5 +81,5 @@ def _prepare(
         sizes = [tuple(x.shape[2:]), *sizes[: len(block.main) - 1]]
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
-    evaluates = not watched and planner.evaluation_level(block, dtype, backend, level) is not None
-    return Prepared(*numbers, plan.level, backend, watched, evaluates, is_narrow(x, block), {})
+    prepared = (not watched or torch.compiler.is_compiling()) and planner.evaluation_level(block, dtype, backend, level) is not None
+    return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), {})

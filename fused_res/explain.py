@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fused_res import planner
 from fused_res.block.dry_run import convolutions, saved_bytes
+from fused_res.block.casting import with_dtype
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
-from fused_res.functional import with_dtype
 from fused_res.fusible import Fusible
 from fused_res.fusing import find
 from fused_res.internals import tree_leaves
@@ -126,7 +126,7 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     backend = planner.resolve(asked, x.device, dtype)
     units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     evaluated = planner.evaluation_level(parts, dtype, backend, block._fused_res_level)
-    if evaluated is not None and not (compiled or block.training):
+    if evaluated is not None and not block.training:
         return Row(*what, backend, evaluated, shortcut.kind, units, _prepared(x, parts, units, backend), shortcut.reason)
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):

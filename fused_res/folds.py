@@ -5,9 +5,14 @@ count where they are fused, other tensors in the place of those that were there,
 `Module.to`). What PyTorch does not count, nobody can see:
 writes through `.data`, through `detach().numpy()` and other views of the memory from outside, and by collectives of
 `torch.distributed`. After those call `refresh`.
+
+What a block has prepared goes with the block. Compiled graphs and exported programs know of no block: what is prepared for these is
+found by the tensors, and goes when nobody else holds one of them.
 """
 
 import functools
+import gc
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,6 +29,8 @@ T = TypeVar("T")
 
 _MOST = 4
 """Sizes of images for which a block keeps what it has prepared: the library orders weights for one size each."""
+_ENOUGH = 2
+"""Times that something was prepared for nothing, after which tensors without an owner are taken to be others at every call."""
 _lock = threading.RLock()
 
 
@@ -53,11 +60,11 @@ class _Source(NamedTuple):
 
 
 class _Fold:
-    """One owner's. `made` is None where nothing may be kept of these tensors."""
+    """One owner's, or that of tensors without one. `made` is None where nothing may be kept of these tensors."""
 
-    def __init__(self, owner: object, tensors: Sequence[Tensor]) -> None:
-        key = id(owner)
-        self.owner = weakref.ref(owner, lambda _: _folds.pop(key, None))
+    def __init__(self, key: object, owner: object | None, tensors: Sequence[Tensor]) -> None:
+        self.owner = None if owner is None else weakref.ref(owner, lambda _: _folds.pop(key, None))
+        self.used = False
         self.made: dict[tuple, tuple[object, object]] | None = {} if all(map(_is_followed, tensors)) else None
         self.sources = [_Source.of(tensor) for tensor in tensors] if self.made is not None else []
         self.refused = tensors if self.made is None else []
@@ -69,23 +76,46 @@ class _Fold:
             return False
         return all(source.holds(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
 
+    def is_left(self) -> bool:
+        """Whether it is nobody's, and nobody else has one of its tensors any more, so that it cannot be asked for again."""
+        if self.owner is not None:
+            return False
+        # Held by the fold, and by the call that counts.
+        return any(sys.getrefcount(source.tensor) == 2 for source in self.sources)
 
-_folds: dict[int, _Fold] = {}
+
+_folds: dict[int | tuple[int, ...], _Fold] = {}
+"""By the owner's identity, or where there is none by those of the tensors, which live as long as the fold."""
+_wasted: dict[int, tuple[object, int]] = {}
+"""By the identity of a call: the call, and how often what was prepared for it was let go without having been used again."""
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    """Fused optimizers' steps write past the count: what follows from their parameters is let go after each."""
+def _watch() -> None:
+    """Fused optimizers' steps write past the count: what follows from their parameters is let go after each. What is left of tensors
+    that nobody has any more goes with Python's garbage.
+    """
     register_optimizer_step_post_hook(_after_step)
+    gc.callbacks.append(_after_collection)
+
+
+def _after_collection(phase: str, about: dict) -> None:
+    if phase == "stop" and about["generation"] == 2:
+        _sweep()
+
+
+def _sweep() -> None:
+    for key, fold in list(_folds.items()):
+        if fold.is_left():
+            _folds.pop(key, None)
+            for call, _ in [] if fold.used or fold.made is None else list(fold.made.values()):
+                _wasted[id(call)] = call, _wasted.get(id(call), (call, 0))[1] + 1
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     written = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    if not written:
-        return
-    for key, fold in list(_folds.items()):
-        if any(id(source.tensor) in written for source in fold.sources):
-            _folds.pop(key, None)
+    if written:
+        _drop_of(written)
 
 
 def _is_followed(tensor: Tensor) -> bool:
@@ -93,29 +123,35 @@ def _is_followed(tensor: Tensor) -> bool:
     return not (tensor.is_inference() or tensor.is_shared() or internals.is_sharded(tensor))
 
 
-def find(owner: object, tensors: Sequence[Tensor], call: object, switches: tuple, make: Callable[[], T]) -> T | None:
+def find(owner: object | None, tensors: Sequence[Tensor], call: object, switches: tuple, make: Callable[[], T]) -> T | None:
     """What `make()` returns, or has returned for the same call while none of the tensors has changed.
 
     Args:
-        owner: whose it is; it goes with that.
+        owner: whose it is; it goes with that. None: it is that of the tensors, and goes with them.
         tensors: all tensors that it follows from, plain ones.
         call: what else it follows from, the same object for all calls that are alike, and torch's switches.
 
     Returns:
-        None where nothing may be kept for these tensors.
+        None where nothing may be kept for these tensors, or they are others at every call.
     """
-    fold = _folds.get(id(owner))
+    whose = id(owner) if owner is not None else tuple(map(id, tensors))
+    fold = _folds.get(whose)
     if fold is None or not fold.holds(tensors):
         with _lock:
-            fold = _folds.get(id(owner))
+            fold = _folds.get(whose)
             if fold is None or not fold.holds(tensors):
-                _watch_optimizers()
-                fold = _folds[id(owner)] = _Fold(owner, tensors)
+                if owner is None:
+                    _sweep()
+                    if _wasted.get(id(call), (call, 0))[1] >= _ENOUGH or not all(map(_is_followed, tensors)):
+                        return None
+                _watch()
+                fold = _folds[whose] = _Fold(whose, owner, tensors)
     if fold.made is None:
         return None
     key = id(call), switches
     found = fold.made.get(key)
     if found is not None:
+        fold.used = True
         return found[1]
     with _lock:  # threads that start together prepare it once
         found = fold.made.get(key)
@@ -133,6 +169,13 @@ def drop(owner: object) -> None:
     """Let go of what is kept for an owner."""
     if _folds:
         _folds.pop(id(owner), None)
+
+
+def _drop_of(tensors: set[int]) -> None:
+    """Let go of what follows from one of these tensors, given by their identities."""
+    for key, fold in list(_folds.items()):
+        if any(id(source.tensor) in tensors for source in fold.sources):
+            _folds.pop(key, None)
 
 
 def refresh(model: nn.Module | None = None) -> None:
@@ -153,3 +196,4 @@ def refresh(model: nn.Module | None = None) -> None:
         raise TypeError(f"model: expected an nn.Module or None, got {type(model).__name__}")
     for module in model.modules():
         drop(module)
+    _drop_of({id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors})

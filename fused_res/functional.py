@@ -7,15 +7,15 @@ from torch import Tensor
 
 from fused_res import folds, internals, planner, reference
 from fused_res.backends import LIBRARY
-from fused_res.block import evaluation, program
+from fused_res.block.casting import as_dtype, present, with_dtype
+from fused_res.block.evaluated import block_evaluation, evaluated
 from fused_res.block.exported import block_exported
-from fused_res.block.op import block_forward, output_in_layout
-from fused_res.block.prepared import Prepared
+from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments
 from fused_res.call import prepare
 from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
-from fused_res.spec import FORMS, POST_ACTIVATION, AvgPool, Block, ConvBN, pair, tensors_of
+from fused_res.spec import FORMS, POST_ACTIVATION, AvgPool, Block, ConvBN, pair
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
 
@@ -138,21 +138,19 @@ def run(
     `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then.
     """
     call = prepare(x, block, skip, residual_scale, names, level)
-    tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
+    tensors = present(block)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
+    if call.given:
+        block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
     if owner is not None and not call.watched:
         if save or not call.evaluates:
             folds.drop(owner)
         else:
-            out = _evaluated(x, block, skip, residual_scale, tensors, call, owner)
+            out = evaluated(x, skip, residual_scale, block, tensors, call, owner)
             if out is not None:
                 return out, []
-    if call.casts:
-        x, block, skip = _to(x, call.dtype), with_dtype(block, call.dtype), None if skip is None else _to(skip, call.dtype)
-    if call.given:
-        block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
-    if call.casts:
-        tensors = [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]
+    if call.watched and call.evaluates and not save and not torch.compiler.is_exporting():
+        return block_evaluation(x, skip, residual_scale, tensors, call), []
     norms = block.norms()
 
     def settle(saved: list[Tensor | None]) -> None:
@@ -162,44 +160,7 @@ def run(
 
     if call.watched and torch.compiler.is_exporting():
         return block_exported(x, skip, residual_scale, tensors, call, norms, settle), []
+    if call.casts:
+        x, block, skip = as_dtype(x, call.dtype), with_dtype(block, call.dtype), as_dtype(skip, call.dtype)
+        tensors = present(block)
     return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
-
-
-def _evaluated(
-    x: Tensor,
-    block: Block,
-    skip: Tensor | None,
-    residual_scale: Tensor | None,
-    tensors: list[Tensor],
-    call: Prepared,
-    owner: object,
-) -> Tensor | None:
-    """The block's output from what was prepared of its weights; None where nothing could be."""
-    sources = tensors if residual_scale is None else [*tensors, residual_scale]
-
-    def make() -> evaluation.Evaluation | None:
-        return evaluation.prepare(block, residual_scale, tuple(x.shape), call.dtype, call.backend)
-
-    found = folds.find(owner, sources, call, program.switches(x.device.type), make)
-    if found is None:
-        return None
-    given = (x if skip is None else skip).expand(call.outer) if call.given else None
-    image = _to(x, call.dtype)
-    out = evaluation.evaluate(found, image, None if given is None else _to(given, call.dtype))
-    return output_in_layout(out, x, block, call.narrow)
-
-
-def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Kept out of exported graphs where it does nothing.
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def with_dtype(block: Block, dtype: torch.dtype) -> Block:
-    """The block with its convolutions' tensors cast; BN's keep their dtype."""
-
-    def cast(unit: ConvBN | None) -> ConvBN | None:
-        if unit is None or (unit.weight.dtype == dtype and (unit.bias is None or unit.bias.dtype == dtype)):
-            return unit
-        return unit._replace(weight=_to(unit.weight, dtype), bias=None if unit.bias is None else _to(unit.bias, dtype))
-
-    return block._replace(main=[cast(unit) for unit in block.main], projection=cast(block.projection))

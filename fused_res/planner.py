@@ -159,20 +159,27 @@ def evaluation_level(block: Block, dtype: torch.dtype, backend: str, level: str 
 
     Args:
         dtype: what the block computes in.
-        backend: the one that runs.
+        backend: the one that runs, or `AUTO`.
         level: that of `fuse`. `"bn_act"` and, where it means something, `"moment"` are ways without prepared convolutions.
 
     Returns:
         None where a BN takes the batch's statistics, for other forms than post-activation, and where it runs as `plan` says.
     """
-    found = getattr(backends.load(backend), "evaluation", None)
-    if found is None or block.form != POST_ACTIVATION or any(unit.training for unit in block.units()):
+    if block.form != POST_ACTIVATION or any([unit.training for unit in block.units()]):
         return None
-    usual = found(block.units()[0].weight.device, dtype)
+    usual = _evaluation(backend, block.main[0].weight.device, dtype)
     if usual is None:
         return None
     depth = Level.of((forced() or Forced(AUTO, None)).level or level or usual, block)
     return depth.name if depth.epilogues and not depth.moment_main else None
+
+
+@constant_result
+def _evaluation(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """A backend's level of evaluation with prepared convolutions, None where it has none."""
+    name = resolve(backend, device, dtype) if backend == AUTO else backend
+    found = getattr(backends.load(name), "evaluation", None)
+    return None if found is None or not _runs(name, device, dtype) else found(device, dtype)
 
 
 def who_decided(x: Tensor, block: Block, *, level: str | None = None) -> str:

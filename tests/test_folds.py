@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 import fused_res
 from blocks import image, make
+from changes import CHANGES, by_a_new_tensor_on_the_same_memory, in_place, tensors
 from fused_res import backends, folds
+from fused_res.block import evaluation
 
 WHY = backends.supports("native", torch.device("cpu"), torch.float32)
 pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY)), pytest.mark.usefixtures("one_thread")]
@@ -39,104 +41,6 @@ def fresh(block, x):
 def is_kept(block):
     fold = folds._folds.get(id(block))
     return fold is not None and bool(fold.made)
-
-
-def tensors(block):
-    """Every parameter and buffer that evaluation depends on, by name."""
-    return {n: t for n, t in block.state_dict(keep_vars=True).items() if "num_batches" not in n}
-
-
-def owner_of(block, name):
-    path, _, last = name.rpartition(".")
-    return block.get_submodule(path), last
-
-
-def in_place(block, name, t):
-    with torch.no_grad():
-        t.mul_(0.5)
-
-
-def by_a_view(block, name, t):
-    with torch.no_grad():
-        t.view(-1)[:1].add_(1)
-
-
-def by_a_detached_alias(block, name, t):
-    t.detach().add_(0.25)
-
-
-def by_foreach(block, name, t):
-    with torch.no_grad():
-        torch._foreach_mul_([t], 0.5)
-
-
-def in_inference_mode(block, name, t):
-    with torch.inference_mode():
-        t.mul_(0.5)
-
-
-def as_an_output(block, name, t):
-    with torch.no_grad():
-        torch.mul(t.detach().clone(), 0.5, out=t)
-
-
-def by_loading(block, name, t):
-    state = {n: v.clone() for n, v in block.state_dict().items()}
-    state[name] *= 0.5
-    block.load_state_dict(state)
-
-
-def by_assigning(block, name, t):
-    state = {n: v.clone() for n, v in block.state_dict().items()}
-    state[name] *= 0.5
-    block.load_state_dict(state, assign=True)
-
-
-def by_a_new_tensor(block, name, t):
-    module, last = owner_of(block, name)
-    new = (t.detach() * 0.5).clone()
-    setattr(module, last, nn.Parameter(new) if isinstance(t, nn.Parameter) else new)
-
-
-def by_a_new_tensor_on_the_same_memory(block, name, t):
-    module, last = owner_of(block, name)
-    alias = t.data
-    alias.mul_(0.5)
-    kept = nn.Parameter(alias) if isinstance(t, nn.Parameter) else alias
-    while kept._version < t._version:
-        torch.autograd.graph.increment_version(kept)
-    setattr(module, last, kept)
-
-
-def by_new_data(block, name, t):
-    t.data = t.data * 0.5
-
-
-def by_set(block, name, t):
-    with torch.no_grad():
-        t.set_(t.detach() * 0.5)
-
-
-def by_swapping(block, name, t):
-    other = (t.detach() * 0.5).clone()
-    torch.utils.swap_tensors(t, nn.Parameter(other) if isinstance(t, nn.Parameter) else other)
-
-
-CHANGES = (
-    in_place,
-    by_a_view,
-    by_a_detached_alias,
-    by_foreach,
-    in_inference_mode,
-    as_an_output,
-    by_loading,
-    by_assigning,
-    by_a_new_tensor,
-    by_a_new_tensor_on_the_same_memory,
-    by_new_data,
-    by_set,
-    by_swapping,
-)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -445,8 +349,8 @@ def test_the_weights_that_were_replaced_are_let_go_at_the_next_call():
 def test_threads_share_what_is_prepared(monkeypatch):
     block = served()
     x = image(block, dtype=torch.float32)
-    made, prepare = [], fused_res.functional.evaluation.prepare
-    monkeypatch.setattr(fused_res.functional.evaluation, "prepare", lambda *a: made.append(1) or prepare(*a))
+    made, prepare = [], evaluation.prepare
+    monkeypatch.setattr(evaluation, "prepare", lambda *a: made.append(1) or prepare(*a))
     barrier, results = threading.Barrier(4), []
 
     def call():
@@ -501,7 +405,7 @@ def test_threads_that_call_while_weights_are_swapped_see_one_set_or_the_other_on
 def test_a_write_while_it_is_prepared_is_not_missed(monkeypatch):
     block = served()
     x = image(block, dtype=torch.float32)
-    prepare = fused_res.functional.evaluation.prepare
+    prepare = evaluation.prepare
 
     def late(*arguments):
         found = prepare(*arguments)
@@ -509,10 +413,10 @@ def test_a_write_while_it_is_prepared_is_not_missed(monkeypatch):
             block.conv1.weight.mul_(0.5)
         return found
 
-    monkeypatch.setattr(fused_res.functional.evaluation, "prepare", late)
+    monkeypatch.setattr(evaluation, "prepare", late)
     with torch.no_grad():
         block(x)
         assert not is_kept(block)
-        monkeypatch.setattr(fused_res.functional.evaluation, "prepare", prepare)
+        monkeypatch.setattr(evaluation, "prepare", prepare)
         same(block(x), fresh(block, x))
         every(block(x).isfinite())

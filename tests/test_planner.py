@@ -279,7 +279,7 @@ def test_a_compiled_recompute_runs_at_the_level_of_its_forward(dynamo, rule, whe
 
 
 def levels_in(program):
-    return [node.args[6] for node in program.graph.nodes if "fused_res.block" in str(node.target)]
+    return [node.args[8] for node in program.graph.nodes if "fused_res.block" in str(node.target)]
 
 
 @pytest.mark.parametrize("strict", [True, False])

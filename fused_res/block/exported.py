@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.library import Library
 
 from fused_res import reference
+from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.prepared import Prepared
 from fused_res.primitives.common import statistics_dtype
 from fused_res.spec import FORMS, ConvBN, unpack
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
-    "block(Tensor x, Tensor? skip, Tensor? residual_scale, Tensor[] tensors, int[] spec, float[] eps, str level, str backend) "
-    "-> (Tensor, Tensor[])"
+    "block(Tensor x, Tensor? skip, Tensor? residual_scale, Tensor[] tensors, int[] spec, float[] eps, ScalarType dtype, "
+    "bool evaluates, str level, str backend) -> (Tensor, Tensor[])"
 )
 
 
@@ -34,12 +35,13 @@ def block_exported(
     norms: list[ConvBN],
     settle: Callable[[list[Tensor | None]], None],
 ) -> Tensor:
-    """The block as one operator of an exported program. Of `norms`, its BNs, those that take the batch's statistics give them to
+    """The block as one operator of an exported program, on its own tensors. Of `norms`, its BNs, those that take the batch's statistics give them to
     `settle`.
 
     Whether anything is kept for backward is decided when the program runs.
     """
-    out, statistics = torch.ops.fused_res.block(x, skip, residual_scale, tensors, call.spec, call.eps, call.level, call.backend)
+    numbers = call.spec, call.eps, call.dtype, call.evaluates, call.level, call.backend
+    out, statistics = torch.ops.fused_res.block(x, skip, residual_scale, tensors, *numbers)
     rest = iter(statistics)
     settle([next(rest) if unit.training else None for unit in norms])
     return out
@@ -50,11 +52,16 @@ def expect_composition() -> None:
     warnings.filterwarnings("ignore", message=r"At pre-dispatch tracing, .* Found fused_res\.block", category=UserWarning)
 
 
-def _block(x, skip, residual_scale, tensors, spec, eps, level, backend):
-    if _is_taken_apart():
-        return _composed(x, skip, residual_scale, tensors, spec, eps)
+def _block(x, skip, residual_scale, tensors, spec, eps, dtype, evaluates, level, backend):
     wanted = (x, skip, residual_scale, *tensors)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in wanted)
+    apart = _is_taken_apart()
+    if evaluates and not save and not apart:
+        numbers = spec, eps, dtype, level, backend
+        return torch.ops.fused_res.block_evaluation(x, skip, residual_scale, tensors, *numbers), []
+    x, skip, tensors = as_dtype(x, dtype), as_dtype(skip, dtype), present(with_dtype(unpack(tensors, spec, eps), dtype))
+    if apart:
+        return _composed(x, skip, residual_scale, tensors, spec, eps)
     out, saved = torch.ops.fused_res.block_forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend)
     norms = unpack(tensors, spec, eps).norms()
     return out, [vectors[:2] for unit, vectors in zip(norms, saved, strict=False) if unit.training]

@@ -8,6 +8,7 @@ it; a new level adds neither an argument nor an output. The backward's own deriv
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
-def _forward(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
+def forward_in_graph(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
+    """What `fused_res::block_forward` does where it is called as an operator."""
+
     def schedule(x, skip, residual_scale, *tensors):
         block = unpack(tensors, spec, eps)
         if (skip is not None) != block.given:
@@ -127,17 +130,26 @@ def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tup
     return program.switches(device.type), strides, places
 
 
+def output_fake(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """An output without values, of the shape and layout of eager's."""
+    size = tuple(x.shape[2:])
+    for unit in block.main:
+        size = unit.output_size(*size)
+    shape = (x.shape[0], block.main[-1].weight.shape[0], *size)
+    layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
     n, size, pixels = x.shape[0], tuple(x.shape[2:]), []
     for unit in block.main:
         size = unit.output_size(*size)
         pixels.append(n * size[0] * size[1])
+    out = output_fake(x, block, x.dtype)
     pixels += pixels[-1:] if block.projection is not None else []
     channels = [unit.weight.shape[0] for unit in block.units()]
     outer = block.main[-1].weight.shape[0]
-    layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
-    out = torch.empty((n, outer, *size), dtype=x.dtype, device=x.device, memory_format=layout)
     normalised = [x.shape[1], *channels[: len(block.main) - 1]] if FORMS[block.form].preactivated else channels
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in normalised]
     if save:
@@ -266,12 +278,17 @@ def _save_for_backward(ctx, inputs, output):
         _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend)
 
 
+def refuse_gradient(operator: str) -> NoReturn:
+    """Raises RuntimeError: a graph that was made without gradients is trained."""
+    raise RuntimeError(
+        f"{operator} kept nothing for backward (save=False): this graph was made under torch.no_grad(); to train it, make it with "
+        "gradients enabled"
+    )
+
+
 def _forward_gradient(ctx, dout, _):
     if not ctx.save:
-        raise RuntimeError(
-            "block_forward kept nothing for backward (save=False): this graph was made under torch.no_grad(); to train it, make it "
-            "with gradients enabled"
-        )
+        refuse_gradient("block_forward")
     found = _gradients(ctx, dout, *ctx.needs_input_grad[:4], torch.ops.fused_res.block_backward.default)
     return *found, None, None, None, None, None
 
@@ -298,7 +315,7 @@ def _backward_gradient(ctx, incoming):
     return of_dout, of_x, of_scale, of_tensors, [None] * len(saved), None, None, None, None, None
 
 
-for _name, _kernel, _fake in (("block_forward", _forward, _forward_fake), ("block_backward", _backward, _backward_fake)):
+for _name, _kernel, _fake in (("block_forward", forward_in_graph, _forward_fake), ("block_backward", _backward, _backward_fake)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     register_fake(f"fused_res::{_name}", _fake, lib=_library)
 register_autograd("fused_res::block_forward", _forward_gradient, setup_context=_save_for_backward, lib=_library)

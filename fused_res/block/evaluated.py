@@ -1,0 +1,106 @@
+"""A block in evaluation on what was prepared of its weights, and that as an operator, `fused_res::block_evaluation`.
+
+Graphs of torch.compile and exported programs call the operator. It gets the modules' own tensors, in their dtypes: by these it finds
+what was prepared before, which follows every change of them as it does for a block that is called by itself.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from fused_res import backends, folds, plans
+from fused_res.block import evaluation, program
+from fused_res.block.casting import as_dtype, present, with_dtype
+from fused_res.block.op import forward_in_graph, is_narrow, is_watched, output_fake, output_in_layout, refuse_gradient
+from fused_res.block.prepared import Prepared
+from fused_res.spec import Block, unpack
+
+_library = Library("fused_res", "FRAGMENT")
+_library.define(
+    "block_evaluation(Tensor x, Tensor? skip, Tensor? residual_scale, Tensor[] tensors, int[] spec, float[] eps, "
+    "ScalarType dtype, str level, str backend) -> Tensor"
+)
+
+
+class _Alike(NamedTuple):
+    """What calls of the operator that are alike have in common, as `Prepared` has it for others."""
+
+    dtype: torch.dtype
+    backend: str
+    narrow: bool
+    evaluates: bool
+
+
+def evaluated(
+    x: Tensor,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    block: Block,
+    tensors: list[Tensor],
+    call: Prepared | _Alike,
+    owner: object | None,
+) -> Tensor | None:
+    """The block's output from what was prepared of its weights; None where nothing could be.
+
+    Args:
+        skip: the value of a shortcut that is given, of the output's shape.
+        tensors: the block's, in any dtype.
+        owner: for whom it is kept; None: for as long as the tensors live.
+    """
+    sources = tensors if residual_scale is None else [*tensors, residual_scale]
+
+    def make() -> evaluation.Evaluation | None:
+        return evaluation.prepare(block, residual_scale, tuple(x.shape), call.dtype, call.backend)
+
+    found = folds.find(owner, sources, call, program.switches(x.device.type), make)
+    if found is None:
+        return None
+    out = evaluation.evaluate(found, as_dtype(x, call.dtype), as_dtype(skip, call.dtype))
+    return output_in_layout(out, x, block, call.narrow)
+
+
+def block_evaluation(
+    x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, tensors: Sequence[Tensor], call: Prepared
+) -> Tensor:
+    """The operator on the block's own tensors."""
+    numbers = call.spec, call.eps, call.dtype, call.level, call.backend
+    return torch.ops.fused_res.block_evaluation(x, skip, residual_scale, tensors, *numbers)
+
+
+def _alike(x, skip, residual_scale, block, tensors, spec, eps, dtype, backend) -> _Alike:
+    about = tuple([None if t is None else (t.shape, t.dtype) for t in (x, skip, residual_scale, *tensors)])
+    key = "evaluation", tuple(spec), tuple(eps), dtype, backend, x.device, about
+    found = plans.derived(key)
+    if found is not None:
+        return found
+    name = backends.resolve(backend, x.device, dtype)
+    prepares = getattr(backends.load(name), "evaluation", None)
+    evaluates = prepares is not None and prepares(x.device, dtype) is not None
+    return plans.derive(key, _Alike(dtype, name, is_narrow(x, block), evaluates))
+
+
+def _evaluation(x, skip, residual_scale, tensors, spec, eps, dtype, level, backend):
+    block = unpack(tensors, spec, eps)
+    if not is_watched((x, skip, residual_scale, *tensors)):
+        call = _alike(x, skip, residual_scale, block, tensors, spec, eps, dtype, backend)
+        out = evaluated(x, skip, residual_scale, block, tensors, call, None) if call.evaluates else None
+        if out is not None:
+            return out
+    images = as_dtype(x, dtype), as_dtype(skip, dtype), residual_scale
+    return forward_in_graph(*images, present(with_dtype(block, dtype)), spec, eps, False, level, backend)[0]
+
+
+def _fake(x, skip, residual_scale, tensors, spec, eps, dtype, level, backend):
+    return output_fake(x, unpack(tensors, spec, eps), dtype)
+
+
+def _refuse(ctx, _):
+    refuse_gradient("block_evaluation")
+
+
+_library.impl("block_evaluation", _evaluation, "CompositeExplicitAutograd")
+register_fake("fused_res::block_evaluation", _fake, lib=_library)
+register_autograd("fused_res::block_evaluation", _refuse, lib=_library)

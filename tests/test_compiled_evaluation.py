@@ -1,0 +1,247 @@
+"""Compiled and exported blocks in evaluation run on prepared weights, which follow every change as those of blocks called alone."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from compare import same
+from torch import nn
+
+import fused_res
+from blocks import image, make
+from changes import CHANGES, tensors
+from fused_res import backends, folds
+from fused_res.block import evaluation
+from fused_res.spec import pack
+
+WHY = backends.supports("native", torch.device("cpu"), torch.float32)
+pytestmark = [
+    pytest.mark.skipif(WHY is not None, reason=str(WHY)),
+    pytest.mark.usefixtures("one_thread", "dynamo", "nothing_kept"),
+    pytest.mark.filterwarnings("ignore:fused_res"),
+]
+
+
+@pytest.fixture
+def nothing_kept():
+    """Nothing is kept before or after, so that what is found there is the test's own."""
+    gc.collect()
+    folds.refresh()
+    folds._wasted.clear()
+    yield
+    folds.refresh()
+    folds._wasted.clear()
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Counts how often something is prepared."""
+    made, prepare = [], evaluation.prepare
+    monkeypatch.setattr(evaluation, "prepare", lambda *a: made.append(1) or prepare(*a))
+    return made
+
+
+def served(kind="bottleneck", dtype=torch.float32, **options):
+    return make(kind, dtype, **options).eval()
+
+
+def fresh(block, x):
+    """What the block gives by itself where nothing is kept of it."""
+    with torch.no_grad():
+        return copy.deepcopy(block)(x)
+
+
+def whole(block, backend="eager", **options):
+    return torch.compile(block, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.parametrize("kind", ["identity", "projection", "pooled", "as it is"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_block_prepares_once_and_gives_the_blocks_own_output(kind, context, prepared):
+    block = served(kind)
+    call, x = whole(block, "aot_eager"), image(block, dtype=torch.float32)
+    expected = fresh(block, x)
+    prepared.clear()
+    with context():
+        for _ in range(3):
+            same(call(x), expected)
+    assert len(prepared) == 1
+    assert [fold.used for fold in folds._folds.values()] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freezing", [False, True])
+def test_so_does_inductor(freezing, prepared):
+    block = served("projection")
+    x = image(block, dtype=torch.float32)
+    call, expected = torch.compile(block, fullgraph=True, options={"freezing": freezing}), fresh(block, x)
+    prepared.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            same(call(x), expected)
+    assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_every_tensor_is_followed(change):
+    block = served("projection")
+    call, x = whole(block), image(block, dtype=torch.float32)
+    with torch.no_grad():
+        for name in tensors(block):
+            before = call(x)
+            assert folds._folds
+            change(block, name, tensors(block)[name])
+            after = call(x)
+            same(after, fresh(block, x), name)
+            assert not torch.equal(after, before), f"{name} makes no difference"
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_a_compiled_block_is_trained_and_evaluated_in_turns_without_recompiling(how, dynamo):
+    block = served()
+    call, x = whole(block), image(block, dtype=torch.float32)
+    steps = torch.optim.SGD(block.parameters(), lr=0.1, **{how: True})
+
+    def turn():
+        block.train()
+        call(x).square().mean().backward()
+        steps.step()
+        steps.zero_grad()
+        block.eval()
+        with torch.no_grad():
+            same(call(x), fresh(block, x))
+
+    turn()
+    with dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            turn()
+
+
+def test_a_second_batch_size_compiles_once_more_and_others_never(prepared, dynamo):
+    block, graphs = served(), []
+    call = whole(block, lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        for n in (2, 3, 5, 4, 2):
+            x = image(block, n, dtype=torch.float32)
+            same(call(x), fresh(block, x))
+    assert len(graphs) == 2
+
+
+def test_numbers_of_the_children_are_followed():
+    block = served("identity")
+    call, x = whole(block), image(block, dtype=torch.float32)
+    with torch.no_grad():
+        call(x)
+        block.bn1.eps = 0.5
+        same(call(x), fresh(block, x))
+
+
+def test_under_autocast_the_modules_own_weights_are_looked_at(prepared):
+    block = served()
+    call, x = whole(block), image(block, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = copy.deepcopy(block)(x)
+        prepared.clear()
+        for _ in range(3):
+            got = call(x)
+            assert got.dtype == torch.bfloat16
+            same(got, expected)
+    assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_exported_program_prepares_once_and_follows_its_parameters(autocast, prepared):
+    block = served("projection")
+    x = image(block, dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        program = torch.export.export(block, (x,)).module()
+        expected = copy.deepcopy(block)(x)
+        prepared.clear()
+        for _ in range(3):
+            same(program(x), expected)
+        assert len(prepared) == 1
+        for tensor in (*program.parameters(), *program.buffers()):
+            if tensor.is_floating_point():
+                tensor.mul_(0.5)
+        block.load_state_dict(program.state_dict())
+        same(program(x), copy.deepcopy(block)(x))
+
+
+def test_an_exported_program_is_trained_as_before():
+    block = served()
+    x = image(block, dtype=torch.float32)
+    with torch.no_grad():
+        program = torch.export.export(block, (x,)).module()
+    program(x).sum().backward()
+    block(x).sum().backward()
+    gradients = dict(program.named_parameters())
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, msg=name)
+
+
+def test_what_was_prepared_is_let_go_with_the_tensors():
+    block = served()
+    call, x = whole(block), image(block, dtype=torch.float32)
+    with torch.no_grad():
+        call(x)
+    assert len(folds._folds) == 1
+    del call, block
+    torch._dynamo.reset()
+    gc.collect()
+    assert not folds._folds
+
+
+def test_refresh_lets_go_of_what_compiled_graphs_have_prepared():
+    block, other = served("identity"), served("identity")
+    call, x = whole(nn.Sequential(block, other)), image(block, dtype=torch.float32)
+    with torch.no_grad():
+        call(x)
+        block.conv1.weight.data.mul_(0.5)
+        fused_res.refresh(block)
+        assert len(folds._folds) == 1
+        same(call(x), other(fresh(block, x)))
+
+
+def test_tensors_that_are_others_at_every_call_are_not_prepared_for_long(prepared):
+    block = served()
+    x = image(block, dtype=torch.float32)
+    call = whole(lambda state: torch.func.functional_call(block, state, (x,)))
+    with torch.no_grad():
+        states = [{n: t.clone() for n, t in block.state_dict().items()} for _ in range(6)]
+        results = []
+        while states:
+            results.append(call(states.pop()))
+            gc.collect()
+    assert len(prepared) == folds._ENOUGH
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
+def test_a_level_that_has_no_prepared_weights_is_kept_under_compile(prepared):
+    block = fused_res.fuse(served(), level="bn_act")
+    x, names = image(block, dtype=torch.float32), []
+    call = whole(block, lambda graph, _: names.extend(str(node.target) for node in graph.graph.nodes) or graph.forward)
+    with torch.no_grad():
+        call(x)
+    assert not prepared
+    assert any("block_forward" in name for name in names)
+    assert not any("block_evaluation" in name for name in names)
+
+
+def test_the_operator_is_what_torch_expects_of_one():
+    block = served("projection")
+    x = image(block, dtype=torch.float32)
+    given, spec, eps = pack(block.parts())
+    arguments = (x, None, None, [t.detach() for t in given], spec, eps, torch.float32, "epilogue", "auto")
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fused_res.block_evaluation.default, arguments, test_utils=checks)
+
+
+def test_a_graph_without_gradients_says_so_when_it_is_trained():
+    block = served("projection")
+    given, spec, eps = pack(block.parts())
+    x = image(block, dtype=torch.float32)
+    out = torch.ops.fused_res.block_evaluation(x, None, None, given, spec, eps, torch.float32, "epilogue", "auto")
+    with pytest.raises(RuntimeError, match="block_evaluation kept nothing for backward"):
+        out.sum().backward()
