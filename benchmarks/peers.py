@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_res import explain, planner, use_backend
+from fused_res import explain, internals, planner, use_backend
 from fused_res.benchmarks.cases import Case, Network
 
 MODES = {
@@ -203,8 +203,11 @@ def _compiled(setup: Setup, within: Callable[[], AbstractContextManager] = nullc
         raise CannotRunError("weights are frozen in evaluation mode alone")
     setup.forget_compiled()
     module = setup.module("channels_last")
-    call = torch.compile(module, dynamic=False, options={"freezing": True} if freezing else None)
-    return block_peer(setup, module, "channels_last", call, "inductor", within)
+    peer = block_peer(setup, module, "channels_last", torch.compile(module, dynamic=False), "inductor", within)
+    if freezing:
+        with internals.freezing():
+            peer.step(0)
+    return peer
 
 
 @register("torch.compile")

@@ -7,7 +7,8 @@ writes through `.data`, through `detach().numpy()` and other views of the memory
 `torch.distributed`. After those call `refresh`.
 
 What a block has prepared goes with the block. Compiled graphs and exported programs know of no block: what is prepared for these is
-found by the tensors, and goes when nobody else holds one of them.
+found by the weights, and goes when nobody else holds one of them. The vectors beside these may be others there at every call, since
+compilers make constants anew whose elements are all alike: of vectors the values count, too.
 """
 
 import functools
@@ -30,7 +31,7 @@ T = TypeVar("T")
 _MOST = 4
 """Sizes of images for which a block keeps what it has prepared: the library orders weights for one size each."""
 _ENOUGH = 2
-"""Times that something was prepared for nothing, after which tensors without an owner are taken to be others at every call."""
+"""Times that something was prepared for nothing, after which weights without an owner are taken to be others at every call."""
 _lock = threading.RLock()
 
 
@@ -68,24 +69,32 @@ class _Fold:
         self.made: dict[tuple, tuple[object, object]] | None = {} if all(map(_is_followed, tensors)) else None
         self.sources = [_Source.of(tensor) for tensor in tensors] if self.made is not None else []
         self.refused = tensors if self.made is None else []
+        self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         if self.made is None:
             return len(self.refused) == len(tensors) and all(a is b for a, b in zip(self.refused, tensors, strict=True))
         if len(self.sources) != len(tensors):
             return False
-        return all(source.holds(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
+        if self.values is None:
+            return all(source.holds(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
+        found = zip(self.sources, self.values, tensors, strict=True)
+        return all(source.holds(tensor) or _are_alike(values, tensor) for source, values, tensor in found)
 
     def is_left(self) -> bool:
         """Whether it is nobody's, and nobody else has one of its tensors any more, so that it cannot be asked for again."""
         if self.owner is not None:
             return False
         # Held by the fold, and by the call that counts.
-        return any(sys.getrefcount(source.tensor) == 2 for source in self.sources)
+        return any(source.tensor.dim() > 1 and sys.getrefcount(source.tensor) == 2 for source in self.sources)
+
+
+def _are_alike(values: Tensor | None, tensor: Tensor) -> bool:
+    return values is not None and values.dtype == tensor.dtype and values.shape == tensor.shape and torch.equal(values, tensor)
 
 
 _folds: dict[int | tuple[int, ...], _Fold] = {}
-"""By the owner's identity, or where there is none by those of the tensors, which live as long as the fold."""
+"""By the owner's identity, or where there is none by those of the weights, which live as long as the fold."""
 _wasted: dict[int, tuple[object, int]] = {}
 """By the identity of a call: the call, and how often what was prepared for it was let go without having been used again."""
 
@@ -127,14 +136,14 @@ def find(owner: object | None, tensors: Sequence[Tensor], call: object, switches
     """What `make()` returns, or has returned for the same call while none of the tensors has changed.
 
     Args:
-        owner: whose it is; it goes with that. None: it is that of the tensors, and goes with them.
+        owner: whose it is; it goes with that. None: it is that of the weights among the tensors, and goes with them.
         tensors: all tensors that it follows from, plain ones.
         call: what else it follows from, the same object for all calls that are alike, and torch's switches.
 
     Returns:
-        None where nothing may be kept for these tensors, or they are others at every call.
+        None where nothing may be kept for these tensors, or the weights are others at every call.
     """
-    whose = id(owner) if owner is not None else tuple(map(id, tensors))
+    whose = id(owner) if owner is not None else tuple([id(tensor) for tensor in tensors if tensor.dim() > 1])
     fold = _folds.get(whose)
     if fold is None or not fold.holds(tensors):
         with _lock:

@@ -6,6 +6,7 @@ looks after are methods of torch's that anybody may replace.
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -128,6 +129,16 @@ def fused_convolution() -> tuple[Callable, Callable, Callable, Callable] | None:
         return None
     pointwise = mkldnn._convolution_pointwise
     return mkldnn._reorder_convolution_weight.default, pointwise.default, pointwise.binary, mkldnn._convolution_pointwise_.binary
+
+
+def freezing() -> AbstractContextManager:
+    """Inside, what torch.compile compiles where gradients are off has the weights as constants: BNs folded in, and packed ahead.
+
+    As an option of `torch.compile` the switch comes after the trace, which has made inputs of the weights by then.
+    """
+    from torch._inductor import config
+
+    return config.patch(freezing=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:
