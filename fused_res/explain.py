@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import planner
-from fused_res.block.dry_run import convolutions, saved_bytes
 from fused_res.block.casting import with_dtype
+from fused_res.block.dry_run import convolutions, saved_bytes
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
 from fused_res.fusible import Fusible

@@ -101,8 +101,8 @@ _wasted: dict[int, tuple[object, int]] = {}
 
 @functools.cache
 def _watch() -> None:
-    """Fused optimizers' steps write past the count: what follows from their parameters is let go after each. What is left of tensors
-    that nobody has any more goes with Python's garbage.
+    """Fused optimizers' steps write past the count: what follows from their parameters is let go after each. What is left of
+    tensors that nobody has any more goes with Python's garbage.
     """
     register_optimizer_step_post_hook(_after_step)
     gc.callbacks.append(_after_collection)

@@ -165,7 +165,7 @@ def evaluation_level(block: Block, dtype: torch.dtype, backend: str, level: str 
     Returns:
         None where a BN takes the batch's statistics, for other forms than post-activation, and where it runs as `plan` says.
     """
-    if block.form != POST_ACTIVATION or any([unit.training for unit in block.units()]):
+    if block.form != POST_ACTIVATION or any(unit.training for unit in block.units()):
         return None
     usual = _evaluation(backend, block.main[0].weight.device, dtype)
     if usual is None:

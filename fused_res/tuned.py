@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import console, planner, plans
+from fused_res.block.casting import with_dtype
 from fused_res.block.validate import compute_dtype
 from fused_res.explain import visit
-from fused_res.block.casting import with_dtype
 from fused_res.fusible import Fusible
 from fused_res.geometry import Geometry, numbers_of
 

@@ -7,9 +7,9 @@ import torch
 
 from blocks import image, make
 from fused_res import backends, explain, plans, use_backend
+from fused_res.block.casting import with_dtype
 from fused_res.block.dry_run import convolutions
 from fused_res.block.levels import LEVELS
-from fused_res.block.casting import with_dtype
 from fused_res.primitives import choice
 from fused_res.primitives.choice import Call, Choice, choose, imposing
 from fused_res.primitives.conv_dgrad import conv_dgrad

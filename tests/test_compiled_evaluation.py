@@ -6,12 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from changes import CHANGES, tensors
 from compare import same
 from torch import nn
 
 import fused_res
 from blocks import image, make
-from changes import CHANGES, tensors
 from fused_res import backends, folds, internals
 from fused_res.block import evaluation
 from fused_res.spec import pack

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from changes import CHANGES, by_a_new_tensor_on_the_same_memory, in_place, tensors
 from compare import every, same
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 import fused_res
 from blocks import image, make
-from changes import CHANGES, by_a_new_tensor_on_the_same_memory, in_place, tensors
 from fused_res import backends, folds
 from fused_res.block import evaluation
 

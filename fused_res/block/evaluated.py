@@ -1,7 +1,7 @@
 """A block in evaluation on what was prepared of its weights, and that as an operator, `fused_res::block_evaluation`.
 
-Graphs of torch.compile and exported programs call the operator. It gets the modules' own tensors, in their dtypes: by these it finds
-what was prepared before, which follows every change of them as it does for a block that is called by itself.
+Graphs of torch.compile and exported programs call the operator. It gets the modules' own tensors, in their dtypes: by these it
+finds what was prepared before, which follows every change of them as it does for a block that is called by itself.
 """
 
 from collections.abc import Sequence
