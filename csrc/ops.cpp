@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "moments_finalize(Tensor mean, Tensor covariance, Tensor weight, Tensor? gamma, Tensor? beta, float eps, "
       "Tensor? residual_scale, float ratio, Tensor? direct) -> (Tensor, Tensor, int)");
   m.def(
+      "moments_finalize_direct(Tensor mean, Tensor covariance, Tensor z, Tensor? z_vectors, int down, int right, bool "
+      "tf32, Tensor weight, Tensor? gamma, Tensor? beta, float eps, Tensor? residual_scale, float ratio) -> (Tensor, "
+      "Tensor)");
+  m.def("scaled_weight(Tensor weight, Tensor? vectors, bool tf32) -> Tensor");
+  m.def(
       "pointwise_tail(Tensor z, Tensor? z_vectors, int down, int right, Tensor weight, Tensor vectors, Tensor? skip, "
       "Tensor? y2, Tensor? x, Tensor? x_vectors, int x_down, int x_right, Tensor? weight2, Tensor? vectors2, "
       "bool keep_signs) -> (Tensor, Tensor?)");
@@ -40,6 +45,11 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "pointwise_tail_backward_finalize(Tensor total, Tensor product, int pixels, Tensor? covariance, Tensor weight, "
       "Tensor vectors, Tensor? scaled, Tensor? gamma, Tensor? beta, Tensor? residual_scale, float ratio, "
       "Tensor? direct) -> (Tensor, Tensor, Tensor?, Tensor?, Tensor?, int)");
+  m.def(
+      "pointwise_tail_backward_finalize_direct(Tensor total, Tensor product, Tensor dout, Tensor signs, Tensor z, "
+      "Tensor? z_vectors, int down, int right, bool tf32, Tensor? mean, Tensor? covariance, Tensor? suspect, Tensor "
+      "weight, Tensor vectors, Tensor? scaled, Tensor? gamma, Tensor? beta, Tensor? residual_scale, float ratio) -> "
+      "(Tensor, Tensor, Tensor?, Tensor?)");
   m.def(
       "pointwise_tail_backward_apply(Tensor(a!) dz, Tensor? through, Tensor dout, Tensor signs, Tensor z, Tensor? "
       "z_vectors, "

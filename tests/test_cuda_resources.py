@@ -88,3 +88,32 @@ def test_wide_kernels_move_16_bytes_at_once(compiled):
             assert not wide or sum(a.startswith("LDG") for a in activations) >= 4
             seen.add(name)
     assert seen == set(KERNELS)
+
+
+# Of the moment form's finalize steps, which no tensor core and no access of 16 bytes would help.
+FINALIZE = {
+    "spread": 1,
+    "pointwise_direct": 1,
+    "moments_finalize": 1,
+    "scaled_weight": 1,
+    "pointwise_tail_backward_finalize_rows": 1,
+    "pointwise_tail_backward_finalize": 1,
+    "move_statistics": 1,
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_finalize_kernel_touches_local_memory(tmp_path, arch):
+    headers = ("moments_finalize", "pointwise_tail_backward_finalize", "move_statistics")
+    source = tmp_path / "finalize.cu"
+    source.write_text("".join(f'#include "{header}.cuh"\n' for header in headers))
+    command = [NVCC, "-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
+    command += [f"-I{ROOT / 'csrc' / 'cuda'}", source, "-o", tmp_path / "finalize.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    functions = done.stderr.split("Compiling entry function '")[1:]
+    names = [kernel_of(function)[0] for function in functions]
+    assert {name: names.count(name) for name in names} == FINALIZE
+    for function in functions:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
+        assert int(re.search(r"Used (\d+) registers", function)[1]) <= 128, function

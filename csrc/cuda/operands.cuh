@@ -1,8 +1,8 @@
 // Images as kernels read them.
 #pragma once
 
+#include "multiplied.cuh"
 #include "operand_checks.h"
-#include "sampling.cuh"
 #include "tensors.cuh"
 
 namespace fused_res::cuda {
@@ -19,6 +19,21 @@ inline Sampling sampling_of(const char* name, const Tensor& image, std::int64_t 
   };
   const int lines = sample(height, down), pixels = sample(width, right);
   return {area, static_cast<int>(width), lines * pixels, pixels, steps(down, height), steps(right, width)};
+}
+
+/// Images, or what their BN and ReLU make of them, pixel by pixel.
+inline Pixels pixels_of(const char* name, const Tensor& image, const char* vectors_name, const OptionalTensor& vectors,
+                        std::int64_t down, std::int64_t right, bool tf32) {
+  check_activation(name, image, vectors_name, vectors, down, right);
+  const std::int64_t count = sampled(image, down, right);
+  STD_TORCH_CHECK((down == 1 && right == 1) || count <= std::numeric_limits<int>::max(), name,
+                  ": expected fewer than 2^31 pixels at a stride, got ", count);
+  return {{data(image), number_of(name, image)},
+          floats(vectors),
+          sampling_of(name, image, down, right),
+          count,
+          channels_of(name, image),
+          tf32};
 }
 
 }  // namespace fused_res::cuda

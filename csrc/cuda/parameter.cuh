@@ -23,6 +23,11 @@ struct Parameter {
         return static_cast<const float*>(data)[i];
     }
   }
+
+  /// Nothing of a double is lost.
+  __device__ __forceinline__ double wide(std::int64_t i) const {
+    return number == Number::kDouble ? static_cast<const double*>(data)[i] : static_cast<double>(at(i));
+  }
 };
 
 /// A block takes 32 bytes of every tile's partial results: few enough for many blocks, enough for whole memory sectors.

@@ -49,6 +49,9 @@ inline void* output(const OptionalTensor& tensor) { return tensor ? output(*tens
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(data(tensor)); }
 inline const float* floats(const OptionalTensor& tensor) { return static_cast<const float*>(data(tensor)); }
 
+inline const double* doubles(const Tensor& tensor) { return static_cast<const double*>(data(tensor)); }
+inline const double* doubles(const OptionalTensor& tensor) { return static_cast<const double*>(data(tensor)); }
+
 inline const std::uint8_t* bytes(const OptionalTensor& tensor) {
   return static_cast<const std::uint8_t*>(data(tensor));
 }
@@ -77,11 +80,14 @@ inline Parameter parameter(const OptionalTensor& tensor) {
   return {data(tensor), tensor ? any_number(*tensor) : Number::kFloat};
 }
 
-inline int channels_of(const char* name, const Tensor& tensor) {
-  const std::int64_t channels = tensor.size(tensor.dim() - 1);
+inline int fewer_channels(const char* name, std::int64_t channels) {
   STD_TORCH_CHECK(channels <= std::numeric_limits<int>::max(), name, ": expected fewer than 2^31 channels, got ",
                   channels);
   return static_cast<int>(channels);
+}
+
+inline int channels_of(const char* name, const Tensor& tensor) {
+  return fewer_channels(name, tensor.size(tensor.dim() - 1));
 }
 
 inline Layout layout_of(const char* name, const Tensor& y) {

@@ -51,12 +51,25 @@ def _rows(image: Tensor | None) -> Tensor | None:
     return None if image is None else to_rows(image)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    """Whether the compiled CUDA kernels run; they decide on the device which channels need a direct pass."""
+    return tensor.is_cuda
+
+
+def _tf32(image: Tensor) -> bool:
+    """Whether the products on the GPU round float32 to TF32; those of the plain formulas, which still run there, do not."""
+    return False
+
+
 def moments(z: Activation) -> tuple[Tensor, Tensor]:
     return torch.ops.fused_res.moments(*_activation(z))
 
 
 def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     affine = unit.gamma, unit.beta, unit.eps, residual_scale, SUSPECT
+    if _on_gpu(z.image):
+        operands = *found, *_activation(z), _tf32(z.image), _matrix(unit.weight)
+        return torch.ops.fused_res.moments_finalize_direct(*operands, *affine)
     finalize = torch.ops.fused_res.moments_finalize
     vectors, suspect, suspects = finalize(*found, _matrix(unit.weight), *affine, None)
     if suspects:
@@ -108,13 +121,18 @@ def pointwise_tail_backward_finalize(
 ) -> TailGradients:
     z, weight, vectors = branch
     mean, covariance = (None, None) if found is None else found
-    arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled
     parameters = gamma, beta, residual_scale, SUSPECT
-    finalize = torch.ops.fused_res.pointwise_tail_backward_finalize
-    *results, suspect, suspects = finalize(*arguments, *parameters, None)
-    if suspects:
-        direct = pointwise_direct_sums(dout, signs, z, weight, vectors[0], suspect, backend="native")
-        *results, _, _ = finalize(*arguments, *parameters, direct)
+    if _on_gpu(dout):
+        operands = sums.total, sums.product, to_rows(dout), signs, *_activation(z), _tf32(z.image), mean, covariance
+        finalize = torch.ops.fused_res.pointwise_tail_backward_finalize_direct
+        results = finalize(*operands, suspect, _matrix(weight), vectors, scaled, *parameters)
+    else:
+        arguments = sums.total, sums.product, z.pixels, covariance, _matrix(weight), vectors, scaled
+        finalize = torch.ops.fused_res.pointwise_tail_backward_finalize
+        *results, suspect, suspects = finalize(*arguments, *parameters, None)
+        if suspects:
+            direct = pointwise_direct_sums(dout, signs, z, weight, vectors[0], suspect, backend="native")
+            *results, _, _ = finalize(*arguments, *parameters, direct)
     dweight, coefficients, quadratic, constant = results
     mean = None if quadratic is None else mean
     return TailGradients(dweight.view_as(weight), *coefficients.unbind(), mean, quadratic, constant)
@@ -160,7 +178,7 @@ def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[in
     torch.ops.fused_res.masked_add.default(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
 
 
-_kind, _place = attrgetter("dtype", "ndim"), attrgetter("is_cpu", "requires_grad")
+_kind, _place = attrgetter("dtype", "ndim"), attrgetter("is_cpu", "is_cuda", "requires_grad")
 
 
 def move_statistics(moves: Sequence[Move]) -> bool:
@@ -171,7 +189,8 @@ def move_statistics(moves: Sequence[Move]) -> bool:
     written = [*means, *variances, *counts]
     if not written:
         return True
-    plain = {*map(type, written)} == {Tensor} and {*map(_place, written)} == {(True, False)}
+    like = moves[0].vectors
+    plain = {*map(type, written)} == {Tensor} and {*map(_place, written)} == {(like.is_cpu, like.is_cuda, False)}
     if not plain or not all(map(Tensor.is_contiguous, written)) or any(map(Tensor.is_inference, written)):
         return False
     if {*map(_kind, counts)} - {(torch.int64, 0)} or {*map(type, momenta)} - {float} or {*map(type, biases)} - {type(None)}:

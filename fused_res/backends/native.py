@@ -39,6 +39,8 @@ _CALLS = (
     "conv_bn_act",
     *_CONVOLUTIONS,
 )
+# Which of these have CUDA kernels.
+CUDA_CALLS = ("masked_add", "move_statistics", "moments_finalize", "pointwise_tail_backward_finalize")
 _FUNCTIONAL = (
     *PRIMITIVES,
     "moments",
@@ -57,6 +59,8 @@ _FUNCTIONAL = (
     "pointwise_prepare",
     "pointwise_bn_act",
 )
+# Of those that have no CPU kernels.
+_FUNCTIONAL_ON_GPU = ("moments_finalize_direct", "scaled_weight", "pointwise_tail_backward_finalize_direct")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -104,7 +108,7 @@ def load() -> None:
             f"CUDA {built.get('cuda')}, for {built.get('machine')}; here is torch {torch.__version__}, "
             f"CUDA {torch.version.cuda}. Reinstall fused_res, or set FUSED_RES_NATIVE=0 to do without. The loader says: {error}"
         ) from error
-    for operator in _FUNCTIONAL:
+    for operator in (*_FUNCTIONAL, *(_FUNCTIONAL_ON_GPU if record().get("cuda_archs") else ())):
         torch.library.register_autograd(f"fused_res::{operator}", _refuse_gradient)
 
 
@@ -196,7 +200,7 @@ def _pays(weight: tuple[int, ...], pixels: int) -> bool:
 
 @functools.cache
 def find(primitive: str, device: torch.device) -> Callable | None:
-    if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": (*PRIMITIVES, "masked_add")}.get(device.type, ()):
+    if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
         return None
     load()
     if primitive in _CALLS:
