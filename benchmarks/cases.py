@@ -236,6 +236,11 @@ SUITES["quick"] = tuple(case for case in SUITES["full"] if case.name in _QUICK)
 SUITES["resnetv2_50"] = tuple(case for case, _ in Network("resnetv2_50", "preact bottleneck", (3, 4, 6, 3)).blocks())
 """The blocks of a pre-activation ResNet-50, the stride on the 3x3 as in timm."""
 SUITES["networks"] = tuple(NETWORKS.values())
+_SERVED = ("resnet18", "resnet50", "resnext50_32x4d")
+SUITES["served"] = tuple(NETWORKS[name] for name in _SERVED)
+"""Networks that are served often."""
+SUITES["serving"] = (*(case for name in _SERVED for case in SUITES[name]), *SUITES["served"])
+"""The same block by block and whole."""
 SUITES["host"] = (
     Case("host.basic.identity", "basic", 16, 16, 4),
     Case("host.basic.projection", "basic", 16, 32, 4, 2),

@@ -5,6 +5,7 @@ What stands between `<!-- KIND:begin WHAT -->` and `<!-- KIND:end -->` is render
 results     a result file, its path relative to the document: table, findings and plot
 summary     a result file: a line for each case, and the sums
 plot        a result file: the plot beside it
+serving     a result file of the suite serving: our time over that of each peer, and the goals; or that it is not measured yet
 headline    a result file of a network's blocks: one sentence about all of them
 predicted   SUITE MODE DTYPE BATCH: the least times that `fused_res.benchmarks.model` says; with GPUs behind it, the times to be
             expected on them
@@ -23,7 +24,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from fused_res.benchmarks import calibration, headline, model, plot, report, results, summary
+from fused_res.benchmarks import calibration, headline, model, plot, report, results, serving, summary
 from fused_res.cost.predict import nearest
 
 
@@ -44,6 +45,12 @@ def _beside(name: str, folder: Path) -> str:
 
 def _summary(name: str, folder: Path) -> str:
     return summary.section(results.load(folder / name))
+
+
+def _serving(name: str, folder: Path) -> str:
+    if not (folder / name).is_file():
+        return f"Not measured yet: `{serving.COMMAND}` does it."
+    return serving.section(results.load(folder / name))
 
 
 def _picture(name: str) -> str:
@@ -69,6 +76,7 @@ def _experiment(name: str, folder: Path) -> str:
 RENDER = {
     "results": _measured,
     "summary": _summary,
+    "serving": _serving,
     "plot": _plot,
     "headline": _headline,
     "predicted": _predicted,
@@ -95,7 +103,7 @@ def rewritten(text: str, folder: Path) -> str:
 def shown(text: str, folder: Path, kinds: Collection[str] = MEASURED) -> list[Path]:
     """The result files that sections of these kinds show, each once."""
     sections = [match for match in _SECTION.finditer(text) if match["kind"] in kinds]
-    return list(dict.fromkeys(folder / match["what"] for match in sections))
+    return [file for file in dict.fromkeys(folder / match["what"] for match in sections) if file.is_file()]
 
 
 def stale_plots(text: str, folder: Path) -> list[Path]:

@@ -149,7 +149,7 @@ def run(
             out = evaluated(x, skip, residual_scale, block, tensors, call, owner)
             if out is not None:
                 return out, []
-    if call.watched and call.evaluates and not save and not torch.compiler.is_exporting():
+    if call.watched and call.evaluates and not save and not internals.is_exporting():
         return block_evaluation(x, skip, residual_scale, tensors, call), []
     norms = block.norms()
 
@@ -158,7 +158,7 @@ def run(
         if moves:
             move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
 
-    if call.watched and torch.compiler.is_exporting():
+    if call.watched and internals.is_exporting():
         return block_exported(x, skip, residual_scale, tensors, call, norms, settle), []
     if call.casts:
         x, block, skip = as_dtype(x, call.dtype), with_dtype(block, call.dtype), as_dtype(skip, call.dtype)

@@ -23,7 +23,7 @@ from fused_res.eligibility import (
     unit_reason,
 )
 from fused_res.functional import is_transformed, run
-from fused_res.internals import constant_result, pack_hook
+from fused_res.internals import constant_result, is_exporting, pack_hook
 from fused_res.notices import say_once
 from fused_res.originals import BatchNorm2d, Identity, ReLU
 from fused_res.reading import child, convolution_of, lookup, unit_of
@@ -176,7 +176,7 @@ class Fusible:
     def _call(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             reason = self.unfused_reason(x)
-            if reason is None and torch.compiler.is_exporting():
+            if reason is None and is_exporting():
                 _speak_of_export()
         else:
             pack = pack_hook()

@@ -40,6 +40,12 @@ def constant_result(function: Callable[..., T]) -> Callable[..., T]:
     return function
 
 
+@constant_result
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which torch 2.10 takes for true while torch.compile traces, too."""
+    return torch.compiler.is_exporting()
+
+
 def is_traced() -> bool:
     """Whether torch.jit.trace records what is called. torch.compile cannot follow the question."""
     return _tracing() is not None

@@ -15,7 +15,7 @@ from fused_res import backends, environment, plans, settings, shipped
 from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry, is_fixed, numbers_of
-from fused_res.internals import constant_result
+from fused_res.internals import constant_result, is_exporting
 from fused_res.spec import POST_ACTIVATION, Block
 
 __all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
@@ -117,7 +117,7 @@ def plan(x: Tensor, block: Block, dtype: torch.dtype | None = None, *, compiled:
 
 def _level_of(backend: str, x: Tensor, dtype: torch.dtype, numbers: tuple, compiled: bool) -> str:
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return _level_untried(backend, x.device, dtype, numbers)
         return _level_in_graph(backend, x, dtype, numbers)
     if compiled:

@@ -16,6 +16,7 @@ from torch.library import Library
 from fused_res import reference
 from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.prepared import Prepared
+from fused_res.internals import is_exporting
 from fused_res.primitives.common import statistics_dtype
 from fused_res.spec import FORMS, ConvBN, unpack
 
@@ -72,7 +73,7 @@ def _is_taken_apart() -> bool:
     # Here, since it would import SymPy with the package.
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return get_proxy_mode() is not None and (torch.compiler.is_exporting() or not torch.compiler.is_compiling())
+    return get_proxy_mode() is not None and (is_exporting() or not torch.compiler.is_compiling())
 
 
 def _composed(x, skip, residual_scale, tensors, spec, eps):
