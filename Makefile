@@ -13,10 +13,11 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow fuzz same bench example experiments figures gpu gpu-carry lint format aot kernels loops headers wheel clean
+.PHONY: help setup test test-slow fuzz same bench serving example experiments figures gpu gpu-carry lint format aot kernels loops headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
+	@echo "make serving evaluation beside ONNX Runtime, OpenVINO and torch.compile, in about 1.5 hours; when cut off, the same goes on"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
@@ -63,6 +64,17 @@ test: $(READY)
 
 bench: $(RUNS)
 	$(BIN)/fused-res bench --time-budget 75 $(ARGS)
+
+# Both layouts of eager: by what these differ a network's output is judged.
+EAGER = 'eager NCHW' 'eager channels_last'
+SERVERS = $(EAGER) 'torch.compile freezing' 'ONNX Runtime' OpenVINO fused_res 'fused_res compiled freezing'
+SERVING = $(BIN)/python -m fused_res bench --resume --output benchmarks/results/serving
+
+serving: $(RUNS)
+	@$(BIN)/python -c 'import onnxruntime, openvino' || $(PIP) --editable ".[bench,peers]"
+	$(SERVING) --suite serving --mode eval --dtype fp32 --batch 1 8 --time-budget 900 --peers $(SERVERS) $(ARGS)
+	$(SERVING) --suite serving --mode eval --dtype bf16 --batch 1 8 --time-budget 900 --peers $(SERVERS) $(ARGS)
+	$(SERVING) --suite served --mode train --dtype fp32 --batch 8 --time-budget 300 --peers $(EAGER) torch.compile fused_res 'fused_res compiled' $(ARGS)
 
 example: $(READY)
 	$(BIN)/python examples/train.py --model fused_res:resnet18 --output build/example $(ARGS)

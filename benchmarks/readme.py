@@ -6,6 +6,7 @@ results     a result file, its path relative to the document: table, findings an
 summary     a result file: a line for each case, and the sums
 plot        a result file: the plot beside it
 serving     a result file of the suite serving: our time over that of each peer, and the goals; or that it is not measured yet
+goals       the same file: the goals alone
 headline    a result file of a network's blocks: one sentence about all of them
 predicted   SUITE MODE DTYPE BATCH: the least times that `fused_res.benchmarks.model` says; with GPUs behind it, the times to be
             expected on them
@@ -49,8 +50,15 @@ def _summary(name: str, folder: Path) -> str:
 
 def _serving(name: str, folder: Path) -> str:
     if not (folder / name).is_file():
-        return f"Not measured yet: `{serving.COMMAND}` does it."
+        return serving.MISSING
     return serving.section(results.load(folder / name))
+
+
+def _goals(name: str, folder: Path) -> str:
+    if not (folder / name).is_file():
+        return serving.MISSING
+    document = results.load(folder / name)
+    return "\n".join((f"{report.conditions(document)}:", "", *serving.met(document)))
 
 
 def _picture(name: str) -> str:
@@ -77,6 +85,7 @@ RENDER = {
     "results": _measured,
     "summary": _summary,
     "serving": _serving,
+    "goals": _goals,
     "plot": _plot,
     "headline": _headline,
     "predicted": _predicted,
@@ -84,7 +93,7 @@ RENDER = {
     "experiment": _experiment,
 }
 DRAWN = ("results", "plot")
-MEASURED = ("results", "summary", "plot", "headline", "beside")
+MEASURED = ("results", "summary", "serving", "goals", "plot", "headline", "beside")
 """The kinds whose files `fused-res bench` has written."""
 _SECTION = re.compile(
     rf"(?P<begin><!-- (?P<kind>{'|'.join(RENDER)}):begin (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- (?P=kind):end -->)", re.DOTALL

@@ -7,7 +7,8 @@ from fused_res.benchmarks import report, sums
 from fused_res.benchmarks.peers import OURS, is_ours
 
 EAGER, COMPILED, FROZEN = "eager channels_last", "torch.compile", "torch.compile freezing"
-COMMAND = "make serving"
+MISSING = "Not measured yet: `make serving` does it."
+"""What stands for a result file that is not there."""
 
 
 class Goal(NamedTuple):
