@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_dense, check_image, geometry, gradient, sign_word, taps_first
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient, meta_tiles
-from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting, is_even
 from fused_res.kernels.device import aligned, first_row, load_rows, store_gradient
 from fused_res.kernels.implicit_gemm import decode, implicit_gemm, load_signs
 from fused_res.kernels.launching import launch
@@ -58,6 +58,7 @@ def conv_dgrad_kernel(
     WORD: tl.constexpr,
     SCATTERED: tl.constexpr,
     ADDEND_WORD: tl.constexpr,
+    EVEN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
@@ -109,6 +110,7 @@ def conv_dgrad_kernel(
         (weight, tap_h * S + tap_w, step_h * S, step_w, C, R * S * C, 1, c, C),
         LIVE,
         WORD,
+        EVEN,
         PRECISION,
         BLOCK_P,
         BLOCK_K,
@@ -116,13 +118,17 @@ def conv_dgrad_kernel(
         STAGES,
     )
 
-    at, mask = (place * C)[:, None] + c[None, :], valid[:, None] & (c < C)[None, :]
+    at, mask, met, where = (place * C)[:, None] + c[None, :], None, None, place
+    if not EVEN:
+        mask, met = valid[:, None] & (c < C)[None, :], valid
     if addend.image is not None:
-        met, where = valid, place
         if SCATTERED:
             met = valid & (h % addend.down == 0) & (w % addend.right == 0)
             where = (n * tl.cdiv(g.height, addend.down) + h // addend.down) * tl.cdiv(g.width, addend.right) + w // addend.right
-        more = load_rows(addend.image, (where * C)[:, None] + c[None, :], met[:, None] & (c < C)[None, :])
+        wanted = None
+        if not EVEN:
+            wanted = met[:, None] & (c < C)[None, :]
+        more = load_rows(addend.image, (where * C)[:, None] + c[None, :], wanted)
         if addend.signs is not None:
             more = tl.where(load_signs(addend.signs, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C), more, 0.0)
         acc += more
@@ -165,6 +171,7 @@ def conv_dgrad(
         LIVE=source.coefficients is not None and dy.training,
         WORD=sign_word(source.signs, weight.shape[0], config.block_k),
         SCATTERED=(addend.down, addend.right) != (1, 1),
+        EVEN=is_even(unit, pixels, config) and (addend.down, addend.right) == (1, 1),
         ADDEND_WORD=sign_word(addend.signs, channels, config.block_c),
         **constants(config, unit),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_res.kernels.ahead import Variant, meta, variant
 from fused_res.kernels.arguments import activation, check_dense, check_image, geometry, taps_first
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_tiles
-from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting, is_even
 from fused_res.kernels.device import SCALE, SHIFT, add_shortcut, affine, aligned, first_row, load_row, offset, relu, within
 from fused_res.kernels.implicit_gemm import decode, implicit_gemm
 from fused_res.kernels.launching import launch
@@ -35,6 +35,7 @@ def conv_fprop_kernel(
     C,
     K,
     RELU: tl.constexpr,
+    EVEN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
@@ -71,6 +72,7 @@ def conv_fprop_kernel(
         (weight, 0, S, 1, C, 1, R * S * C, k, K),
         False,
         8,
+        EVEN,
         PRECISION,
         BLOCK_P,
         BLOCK_C,
@@ -78,7 +80,9 @@ def conv_fprop_kernel(
         STAGES,
     )
 
-    start, at, mask = offset(row, K), p[:, None] * K + k[None, :], within(p, left, k, K)
+    start, at, mask = offset(row, K), p[:, None] * K + k[None, :], None
+    if not EVEN:
+        mask = within(p, left, k, K)
     if after is not None:
         acc = affine(acc, load_row(after, SCALE, K, k)[None, :], load_row(after, SHIFT, K, k)[None, :])
     acc = add_shortcut(acc, skip, y2, vectors2, start, at, mask, K, k)
@@ -88,9 +92,14 @@ def conv_fprop_kernel(
     tl.store(y + start + at, stored, mask=mask)
     if partials is not None:
         # Of the values as they are stored.
-        valid, v = (p < left)[:, None], stored.to(tl.float32)
-        mean = tl.sum(tl.where(valid, v, 0.0), axis=0) / left
-        v = tl.where(valid, v - mean[None, :], 0.0)
+        v = stored.to(tl.float32)
+        if EVEN:
+            mean = tl.sum(v, axis=0) / left
+            v -= mean[None, :]
+        else:
+            valid = (p < left)[:, None]
+            mean = tl.sum(tl.where(valid, v, 0.0), axis=0) / left
+            v = tl.where(valid, v - mean[None, :], 0.0)
         start = partials + offset(t * 2, K)
         tl.store(start + k, mean, mask=k < K)
         tl.store(start + K + k, tl.sum(v * v, axis=0), mask=k < K)
@@ -142,6 +151,7 @@ def conv_fprop(
         tiles * cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
         RELU=ends,
+        EVEN=is_even(unit, pixels, config),
         **constants(config, unit),
     )
     return y, partials, config.block_p if statistics else 0

@@ -100,9 +100,15 @@ def store_vectors(pointer, vectors, C, c):
 
 
 @triton.jit
+def load_where(pointers, mask):
+    """What lies there, and 0 where masked. mask: None where all of it counts, which saves an instruction for each element."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_rows(pointer, at, mask):
-    """A tile of activations in float32; 0 where masked."""
-    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
+    """A tile of activations in float32; 0 where masked. mask: as in `load_where`."""
+    return load_where(pointer + at, mask).to(tl.float32)
 
 
 @triton.jit
@@ -145,7 +151,9 @@ def store_gradient(pointer, gradient, at, mask, y, vectors, partials, t, C, c):
     stored = gradient.to(pointer.dtype.element_ty)
     tl.store(pointer + at, stored, mask=mask)
     if partials is not None:
-        g = tl.where(mask, stored.to(tl.float32), 0.0)
+        g = stored.to(tl.float32)
+        if mask is not None:
+            g = tl.where(mask, g, 0.0)
         moment = g * (v - load_row(vectors, MEAN, C, c)[None, :])
         store_vectors(partials + offset(t * 2, C), (tl.sum(g, axis=0), tl.sum(moment, axis=0)), C, c)
 

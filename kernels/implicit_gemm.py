@@ -7,7 +7,7 @@ over runs through the taps of the filter and the channels of the other side (fpr
 import triton
 import triton.language as tl
 
-from fused_res.kernels.device import SCALE, SHIFT, activate, affine, is_open, load_row, load_rows, narrow, through_bn
+from fused_res.kernels.device import SCALE, SHIFT, activate, affine, is_open, load_row, load_rows, load_where, narrow, through_bn
 
 
 @triton.jit
@@ -20,13 +20,19 @@ def decode(first, H, W, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def load_signs(signs, place, first, inside, C, WORD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sign bits [BLOCK_P, BLOCK_C] as booleans, of pixels `place` and channels from `first` on, in words of WORD bits."""
+    """Sign bits [BLOCK_P, BLOCK_C] as booleans, of pixels `place` and channels from `first` on, in words of WORD bits.
+
+    inside: which of the pixels count; None where all of them and of the channels do.
+    """
     words = signs
     if WORD == 32:  # wide enough for asynchronous copies
         words = signs.to(tl.pointer_type(tl.uint32))
     S = (C + WORD - 1) // WORD
     b = first // WORD + tl.arange(0, BLOCK_C // WORD)
-    bits = tl.load(words + place[:, None] * S + b[None, :], mask=inside[:, None] & (b < S)[None, :], other=0)
+    mask = None
+    if inside is not None:
+        mask = inside[:, None] & (b < S)[None, :]
+    bits = load_where(words + place[:, None] * S + b[None, :], mask)
     grouped = (bits.to(tl.uint32)[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
     return tl.reshape(grouped, (BLOCK_P, BLOCK_C)) != 0
 
@@ -47,13 +53,16 @@ def read(
 ):
     """The source [BLOCK_P, BLOCK_C] at pixels `place`, whose first channels lie at `base`, and at channels from `first` on.
 
-    0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. LIVE: the gradient's BN used
+    0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. inside: None where every pixel and
+    channel is. LIVE: the gradient's BN used
     the batch's statistics; where not, y only gives signs.
     """
     c = first + tl.arange(0, BLOCK_C)
-    mask = inside[:, None] & (c < C)[None, :]
+    mask = None
+    if inside is not None:
+        mask = inside[:, None] & (c < C)[None, :]
     at = base[:, None] + c[None, :]
-    value = tl.load(source.image + at, mask=mask, other=0.0)
+    value = load_where(source.image + at, mask)
     if source.coefficients is not None:
         g = value.to(tl.float32)
         v = g
@@ -64,10 +73,11 @@ def read(
         elif source.vectors is not None:
             scale, shift = load_row(source.vectors, SCALE, C, c), load_row(source.vectors, SHIFT, C, c)
             g = tl.where(is_open(affine(v, scale[None, :], shift[None, :])), g, 0.0)
-        value = tl.where(inside[:, None], through_bn(g, v, source.coefficients, C, c, LIVE), 0.0)
+        value = through_bn(g, v, source.coefficients, C, c, LIVE)
     elif source.vectors is not None:
-        v = activate(value.to(tl.float32), source.vectors, C, c)
-        value = tl.where(inside[:, None], v, 0.0)
+        value = activate(value.to(tl.float32), source.vectors, C, c)
+    if inside is not None and (source.coefficients is not None or source.vectors is not None):
+        value = tl.where(inside[:, None], value, 0.0)
     return narrow(value, source.image.dtype.element_ty, PRECISION)
 
 
@@ -80,6 +90,7 @@ def implicit_gemm(
     filters,
     LIVE: tl.constexpr,
     WORD: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -92,7 +103,7 @@ def implicit_gemm(
     size: height, width and channels of the source.
     taps: how many, how many to a row, and how far down and right from one to the next.
     filters: the weight, its first tap, how many taps on the next one down and right lie, and the strides of taps and of d and j;
-    then j and its end.
+    then j and its end. EVEN: one tap, under which every pixel lies inside, and blocks that nothing is missing of.
     """
     place, h, w, valid = pixels
     H, W, D = size
@@ -107,12 +118,17 @@ def implicit_gemm(
     for i in tl.range(0, count * tl.cdiv(D, BLOCK_D), num_stages=STAGES):
         block, tap = i // taps_in_all * BLOCK_D, i % taps_in_all
         a, b = tap // taps_in_a_row, tap % taps_in_a_row
-        inside = valid & ((h + a * down).to(tl.uint32) < H) & ((w + b * right).to(tl.uint32) < W)  # below 0 is far above
+        inside = None
+        if not EVEN:
+            inside = valid & ((h + a * down).to(tl.uint32) < H) & ((w + b * right).to(tl.uint32) < W)  # below 0 is far above
         move = a * down * W + b * right
         rows = read(source, place + move, base + move * wide, inside, block, D, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_D)
         d = block + tl.arange(0, BLOCK_D)
         filter = (first + a * step_down + b * step_right) * stride_tap
         at = (d.to(tl.int64) * stride_d + filter)[:, None] + columns[None, :]
-        factors = tl.load(at, mask=(d < D)[:, None] & (j < J)[None, :], other=0.0)
+        mask = None
+        if not EVEN:
+            mask = (d < D)[:, None] & (j < J)[None, :]
+        factors = load_where(at, mask)
         acc = tl.dot(rows, narrow(factors, weight.dtype.element_ty, PRECISION), acc, input_precision=PRECISION)
     return acc

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_dense, check_image
-from fused_res.kernels.device import activate, narrow, offset, within
+from fused_res.kernels.device import activate, load_where, narrow, offset, within
 from fused_res.kernels.implicit_gemm import load_signs
 from fused_res.kernels.launching import launch
 from fused_res.kernels.tiling import cdiv, dot_precision
@@ -69,38 +69,59 @@ def sampled(z, r):
 
 
 @triton.jit
-def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr):
+def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr, EVEN: tl.constexpr = False):
     """Rows first + p of the tile of `left` rows that begins at a row, and columns k, as a matrix product multiplies them.
 
-    Columns past the last one are 0; rows past the last one are not.
+    Columns past the last one are 0; rows past the last one are not. EVEN: none lies past the last one.
     """
     if z.step is None:
         start, at = z.data + offset(row + first, K), p * K
     else:
         start, at = z.data, sampled(z, row.to(tl.int32) + first + p) * K
-    v = tl.load(start + (at[:, None] + k[None, :]), mask=within(first + p, left, k, K), other=0.0)
+    mask = None
+    if not EVEN:
+        mask = within(first + p, left, k, K)
+    v = load_where(start + (at[:, None] + k[None, :]), mask)
     if z.vectors is not None:
         v = activate(v.to(tl.float32), z.vectors, K, k)
     return narrow(v, z.data.dtype.element_ty, PRECISION)
 
 
 @triton.jit
-def load_gradient(dout, signs, row, first, left, column, C, WORD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_gradient(
+    dout,
+    signs,
+    row,
+    first,
+    left,
+    column,
+    C,
+    WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    EVEN: tl.constexpr = False,
+):
     """Rows from `first` on of the tile of `left` rows that begins at a row, and channels from a column on, of g.
 
-    g is dout where the outer ReLU was open, and 0 elsewhere and outside.
+    g is dout where the outer ReLU was open, and 0 elsewhere and outside. EVEN: nothing lies outside.
     """
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
     at = p[:, None] * C + c[None, :]
-    g = tl.load(dout + offset(row + first, C) + at, mask=within(first + p, left, c, C), other=0.0)
+    mask, inside = None, None
+    if not EVEN:
+        mask, inside = within(first + p, left, c, C), first + p < left
+    g = load_where(dout + offset(row + first, C) + at, mask)
     signs += offset(row + first, (C + 7) // 8)
-    return tl.where(load_signs(signs, p, column, first + p < left, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+    return tl.where(load_signs(signs, p, column, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
 
 
 @triton.jit
-def load_matrix(matrix, r, R, c, C, PRECISION: tl.constexpr):
-    """Rows r and columns c of a [R, C] matrix, as a matrix product multiplies them; 0 outside."""
-    v = tl.load(matrix + r[:, None] * C + c[None, :], mask=within(r, R, c, C), other=0.0)
+def load_matrix(matrix, r, R, c, C, PRECISION: tl.constexpr, EVEN: tl.constexpr = False):
+    """Rows r and columns c of a [R, C] matrix, as a matrix product multiplies them; 0 outside. EVEN: nothing lies outside."""
+    mask = None
+    if not EVEN:
+        mask = within(r, R, c, C)
+    v = load_where(matrix + r[:, None] * C + c[None, :], mask)
     return narrow(v, matrix.dtype.element_ty, PRECISION)
 
 

@@ -42,6 +42,7 @@ def _product(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -49,8 +50,8 @@ def _product(
     y = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
-        rows = load_operand(z, row, 0, tl.arange(0, BLOCK_P), left, k, K, PRECISION)
-        y = tl.dot(rows, tl.trans(load_matrix(weight, c, C, k, K, PRECISION)), y, input_precision=PRECISION)
+        rows = load_operand(z, row, 0, tl.arange(0, BLOCK_P), left, k, K, PRECISION, EVEN)
+        y = tl.dot(rows, tl.trans(load_matrix(weight, c, C, k, K, PRECISION, EVEN)), y, input_precision=PRECISION)
     return y
 
 
@@ -76,6 +77,7 @@ def pointwise_tail_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -83,7 +85,7 @@ def pointwise_tail_kernel(
 
     z, z2: `Operand`s, their rows [P, K] and [P, K2], their vectors [5, K] and [5, K2], float32, or None. weight: [C, K], weight2:
     [C, K2]. vectors, vectors2: [5, C], float32. The shortcut is skip [P, C]; or scale2 * y2 + shift2 of y2 [P, C]; or the same of
-    weight2 z2; what is not in use is None. out: [P, C]. signs: [P, ceil(C / 8)], uint8, or None.
+    weight2 z2; what is not in use is None. out: [P, C]. signs: [P, ceil(C / 8)], uint8, or None. EVEN: all blocks are full.
     """
     C, K, K2 = aligned(C, ALIGN), aligned(K, ALIGN_K), aligned(K2, ALIGN_K2)
     across = tl.cdiv(C, BLOCK_C)
@@ -91,19 +93,23 @@ def pointwise_tail_kernel(
     left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
 
-    y = _product(z, weight, row, left, c, C, K, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
+    y = _product(z, weight, row, left, c, C, K, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES)
     v = affine(y, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :])
     if weight2 is not None:
-        y = _product(z2, weight2, row, left, c, C, K2, BLOCK_P, BLOCK_C, BLOCK_K, PRECISION, STAGES)
+        y = _product(z2, weight2, row, left, c, C, K2, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES)
         v += affine(y, load_row(vectors2, SCALE, C, c)[None, :], load_row(vectors2, SHIFT, C, c)[None, :])
-    start, at, mask = offset(row, C), p[:, None] * C + c[None, :], within(p, left, c, C)
+    start, at, mask = offset(row, C), p[:, None] * C + c[None, :], None
+    if not EVEN:
+        mask = within(p, left, c, C)
     rounded = relu(add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)
     if signs is not None:
         S = (C + 7) // 8
         b = column // 8 + tl.arange(0, BLOCK_C // 8)
         packed = pack(is_open(rounded.to(tl.float32)), BLOCK_P, BLOCK_C)
-        tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=within(p, left, b, S))
+        if not EVEN:
+            mask = within(p, left, b, S)
+        tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=mask)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products: bool, results: int) -> ProductTile:
@@ -157,6 +163,8 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductT
         BLOCK_P=tile.rows,
         BLOCK_C=tile.columns,
         BLOCK_K=tile.depth,
+        EVEN=pixels % tile.rows == channels % tile.columns == inner % tile.depth == 0
+        and (side is None or inner2 % tile.depth == 0),
         PRECISION=precision,
         STAGES=tile.stages,
         warps=tile.warps,

@@ -68,6 +68,7 @@ def pointwise_tail_backward_reduce_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
     REACH: tl.constexpr,
     SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -77,7 +78,7 @@ def pointwise_tail_backward_reduce_kernel(
 
     dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
     [C, K], through, g A: [P, K], both or neither. starts: [T, K], totals: [T, 2, C], of g and of g as it is multiplied, products:
-    [T, C, K], float32.
+    [T, C, K], float32. EVEN: all blocks are full.
     """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across, deep = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
@@ -95,20 +96,24 @@ def pointwise_tail_backward_reduce_kernel(
     multiplied = tl.zeros((8, BLOCK_C), tl.float32)  # the same sum of what the product sees
     product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     if through is not None:
-        factors = load_matrix(scaled, c, C, k, K, PRECISION)
+        factors = load_matrix(scaled, c, C, k, K, PRECISION, EVEN)
     for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        exact = load_gradient(dout, signs, row, first, left, i * BLOCK_C, C, WORD, BLOCK_P, BLOCK_C)
+        exact = load_gradient(dout, signs, row, first, left, i * BLOCK_C, C, WORD, BLOCK_P, BLOCK_C, EVEN)
         g = narrow(exact, DTYPE, PRECISION)
         total += _fold(exact, BLOCK_P, BLOCK_C)
         if ROUNDED:
             multiplied += _fold(g, BLOCK_P, BLOCK_C)
-        value = load_operand(z, row, first, p, left, k, K, PRECISION).to(tl.float32)
-        value = tl.where((first + p < left)[:, None], value - start, 0.0)
+        value = load_operand(z, row, first, p, left, k, K, PRECISION, EVEN).to(tl.float32) - start
+        if not EVEN:
+            value = tl.where((first + p < left)[:, None], value, 0.0)
         product = tl.dot(tl.trans(g), narrow(value * reach, DTYPE, PRECISION), product, input_precision=PRECISION)
         if through is not None:
             dz = tl.dot(g, factors, input_precision=PRECISION)
             at = through + offset(row + first, K) + p[:, None] * K + k[None, :]
-            tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
+            if EVEN:
+                tl.store(at, dz.to(DTYPE))
+            else:
+                tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
 
     tl.store(products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product / reach, mask=within(c, C, k, K))
     if i == 0:
@@ -196,6 +201,7 @@ def pointwise_tail_backward_reduce(
         BLOCK_P=step,
         BLOCK_C=block_c,
         BLOCK_K=block_k,
+        EVEN=tiles * rows == pixels and not (channels % block_c or inner % block_k),
         REACH=_REACH,
         SHARE=_SHARE,
         PRECISION=precision,
@@ -241,6 +247,7 @@ def pointwise_tail_backward_apply_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -248,7 +255,8 @@ def pointwise_tail_backward_apply_kernel(
 
     dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
     [C, K]. mean: [K], float64, quadratic, B: [K, K], constant: [K], float32, all three or none. through: [P, K], g A where that is
-    known, or None. dz: [P, K], with JOINS of z's sampled rows; it may be `through`. partials: [T, 2, K], float32, or None.
+    known, or None. dz: [P, K], with JOINS of z's sampled rows, or `through`. partials: [T, 2, K], float32, or None. EVEN: all
+    blocks are full.
     """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
@@ -256,14 +264,16 @@ def pointwise_tail_backward_apply_kernel(
     row = first_row(t, BLOCK_P)
     left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
     p, k = tl.arange(0, BLOCK_P), tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
-    at, mask = offset(row, K) + p[:, None] * K + k[None, :], within(p, left, k, K)
+    at, mask = offset(row, K) + p[:, None] * K + k[None, :], None
+    if not EVEN:
+        mask = within(p, left, k, K)
     DTYPE: tl.constexpr = dout.dtype.element_ty
 
     result = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     if through is None:
         for column in tl.range(0, C, BLOCK_C, num_stages=STAGES):
-            g = narrow(load_gradient(dout, signs, row, 0, left, column, C, WORD, BLOCK_P, BLOCK_C), DTYPE, PRECISION)
-            factors = load_matrix(scaled, column + tl.arange(0, BLOCK_C), C, k, K, PRECISION)
+            g = narrow(load_gradient(dout, signs, row, 0, left, column, C, WORD, BLOCK_P, BLOCK_C, EVEN), DTYPE, PRECISION)
+            factors = load_matrix(scaled, column + tl.arange(0, BLOCK_C), C, k, K, PRECISION, EVEN)
             result = tl.dot(g, factors, result, input_precision=PRECISION)
     else:
         result = load_rows(through, at, mask)
@@ -274,9 +284,9 @@ def pointwise_tail_backward_apply_kernel(
         for column in tl.range(0, K, BLOCK_C, num_stages=STAGES):
             d = column + tl.arange(0, BLOCK_C)
             m = tl.load(mean + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
-            value = (m - load_operand(z, row, 0, p, left, d, K, PRECISION).to(tl.float32)) * REACH
+            value = (m - load_operand(z, row, 0, p, left, d, K, PRECISION, EVEN).to(tl.float32)) * REACH
             value = narrow(value, DTYPE, PRECISION)
-            result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION), result, input_precision=PRECISION)
+            result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION, EVEN), result, input_precision=PRECISION)
         result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
         if z.step is not None:
@@ -330,6 +340,7 @@ def pointwise_tail_backward_apply(
         BLOCK_P=block_p,
         BLOCK_C=depth,
         BLOCK_K=block_k,
+        EVEN=not (pixels % block_p or channels % depth or size % depth or size % block_k),
         PRECISION=precision,
         STAGES=stages,
         warps=warps,
