@@ -53,9 +53,8 @@ def read(
 ):
     """The source [BLOCK_P, BLOCK_C] at pixels `place`, whose first channels lie at `base`, and at channels from `first` on.
 
-    0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. inside: None where every pixel and
-    channel is. LIVE: the gradient's BN used
-    the batch's statistics; where not, y only gives signs.
+    0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. inside: None where every pixel
+    and channel is. LIVE: the gradient's BN used the batch's statistics; where not, y only gives signs.
     """
     c = first + tl.arange(0, BLOCK_C)
     mask = None

@@ -255,8 +255,8 @@ def pointwise_tail_backward_apply_kernel(
 
     dout: [P, C]. signs: [P, ceil(C / 8)], uint8. z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. scaled, A:
     [C, K]. mean: [K], float64, quadratic, B: [K, K], constant: [K], float32, all three or none. through: [P, K], g A where that is
-    known, or None. dz: [P, K], with JOINS of z's sampled rows, or `through`. partials: [T, 2, K], float32, or None. EVEN: all
-    blocks are full.
+    known, or None. dz: [P, K], with JOINS of z's sampled rows; it may be `through`. partials: [T, 2, K], float32, or None. EVEN:
+    all blocks are full.
     """
     C, K = aligned(C, ALIGN), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
