@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fused_res import planner, plans
 from fused_res.block.op import is_narrow, is_watched
+from fused_res.block.packing import pack
 from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
-from fused_res.spec import FORMS, AvgPool, Block, ConvBN, pack
+from fused_res.spec import FORMS, AvgPool, Block, ConvBN
 
 
 def prepare(

@@ -148,8 +148,8 @@ def conv_dgrad(
     dx = torch.empty(like.shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
     pixels = n * cdiv(height, g.stride_h) * cdiv(width, g.stride_w)
     if config is None:
-        plain = source.coefficients is None and inner is None and g.stride_h * g.stride_w == 1
-        light = weight.element_size() == 2 and tuple(weight.shape[2:]) == (1, 1) and g.stride_h * g.stride_w == 1
+        plain = source.coefficients is None and inner is None and not unit.is_strided()
+        light = weight.element_size() == 2 and unit.is_pointwise() and not unit.is_strided()
         area = 128 * 128 if plain else 128 * 64 if light else 64 * 64
         able = configurations("dgrad", weight.dtype, pixels * g.stride_h * g.stride_w, weight.shape, area=area)
         config = next(fitting("dgrad", able, weight, dy))

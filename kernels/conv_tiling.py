@@ -116,15 +116,12 @@ def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: An
     return filter(fits, configs)
 
 
-def is_pointwise(unit: ConvBN) -> bool:
-    """Whether the convolution is a matrix product of its input as it lies."""
-    return (*unit.weight.shape[2:], *unit.stride, *unit.padding) == (1, 1, 1, 1, 0, 0)
-
-
 def is_even(unit: ConvBN, pixels: int, config: Config) -> bool:
-    """Whether such a product's blocks are all full, so that nothing of them has to be masked."""
+    """Whether the convolution is a product of its input as it lies, all of whose blocks are full: nothing has to be masked."""
     k, c = unit.weight.shape[:2]
-    return is_pointwise(unit) and pixels % config.block_p == k % config.block_k == c % config.block_c == 0
+    return (
+        unit.is_pointwise() and not unit.is_strided() and pixels % config.block_p == k % config.block_k == c % config.block_c == 0
+    )
 
 
 def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
@@ -133,7 +130,7 @@ def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
     return {
         "R": r,
         "S": s,
-        "POINTWISE": is_pointwise(unit),
+        "POINTWISE": unit.is_pointwise() and not unit.is_strided(),
         "ALIGN_C": alignment(c),
         "ALIGN_K": alignment(k),
         "PRECISION": dot_precision(unit.weight),

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_res
 from fused_res import accuracy, backends, use_backend
 from fused_res.block import backward
+from fused_res.block.packing import pack
 from fused_res.functional import residual_block_with_saved
 from fused_res.planner import LEVELS
 from fused_res.primitives import bn_act_backward
-from fused_res.spec import Block, ConvBN, pack
+from fused_res.spec import Block, ConvBN
 
 BLOCKS = ["BasicBlock", "Bottleneck"]
 SHORTCUTS = ["identity", "projection", "pooled", "given"]
@@ -293,7 +294,7 @@ def test_the_raw_backward_refuses_a_wrong_number_of_saved_tensors():
 
 
 def test_pack_and_unpack_are_inverse():
-    from fused_res.spec import unpack
+    from fused_res.block.packing import unpack
 
     weight = torch.zeros(2, 2, 1, 1)
     unit = ConvBN(weight, gamma=torch.ones(2), stride=(1, 2), dilation=(3, 1), groups=1, training=True, eps=0.5)

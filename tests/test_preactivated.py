@@ -18,11 +18,12 @@ import fused_res
 from blocks import assert_same, step, weights
 from fused_res import accuracy, backends, explain, use_backend
 from fused_res.benchmarks.memory import saved_bytes
+from fused_res.block.packing import pack, unpack
 from fused_res.functional import residual_block_with_saved
 from fused_res.geometry import Convolution, Geometry
 from fused_res.planner import LEVELS
 from fused_res.primitives import bn_act_backward
-from fused_res.spec import PRE_ACTIVATION, AvgPool, Block, ConvBN, in_front, pack, regrouped, unpack
+from fused_res.spec import PRE_ACTIVATION, AvgPool, Block, ConvBN, in_front, regrouped
 from fused_res.tuning.levels import try_levels
 
 MEANT = LEVELS[:3]

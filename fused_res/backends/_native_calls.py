@@ -42,11 +42,6 @@ def _filter(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
-def _pointwise(unit: ConvBN) -> bool:
-    """Whether the convolution is one product; the others that are compiled are unstrided 3x3 ones."""
-    return tuple(unit.weight.shape[2:]) == (1, 1)
-
-
 def _rows(image: Tensor | None) -> Tensor | None:
     return None if image is None else to_rows(image)
 
@@ -204,7 +199,7 @@ def move_statistics(moves: Sequence[Move]) -> bool:
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
     if output is not None and not output.relu:  # for which these kernels have no epilogue
         return Convolved(finished(conv_fprop(x, unit, False, None).image, output, backend="native"))
-    if not _pointwise(unit):
+    if not unit.is_pointwise():
         finish = (None,) * 4 if output is None else (output.vectors, _rows(output.skip), _rows(output.y2), output.vectors2)
         image, vectors, *_ = _activation(x)
         y, partials, rows = torch.ops.fused_res.winograd_fprop(
@@ -224,7 +219,7 @@ def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | N
 def conv_dgrad(dy: Gradient, like: Tensor, unit: ConvBN, inner: Activation | None, add: Addend | None) -> Inflow:
     below = (None, None) if inner is None else (_pixels_first(inner.image), inner.vectors)
     joins = (None, None, 1, 1) if add is None else (_pixels_first(add.image), add.signs, *add.stride)
-    if _pointwise(unit):
+    if unit.is_pointwise():
         dx, partials = torch.ops.fused_res.pointwise_dgrad(*_gradient(dy), _matrix(unit.weight), *below, *joins)
     else:
         filters = _filter(unit.weight), *unit.padding
@@ -233,7 +228,7 @@ def conv_dgrad(dy: Gradient, like: Tensor, unit: ConvBN, inner: Activation | Non
 
 
 def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
-    if not _pointwise(unit):
+    if not unit.is_pointwise():
         image, vectors, *_ = _activation(x)
         return torch.ops.fused_res.winograd_wgrad(*_gradient(dy), image, vectors, *unit.padding).permute(0, 3, 1, 2)
     sample = Activation(x.image, x.vectors, unit.stride)
@@ -241,7 +236,7 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
 
 
 def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Callable:
-    pointwise = _pointwise(unit)
+    pointwise = unit.is_pointwise()
     prepare = torch.ops.fused_res.pointwise_prepare if pointwise else torch.ops.fused_res.winograd_prepare
     call = torch.ops.fused_res.pointwise_bn_act.default if pointwise else torch.ops.fused_res.winograd_bn_act.default
     prepared = prepare.default(_matrix(unit.weight) if pointwise else _filter(unit.weight))

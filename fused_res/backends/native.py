@@ -215,8 +215,8 @@ def takes(primitive: str, unit: ConvBN, pixels: int) -> bool:
     """
     if pixels <= 16 or not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64) or unit.groups != 1:
         return False
-    if tuple(unit.weight.shape[2:]) == (1, 1):
-        return tuple(unit.padding) == (0, 0) and (primitive != "conv_dgrad" or tuple(unit.stride) == (1, 1))
+    if unit.is_pointwise():
+        return primitive != "conv_dgrad" or not unit.is_strided()
     return _is_filtered(unit)
 
 

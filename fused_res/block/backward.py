@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fused_res.block.forward import Found, Saved, bare_vectors, projected, through
-from fused_res.block.levels import Level, is_pointwise
+from fused_res.block.levels import Level
 from fused_res.block.pool import join_through_pool, through_pool
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import sign_bytes
@@ -186,7 +186,7 @@ def _projection(
     dweight = conv_wgrad(dy, sampled, unit, backend=backend) if branch.wants.weight else None
     if not branch.below:
         return dweight, None
-    if is_pointwise(unit) and tuple(unit.stride) != (1, 1) and pool is None:
+    if unit.is_pointwise() and unit.is_strided() and pool is None:
         # The pixels that the convolution passes over get nothing: there is no need to write their zeros and to add them.
         (n, _, h, w), channels = dy.image.shape, image.shape[1]
         read = image.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
@@ -278,9 +278,7 @@ def backward(
     image, count, level = nhwc(x), len(block.main), Level.of(level, block)
     (head, block), (head_wants, wants_of) = regrouped(block), regrouped(needs.block)
     outer, convolutions = _Outer(nhwc(dout), saved.signs), level.convolutions(backend)
-    sizes = [tuple(image.shape[2:])]
-    for unit in block.main:
-        sizes.append(unit.output_size(*sizes[-1]))
+    sizes = [tuple(image.shape[2:]), *block.sizes(*image.shape[2:])]
 
     units, wanted = block.units(), wants_of.units()
     # With a BN in front of all convolutions, the others' vectors come after its own.

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fused_res.spec import Block, ConvBN, tensors_of
+from fused_res.block.packing import tensors_of
+from fused_res.spec import Block, ConvBN
 
 
 def as_dtype(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

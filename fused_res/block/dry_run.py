@@ -9,8 +9,9 @@ from torch import Tensor
 from fused_res import plans
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
+from fused_res.block.packing import pack, unpack
 from fused_res.primitives.choice import Call
-from fused_res.spec import FORMS, Block, ConvBN, pack, unpack
+from fused_res.spec import FORMS, Block, ConvBN
 
 
 class Asked(NamedTuple):
@@ -34,13 +35,6 @@ def _bare(block: Block) -> Block:
     return block._replace(main=[_without_data(unit) for unit in block.main], projection=_without_data(block.projection))
 
 
-def _output(x: Tensor, block: Block) -> tuple[int, ...]:
-    size = tuple(x.shape[2:])
-    for unit in block.main:
-        size = unit.output_size(*size)
-    return (x.shape[0], block.main[-1].weight.shape[0], *size)
-
-
 def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> list[Asked]:
     """The convolutions of a forward and, if `training`, of a backward to everything, in order.
 
@@ -52,7 +46,7 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
         The calls, with the block's own weights.
     """
     image, scale, bare = _meta(x), _meta(residual_scale), _bare(block)
-    skip = image.new_empty(_output(x, block)) if block.given else None
+    skip = image.new_empty(block.output_shape(x)) if block.given else None
     with torch.no_grad(), plans.recording() as calls:
         out, saved = forward(image, skip, scale, bare, level, training, backend)
         if training:
@@ -75,27 +69,24 @@ def saved_bytes(x: Tensor, residual_scale: Tensor | None, block: Block, level: s
         one; two vectors for each BN, or the fixed scale; and with a residual scale what it multiplies.
     """
     image, bare = _meta(x), _bare(block)
-    skip = image.new_empty(_output(x, block)) if block.given else None
+    skip = image.new_empty(block.output_shape(x)) if block.given else None
     tensors, spec, eps = pack(bare)
     _, saved = torch.ops.fused_res.block_forward(image, skip, _meta(residual_scale), tensors, spec, eps, True, level, "reference")
     own = x.numel() * x.element_size() + sum(tensor.nbytes for tensor in saved)
-    form, size = FORMS[block.form], tuple(x.shape[2:])
+    form, sizes = FORMS[block.form], block.sizes(*x.shape[2:])
     if form.preactivated:  # x, where its BN keeps that, and what the first ReLU made of it
         eager, fixed_behind, frozen = x.numel() * (2 - frozen[0]), [*frozen[1:], True], [*frozen, True]
     else:
         eager, fixed_behind = x.numel(), frozen
-    for i, (unit, fixed) in enumerate(zip(block.main, fixed_behind, strict=False)):
-        size = unit.output_size(*size)
+    for i, (unit, size, fixed) in enumerate(zip(block.main, sizes, fixed_behind, strict=False)):
         activated = i < len(block.main) - 1 or residual_scale is not None
         images = (not fixed) + activated
         eager += _pixels(x, size) * unit.weight.shape[0] * images
     if block.projection is not None:
-        start = tuple(x.shape[2:])
         if block.pool is not None:
-            start = block.pool.output_size(*start)
-            eager += x.shape[1] * _pixels(x, start)
+            eager += x.shape[1] * _pixels(x, block.pool.output_size(*x.shape[2:]))
         if not frozen[-1]:
-            eager += _pixels(x, block.projection.output_size(*start)) * block.projection.weight.shape[0]
+            eager += _pixels(x, sizes[-1]) * block.projection.weight.shape[0]
     channels = [unit.weight.shape[1] * unit.groups if form.preactivated else unit.weight.shape[0] for unit in block.units()]
     units = zip(block.norms(), channels, frozen, strict=False)
     vectors = sum(k * (1 if fixed else 2 * unit.training) * _statistic_bytes(x, unit) for unit, k, fixed in units)

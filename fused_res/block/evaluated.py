@@ -15,8 +15,9 @@ from fused_res import backends, folds, plans
 from fused_res.block import evaluation, program
 from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.op import forward_in_graph, is_narrow, is_watched, output_fake, output_in_layout, refuse_gradient
+from fused_res.block.packing import unpack
 from fused_res.block.prepared import Prepared
-from fused_res.spec import Block, unpack
+from fused_res.spec import Block
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(

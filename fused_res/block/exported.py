@@ -15,10 +15,11 @@ from torch.library import Library
 
 from fused_res import reference
 from fused_res.block.casting import as_dtype, present, with_dtype
+from fused_res.block.packing import unpack
 from fused_res.block.prepared import Prepared
 from fused_res.internals import is_exporting
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import FORMS, ConvBN, unpack
+from fused_res.spec import FORMS, ConvBN
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(

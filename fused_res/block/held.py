@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.spec import form_of, tensor_fields, without_running_statistics
+from fused_res.block.packing import form_of, tensor_fields, without_running_statistics
 
 
 class Kept(NamedTuple):
-    """What the backward keeps of the tensors of `fused_res.spec.pack`, running statistics apart: those it saves, then the biases.
+    """What the backward keeps of the tensors of `pack`, running statistics apart: those it saves, then the biases.
 
     indices: which of the tensors are kept; spec: the integers of `pack` for these alone. saved, biases: their places among all
     tensors. order: for each that is kept its place in saved and biases together. copied: where among the kept ones the bias is

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from fused_res.backends import LIBRARY
-from fused_res.spec import FORMS, POST_ACTIVATION, Block, ConvBN
+from fused_res.spec import FORMS, POST_ACTIVATION, Block
 
 LEVELS = ("bn_act", "epilogue", "prologue", "moment")
 """Levels of fusion, each with all of those before it.
@@ -12,11 +12,6 @@ bn_act: the library's convolutions, everything between them fused. epilogue: a c
 it stores, its dgrad the sums of the BN below. prologue: a convolution also computes what it reads: BN and ReLU forward, BN's
 gradient backward. moment: the output of a last 1x1 convolution, and of a projection beside it, is never stored.
 """
-
-
-def is_pointwise(unit: ConvBN) -> bool:
-    """Whether the convolution is one matrix product over (a sample of) the pixels."""
-    return tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1
 
 
 class Level(NamedTuple):
@@ -48,8 +43,8 @@ class Level(NamedTuple):
             raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
         rank = LEVELS.index(level)
         last, projection = block.main[-1], block.projection
-        main = level == "moment" and block.form == POST_ACTIVATION and is_pointwise(last) and tuple(last.stride) == (1, 1)
-        side = main and projection is not None and is_pointwise(projection)
+        main = level == "moment" and block.form == POST_ACTIVATION and last.is_pointwise() and not last.is_strided()
+        side = main and projection is not None and projection.is_pointwise()
         bare = FORMS[block.form].preactivated  # no BN behind the last convolution, nor behind the projection
         ends = [not (main or bare)] + ([not (side or bare)] if projection is not None else [])
         stores = [True] * (len(block.main) - 1) + ends

@@ -20,11 +20,12 @@ from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.held import copy_of, kept_of
 from fused_res.block.levels import Level
+from fused_res.block.packing import tensor_fields, unpack
 from fused_res.block.through_reference import reference_gradients, second_gradients
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import FORMS, Block, tensor_fields, unpack
+from fused_res.spec import FORMS, Block
 
 _library = Library("fused_res", "FRAGMENT")
 _library.define(
@@ -54,13 +55,10 @@ def _output_channels_last(x: Tensor, block: Block, narrow: bool) -> bool:
 
 def _are_narrow(x: Tensor, block: Block) -> Iterator[bool]:
     """For each unit whether what its BN normalises has one channel or one pixel."""
-    channels, size = x.shape[1], tuple(x.shape[2:])
-    for unit in block.main:
-        if FORMS[block.form].preactivated:
-            yield channels == 1 or size[0] * size[1] == 1
-        channels, size = unit.weight.shape[0], unit.output_size(*size)
-        if not FORMS[block.form].preactivated:
-            yield channels == 1 or size[0] * size[1] == 1
+    images = [(x.shape[1], tuple(x.shape[2:]))]
+    images += [(unit.weight.shape[0], size) for unit, size in zip(block.main, block.sizes(*x.shape[2:]), strict=True)]
+    for channels, size in images[:-1] if FORMS[block.form].preactivated else images[1:]:
+        yield channels == 1 or size[0] * size[1] == 1
 
 
 def is_narrow(x: Tensor, block: Block) -> bool:
@@ -132,24 +130,16 @@ def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tup
 
 def output_fake(x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """An output without values, of the shape and layout of eager's."""
-    size = tuple(x.shape[2:])
-    for unit in block.main:
-        size = unit.output_size(*size)
-    shape = (x.shape[0], block.main[-1].weight.shape[0], *size)
     layout = memory_format(_output_channels_last(x, block, is_narrow(x, block)))
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty(block.output_shape(x), dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, backend):
     block = unpack(tensors, spec, eps)
-    n, size, pixels = x.shape[0], tuple(x.shape[2:]), []
-    for unit in block.main:
-        size = unit.output_size(*size)
-        pixels.append(n * size[0] * size[1])
-    out = output_fake(x, block, x.dtype)
+    pixels = [x.shape[0] * height * width for height, width in block.sizes(*x.shape[2:])]
     pixels += pixels[-1:] if block.projection is not None else []
     channels = [unit.weight.shape[0] for unit in block.units()]
-    outer = block.main[-1].weight.shape[0]
+    out = output_fake(x, block, x.dtype)
     normalised = [x.shape[1], *channels[: len(block.main) - 1]] if FORMS[block.form].preactivated else channels
     saved = [x.new_empty((5, k), dtype=statistics_dtype(x.dtype)) for k in normalised]
     if save:
@@ -161,7 +151,7 @@ def _forward_fake(x, skip, residual_scale, tensors, spec, eps, save, level, back
                 saved += [x.new_empty(shape, dtype=torch.float64) for shape in ((k,), (k, k))]
                 saved.append(x.new_empty(c, dtype=torch.bool))
         if FORMS[block.form].relu:
-            saved.append(x.new_empty((pixels[-1], sign_bytes(outer)), dtype=torch.uint8))
+            saved.append(x.new_empty((pixels[-1], sign_bytes(out.shape[1])), dtype=torch.uint8))
     return out, saved
 
 

@@ -10,7 +10,7 @@ class Prepared(NamedTuple):
     """dtype: what the block computes in; casts: whether anything is cast to it. pixels: of what each of `block.norms()` normalises.
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
-    `fused_res.spec.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
+    `fused_res.block.packing.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
     evaluates: whether evaluation without gradients has its convolutions prepared (`fused_res.block.evaluation`).
     narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
     """

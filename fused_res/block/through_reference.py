@@ -8,10 +8,11 @@ from torch import Tensor
 from fused_res import reference
 from fused_res.block.forward import Saved
 from fused_res.block.held import valued
+from fused_res.block.packing import tensor_fields, unpack
 from fused_res.layout import in_layout, is_channels_last
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.spec import FORMS, Block, ConvBN, tensor_fields, unpack
+from fused_res.spec import FORMS, Block, ConvBN
 
 
 class _Leaves:

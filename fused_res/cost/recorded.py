@@ -12,10 +12,11 @@ from fused_res import settings
 from fused_res.aot import SHARED
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
+from fused_res.block.packing import pack, unpack
 from fused_res.geometry import Convolution, Geometry
 from fused_res.primitives.choice import switches
 from fused_res.primitives.common import statistics_dtype
-from fused_res.spec import Block, ConvBN, pack, unpack
+from fused_res.spec import Block, ConvBN
 
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
 
@@ -158,10 +159,7 @@ def launches(geometry: Geometry, level: str, dtype: torch.dtype, capability: int
     with torch.no_grad(), compiling_for(capability, SHARED[capability]), recording() as found, _Library(found):
         skip = None
         if geometry.given:
-            size = tuple(x.shape[2:])
-            for unit in block.main:
-                size = unit.output_size(*size)
-            skip = x.new_empty((x.shape[0], block.main[-1].weight.shape[0], *size))
+            skip = x.new_empty(block.output_shape(x))
         out, saved = forward(x, skip, None, block, level, backward_too, "triton")
         if backward_too:
             tensors, spec, eps = pack(block)

@@ -15,7 +15,7 @@ def _few_pixels(x: Tensor, pixels: int, unit: ConvBN) -> bool:
 
     Measured for 3x3 convolutions of 128 to 512 channels, float32 and bfloat16.
     """
-    unstrided = tuple(unit.stride) == (1, 1)
+    unstrided = not unit.is_strided()
     return x.is_cpu and unstrided and unit.groups == 1 and 4 * pixels <= x.itemsize * min(unit.weight.shape[:2])
 
 

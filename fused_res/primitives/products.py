@@ -39,7 +39,7 @@ def pointwise(x: Tensor, unit: ConvBN) -> bool:
 
     The library's convolution is as fast on large images at best; on small ones, it spends as long on reordering.
     """
-    return tuple(unit.weight.shape[2:]) == (1, 1) and tuple(unit.padding) == (0, 0) and unit.groups == 1 and _available(x)
+    return unit.is_pointwise() and _available(x)
 
 
 def unfolded(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
@@ -80,7 +80,7 @@ def dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
     """`conv_dgrad` of a pointwise convolution."""
     n, _, h, w = dy.shape
     dx = to_image(torch.mm(to_rows(dy), unit.weight.flatten(1)), n, h, w)
-    if tuple(unit.stride) == (1, 1):
+    if not unit.is_strided():
         return dx
     down, right = unit.stride
     spread = torch.zeros_like(like, memory_format=torch.channels_last)

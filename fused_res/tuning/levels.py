@@ -9,12 +9,13 @@ from fused_res import backends
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, conv_bn, forward
 from fused_res.block.levels import LEVELS, Level
+from fused_res.block.packing import pack, unpack
 from fused_res.geometry import Geometry
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.operands import Activation
 from fused_res.reference import pooled
-from fused_res.spec import FORMS, Block, pack, unpack
+from fused_res.spec import FORMS, Block
 from fused_res.tuning import synthetic
 from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
 
@@ -64,11 +65,12 @@ class Problem:
         vectors = [v.to(statistics_dtype(self.x.dtype)) for v in inner.vectors[: count + preactivated]]
         if preactivated:
             return Saved(vectors, [None if y is None else y.to(self.x.dtype) for y in inner.ys], None)
-        ys, size = [y.to(self.x.dtype) for y in inner.ys[:count]], tuple(self.x.shape[2:])
-        for unit in self.block.main[:-1]:
-            size = unit.output_size(*size)
+        ys = [y.to(self.x.dtype) for y in inner.ys[:count]]
         level = Level.of(LEVELS[0], self.block)
-        z = Activation(to_image(ys[-1], self.x.shape[0], *size), vectors[-1]) if count else Activation(self.x)
+        z = Activation(self.x)
+        if count:
+            size = self.block.sizes(*self.x.shape[2:])[count - 1]
+            z = Activation(to_image(ys[-1], self.x.shape[0], *size), vectors[-1])
         found = [conv_bn(Activation(z.values(backend)), self.block.main[-1], None, level, backend)]
         if self.block.projection is not None:
             found.append(conv_bn(Activation(pooled(self.x, self.block.pool)), self.block.projection, None, level, backend))
@@ -96,10 +98,7 @@ class Problem:
 def draw(geometry: Geometry, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
     """A random block of a geometry."""
     block, x = synthetic.block(geometry, dtype, device, seed)
-    random, size = synthetic.Draw(seed + INPUTS, device), geometry.images[1:]
-    for unit in block.main:
-        size = unit.output_size(*size)
-    shape = (x.shape[0], block.main[-1].weight.shape[0], *size)
+    random, shape = synthetic.Draw(seed + INPUTS, device), block.output_shape(x)
     skip = random.image(shape, dtype) if geometry.given else None
     return Problem(block, x, skip, random.image(shape, dtype), geometry.training)
 
