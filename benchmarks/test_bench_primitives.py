@@ -9,6 +9,7 @@ from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply, bn_act_backward_finalize, bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import bn_finalize
 from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.run import of
 
 
 def pytest_generate_tests(metafunc):
@@ -26,17 +27,18 @@ def steps(shape, backend, batch, dtype, device):
         pytest.skip(reason)
     pixels, channels = shape
     generator = torch.Generator(device).manual_seed(0)
+    run = of(backend)
     y, skip, dout = (torch.randn(batch * pixels, channels, generator=generator, device=device).to(dtype) for _ in range(3))
     gamma, beta = torch.ones(channels, device=device), torch.zeros(channels, device=device)
-    partials, rows = bn_stats(y, backend=backend)
-    vectors = bn_finalize(partials, rows, y.shape[0], gamma, beta, 1e-5, None, backend=backend)
-    _, signs = bn_act(y, vectors, skip=skip, keep_signs=True, backend=backend)
-    found = bn_act_backward_reduce(dout, y, vectors, signs=signs, backend=backend)
-    coefficients = bn_act_backward_finalize(found, 1, y.shape[0], vectors, gamma, beta, None, training=True, backend=backend)
-    given = {"signs": signs, "backend": backend}
+    partials, rows = bn_stats(y, run=run)
+    vectors = bn_finalize(partials, rows, y.shape[0], gamma, beta, 1e-5, None, run=run)
+    _, signs = bn_act(y, vectors, skip=skip, keep_signs=True, run=run)
+    found = bn_act_backward_reduce(dout, y, vectors, signs=signs, run=run)
+    coefficients = bn_act_backward_finalize(found, 1, y.shape[0], vectors, gamma, beta, None, training=True, run=run)
+    given = {"signs": signs, "run": run}
     return {
-        "bn_stats": (lambda: bn_stats(y, backend=backend), 1),
-        "bn_act": (lambda: bn_act(y, vectors, skip=skip, keep_signs=True, backend=backend), 3),
+        "bn_stats": (lambda: bn_stats(y, run=run), 1),
+        "bn_act": (lambda: bn_act(y, vectors, skip=skip, keep_signs=True, run=run), 3),
         "bn_act_backward_reduce": (lambda: bn_act_backward_reduce(dout, y, vectors, **given), 2),
         "bn_act_backward_apply": (
             lambda: bn_act_backward_apply(dout, y, vectors, coefficients, training=True, keep_masked=True, **given),

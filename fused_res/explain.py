@@ -20,6 +20,7 @@ from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import choose
 from fused_res.primitives.conv_bn_act import who
+from fused_res.primitives.run import of
 from fused_res.reading import child
 from fused_res.spec import Block
 
@@ -141,7 +142,7 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
 def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> tuple[Convolution, ...]:
     """The convolutions of evaluation without gradients."""
     dtype = arithmetic(x.dtype)
-    found = [who(unit, place, backend) for unit, place in places(with_dtype(parts, dtype), tuple(x.shape))]
+    found = [who(unit, place, of(backend)) for unit, place in places(with_dtype(parts, dtype), tuple(x.shape))]
     return tuple(Convolution(unit, "conv_bn_act", c.own, c.config, c.why) for unit, c in zip(units, found, strict=True))
 
 

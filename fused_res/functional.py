@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fused_res import folds, internals, planner, reference
-from fused_res.backends import LIBRARY
 from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.evaluated import block_evaluation, evaluated
 from fused_res.block.exported import block_exported
@@ -15,6 +14,8 @@ from fused_res.block.validate import check_arguments
 from fused_res.call import prepare
 from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
+from fused_res.primitives.run import PLAIN
+from fused_res.primitives.run import of as run_of
 from fused_res.spec import FORMS, POST_ACTIVATION, AvgPool, Block, ConvBN, pair
 
 __all__ = ["AvgPool", "ConvBN", "residual_block"]
@@ -156,7 +157,7 @@ def run(
     def settle(saved: list[Tensor | None]) -> None:
         moves = [Move(unit, v, pixels) for unit, v, pixels in zip(norms, saved, call.pixels, strict=False) if unit.training]
         if moves:
-            move_statistics(moves, backend=LIBRARY if call.watched else call.backend)
+            move_statistics(moves, run=PLAIN if call.watched else run_of(call.backend))
 
     if call.watched and internals.is_exporting():
         return block_exported(x, skip, residual_scale, tensors, call, norms, settle), []

@@ -6,7 +6,6 @@ A checkpoint's recompute depends on that: what the forward saves follows from it
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,7 +14,6 @@ _decided: dict[Hashable, object] = {}
 _derived: dict[Hashable, object] = {}
 _MOST_DERIVED = 1024
 _remember: Callable[[Hashable], object | None] | None = None
-_recorder: ContextVar[list | None] = ContextVar("recorder", default=None)
 
 
 def decided(key: Hashable) -> object | None:
@@ -64,22 +62,6 @@ def ask(key: Hashable, default: T) -> T:
         found = None if _remember is None else _remember(key)
         found = decide(key, default if found is None else found)
     return found
-
-
-@contextmanager
-def recording() -> Iterator[list]:
-    """Inside, primitives are their plain formulas, so that tensors without data will do, and list the convolutions they ask for."""
-    calls: list = []
-    token = _recorder.set(calls)
-    try:
-        yield calls
-    finally:
-        _recorder.reset(token)
-
-
-def recorder() -> list | None:
-    """The list of the innermost `recording`, or None outside of one."""
-    return _recorder.get()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
+from fused_res.primitives.run import of
 
 SHORTCUTS = ["skip", "second", "projection", "strided projection"]
 EPS = 1e-3
@@ -25,7 +26,7 @@ EPS = 1e-3
 def check_moments(z, backend, error=32 * 2.0**-24):
     """Errors of the mean in units of the deviation, which is known to a value's rounding at best; of the covariance, of two."""
     before = z.image.clone()
-    mean, covariance = moments(z, backend=backend)
+    mean, covariance = moments(z, run=of(backend))
     same(z.image, before)
     assert mean.dtype == covariance.dtype == torch.float64
     rows = exact_rows(z, backend)
@@ -77,7 +78,7 @@ def exact_tail(main, shortcut, backend):
 def check_tail(main, shortcut, backend):
     dtype, (total, size) = main.weight.dtype, exact_tail(main, shortcut, backend)
     before = main.z.image.clone(), main.weight.clone()
-    out, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
+    out, signs = pointwise_tail(main, shortcut, keep_signs=True, run=of(backend))
     n, _, h, w = main.z.image.shape
     assert out.shape == (n, main.weight.shape[0], h, w)
     assert out.dtype == dtype
@@ -129,15 +130,15 @@ def run_backward(c, backend, *, inner=False, reread=False):
     """The three steps; with `reread` the last one reads the incoming gradient again."""
     before = c.branch.z.image.clone(), c.dout.clone()
     z = Activation(c.branch.z.image, c.branch.z.vectors, c.branch.z.stride)
-    found = moments(z, backend=backend) if c.training else None
-    scaled = scaled_weight(c.branch, backend=backend)
+    found = moments(z, run=of(backend)) if c.training else None
+    scaled = scaled_weight(c.branch, run=of(backend))
     mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, mean, None if reread else scaled, run=of(backend))
     assert sums.total.dtype == sums.product.dtype == torch.float64
     gradients = pointwise_tail_backward_finalize(
-        sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, backend=backend
+        sums, found, c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, run=of(backend)
     )
-    inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, backend=backend)
+    inflow = pointwise_tail_backward_apply(c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, run=of(backend))
     same(c.branch.z.image, before[0])
     same(c.dout, before[1])
     return sums, gradients, inflow

@@ -4,6 +4,7 @@ import convolutions
 import torch
 
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import of
 
 
 def statistics(dtype):
@@ -25,7 +26,7 @@ class Draw(convolutions.Draw):
 
 def exact_rows(z, backend):
     """The rows of an operand as the backend itself makes them, in float64."""
-    return Activation(z.image, z.vectors, z.stride).rows(backend).double()
+    return Activation(z.image, z.vectors, z.stride).rows(of(backend)).double()
 
 
 def run_with_threads(run):

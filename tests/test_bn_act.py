@@ -5,6 +5,7 @@ import torch
 from compare import all_same, same, within
 
 from fused_res.primitives.bn_act import bn_act, pack_signs, unpack_signs
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
@@ -56,7 +57,7 @@ def check_signs(signs, out):
 def test_rounds_once(backend, device, dtype, shortcut, pixels, channels):
     y, vectors, more = arguments(pixels, channels, dtype, device, shortcut)
     before = [t.clone() for t in (y, vectors, *more.values())]
-    out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
+    out, signs = bn_act(y, vectors, **more, keep_signs=True, run=of(backend))
     all_same(before, (y, vectors, *more.values()))
     assert out.dtype == dtype
     parts = list(terms(y, vectors, **more))
@@ -72,10 +73,10 @@ def test_rounds_once(backend, device, dtype, shortcut, pixels, channels):
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_exact_on_integers(backend, device, dtype, shortcut):
     y, vectors, more = arguments(70, 20, dtype, device, shortcut, integers=True)
-    out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
+    out, signs = bn_act(y, vectors, **more, keep_signs=True, run=of(backend))
     same(out.double(), sum(terms(y, vectors, **more)).relu())
     check_signs(signs, out)
-    without, none = bn_act(y, vectors, **more, backend=backend)
+    without, none = bn_act(y, vectors, **more, run=of(backend))
     same(without, out)
     assert none is None
 
@@ -85,19 +86,19 @@ def test_exact_on_integers(backend, device, dtype, shortcut):
 def test_without_the_relu_it_is_the_sum(backend, device, dtype, shortcut):
     y, vectors, more = arguments(70, 20, dtype, device, shortcut, integers=True)
     y[3, 5] = float("nan")
-    out, signs = bn_act(y, vectors, **more, relu=False, backend=backend)
+    out, signs = bn_act(y, vectors, **more, relu=False, run=of(backend))
     expected = sum(terms(y, vectors, **more))
     assert (expected < 0).any()
     same(out.double(), expected, nan=True)
     assert signs is None
     with pytest.raises(ValueError, match="keep_signs: expected False without a ReLU"):
-        bn_act(y, vectors, **more, relu=False, keep_signs=True, backend=backend)
+        bn_act(y, vectors, **more, relu=False, keep_signs=True, run=of(backend))
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_float64(device, shortcut):
     y, vectors, more = arguments(17, 20, torch.float64, device, shortcut)
-    out, signs = bn_act(y, vectors, **more, keep_signs=True, backend="reference")
+    out, signs = bn_act(y, vectors, **more, keep_signs=True, run=of("reference"))
     torch.testing.assert_close(out, sum(terms(y, vectors, **more)).relu(), rtol=1e-14, atol=1e-14)
     check_signs(signs, out)
 
@@ -107,9 +108,9 @@ def test_float64(device, shortcut):
 def test_not_finite(backend, device, dtype, shortcut):
     y, vectors, more = arguments(9, 20, dtype, device, shortcut)
     vectors[3] = vectors[3].abs() + 1
-    clean, _ = bn_act(y, vectors, **more, backend=backend)
+    clean, _ = bn_act(y, vectors, **more, run=of(backend))
     y[0, 3], y[1, 4], y[2, 5] = float("nan"), float("inf"), float("-inf")
-    out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
+    out, signs = bn_act(y, vectors, **more, keep_signs=True, run=of(backend))
     assert out[0, 3].isnan()
     assert out[1, 4] == float("inf")
     assert out[2, 5] == 0
@@ -119,7 +120,7 @@ def test_not_finite(backend, device, dtype, shortcut):
     if more:
         y, vectors, more = arguments(9, 20, dtype, device, shortcut)
         next(iter(more.values()))[8, 19] = float("nan")
-        out, signs = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
+        out, signs = bn_act(y, vectors, **more, keep_signs=True, run=of(backend))
         assert out.isnan().nonzero().tolist() == [[8, 19]]
         check_signs(signs, out)
 
@@ -130,7 +131,7 @@ def test_signs_are_those_of_the_rounded_output(backend, device, dtype):
     y = torch.tensor([[1.0, 1.0, -1.0, 0.0]], device=device, dtype=dtype)
     vectors = torch.zeros(5, 4, device=device)
     vectors[3] = torch.tensor([1.0, 1e-45, 1e-45, 1.0])
-    out, signs = bn_act(y, vectors, keep_signs=True, backend=backend)
+    out, signs = bn_act(y, vectors, keep_signs=True, run=of(backend))
     assert out.tolist() == [[1, 0, 0, 0]]
     assert signs.tolist() == [[1]]
 
@@ -139,7 +140,7 @@ def test_zero_scale_shuts_out_nothing_but_itself(backend, device):
     """With a residual scale of 0 the output is the shortcut's ReLU, exactly."""
     y, vectors, more = arguments(70, 20, torch.bfloat16, device, "skip")
     vectors[3:] = 0
-    out, _ = bn_act(y, vectors, **more, backend=backend)
+    out, _ = bn_act(y, vectors, **more, run=of(backend))
     same(out, more["skip"].relu())
 
 
@@ -151,14 +152,14 @@ def test_repeats_bit_for_bit_and_misaligned(backend, device, dtype, shortcut):
     def shift(t):
         return torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
 
-    first = bn_act(y, vectors, **more, keep_signs=True, backend=backend)
-    moved = bn_act(shift(y), shift(vectors), **{k: shift(t) for k, t in more.items()}, keep_signs=True, backend=backend)
+    first = bn_act(y, vectors, **more, keep_signs=True, run=of(backend))
+    moved = bn_act(shift(y), shift(vectors), **{k: shift(t) for k, t in more.items()}, keep_signs=True, run=of(backend))
     same(first[0], moved[0])
     same(first[1], moved[1])
 
 
 def test_no_rows(backend, device):
-    out, signs = bn_act(torch.zeros(0, 20, device=device), torch.zeros(5, 20, device=device), keep_signs=True, backend=backend)
+    out, signs = bn_act(torch.zeros(0, 20, device=device), torch.zeros(5, 20, device=device), keep_signs=True, run=of(backend))
     assert out.shape == (0, 20)
     assert signs.shape == (0, 3)
 
@@ -174,7 +175,7 @@ def test_bad_arguments(backend, device):
     y, vectors = torch.zeros(4, 6, device=device), torch.zeros(5, 6, device=device)
 
     def call(**more):
-        return bn_act(y, vectors, **more, backend=backend)
+        return bn_act(y, vectors, **more, run=of(backend))
 
     with pytest.raises(ValueError, match="skip: expected either skip or y2, got both"):
         call(skip=y, y2=y, vectors2=vectors)
@@ -187,6 +188,6 @@ def test_bad_arguments(backend, device):
     with pytest.raises(TypeError, match=r"skip: expected torch\.float32, got torch\.float16"):
         call(skip=y.half())
     with pytest.raises(TypeError, match=r"vectors: expected torch\.float32, got torch\.float64"):
-        bn_act(y, vectors.double(), backend=backend)
+        bn_act(y, vectors.double(), run=of(backend))
     with pytest.raises(ValueError, match=r"vectors: expected shape \(5, 6\), got \(7, 6\)"):
-        bn_act(y, torch.zeros(7, 6, device=device), backend=backend)
+        bn_act(y, torch.zeros(7, 6, device=device), run=of(backend))

@@ -14,6 +14,7 @@ from fused_res.primitives.bn_act_backward import (
     bn_act_backward_finalize,
     bn_act_backward_reduce,
 )
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -92,7 +93,7 @@ def run(c, backend, keep_masked=True):
     ys = [branch.y.detach().to(c.dtype) for branch in c.branches]
     before = [t.clone() for t in (c.dout, *ys)]
     pair = {} if second is None else {"y2": ys[1], "vectors2": second.vectors}
-    partials = bn_act_backward_reduce(c.dout, ys[0], first.vectors, signs=c.signs, **pair, backend=backend)
+    partials = bn_act_backward_reduce(c.dout, ys[0], first.vectors, signs=c.signs, **pair, run=of(backend))
     assert partials.shape[1:] == (1 + len(ys), c.dout.shape[1])
     coefficients = [
         bn_act_backward_finalize(
@@ -104,7 +105,7 @@ def run(c, backend, keep_masked=True):
             b.parameter("beta"),
             b.parameter("scale"),
             training=b.training,
-            backend=backend,
+            run=of(backend),
         )
         for row, b in enumerate(c.branches, 1)
     ]
@@ -118,7 +119,7 @@ def run(c, backend, keep_masked=True):
         signs=c.signs,
         **pair,
         keep_masked=keep_masked,
-        backend=backend,
+        run=of(backend),
     )
     torch.testing.assert_close([c.dout, *ys], before, rtol=0, atol=0, equal_nan=True)
     assert (dy2 is None) == (second is None)
@@ -194,13 +195,13 @@ def test_sums_are_exact_on_integers(backend, device, few_programs, dtype):
     vectors, vectors2, opened = draw(5, channels), draw(5, channels), draw(pixels, channels) > 0
     g = dout.double() * opened
     sums = [g.sum(0), (g * (y.double() - vectors[0])).sum(0), (g * (y2.double() - vectors2[0])).sum(0)]
-    partials = bn_act_backward_reduce(dout, y, vectors, signs=pack_signs(opened), y2=y2, vectors2=vectors2, backend=backend)
+    partials = bn_act_backward_reduce(dout, y, vectors, signs=pack_signs(opened), y2=y2, vectors2=vectors2, run=of(backend))
     same(partials.double().sum(0), torch.stack(sums))
     g = dout.double() * (vectors[3] * y.double() + vectors[4] > 0)
-    partials = bn_act_backward_reduce(dout, y, vectors, backend=backend)
+    partials = bn_act_backward_reduce(dout, y, vectors, run=of(backend))
     same(partials.double().sum(0), torch.stack([g.sum(0), (g * (y.double() - vectors[0])).sum(0)]))
     for tiles in (partials, partials.repeat(300, 1, 1)):
-        rows = Coefficients(*bn_act_backward_finalize(tiles, 1, 1, vectors, None, None, training=False, backend=backend))
+        rows = Coefficients(*bn_act_backward_finalize(tiles, 1, 1, vectors, None, None, training=False, run=of(backend)))
         same(rows.dbeta.double(), tiles.double().sum(0)[0])
         same(rows.dgamma.double(), vectors[2] * tiles.double().sum(0)[1])
 
@@ -215,11 +216,11 @@ def test_gradient_passes_nan_and_stops_at_zero(backend, device, signs):
     dout = torch.where(opened, 3.0, float("nan"))
     given = {"signs": pack_signs(opened)} if signs else {}
     dy, _, masked = bn_act_backward_apply(
-        dout, values, vectors, coefficients, training=False, keep_masked=True, backend=backend, **given
+        dout, values, vectors, coefficients, training=False, keep_masked=True, run=of(backend), **given
     )
     same(masked, 3.0 * opened)
     same(dy, 6.0 * opened)
-    partials = bn_act_backward_reduce(dout, values, vectors, backend=backend, **given)
+    partials = bn_act_backward_reduce(dout, values, vectors, run=of(backend), **given)
     same(partials.sum(0)[0], masked[0])
 
 
@@ -241,7 +242,7 @@ def test_frozen_input_stays_out_of_dy(backend, device, poison):
             y2=y2,
             coefficients2=coefficients,
             training2=False,
-            backend=backend,
+            run=of(backend),
         )
         same(dy2, clean[1])
 
@@ -283,9 +284,9 @@ def test_repeats_bit_for_bit_and_misaligned(backend, device, name):
 
 def test_no_rows(backend, device):
     empty, vectors = torch.zeros(0, 20, device=device), torch.zeros(5, 20, device=device)
-    partials = bn_act_backward_reduce(empty, empty, vectors, backend=backend)
+    partials = bn_act_backward_reduce(empty, empty, vectors, run=of(backend))
     assert not partials.sum(0).any()
-    dy, _, _ = bn_act_backward_apply(empty, empty, vectors, torch.zeros(7, 20, device=device), training=False, backend=backend)
+    dy, _, _ = bn_act_backward_apply(empty, empty, vectors, torch.zeros(7, 20, device=device), training=False, run=of(backend))
     assert dy.shape == (0, 20)
 
 
@@ -294,13 +295,13 @@ def test_bad_arguments(backend, device):
     signs, partials = torch.zeros(4, 1, dtype=torch.uint8, device=device), torch.zeros(1, 2, 6, device=device)
 
     def reduce(**more):
-        return bn_act_backward_reduce(y, y, vectors, backend=backend, **more)
+        return bn_act_backward_reduce(y, y, vectors, run=of(backend), **more)
 
     def finalize(row=1, pixels=4, **more):
-        return bn_act_backward_finalize(partials, row, pixels, vectors, None, None, training=True, backend=backend, **more)
+        return bn_act_backward_finalize(partials, row, pixels, vectors, None, None, training=True, run=of(backend), **more)
 
     def apply(**more):
-        return bn_act_backward_apply(y, y, vectors, coefficients, training=True, backend=backend, **more)
+        return bn_act_backward_apply(y, y, vectors, coefficients, training=True, run=of(backend), **more)
 
     with pytest.raises(ValueError, match="signs: expected with y2, got None"):
         reduce(y2=y, vectors2=vectors)

@@ -6,6 +6,7 @@ from compare import every, same, within
 from convolutions import assert_same_sums
 
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
@@ -58,7 +59,7 @@ def check(actual, expected, error):
 def test_merges_tiles(backend, device, tiles, rows, missing, channels):
     y = samples(tiles * rows - missing, channels, device)
     gamma, beta = parameter(channels, torch.float32, device, 1), parameter(channels, torch.float32, device, 2)
-    actual = bn_finalize(partials_of(y, rows), rows, len(y), gamma, beta, EPS, backend=backend)
+    actual = bn_finalize(partials_of(y, rows), rows, len(y), gamma, beta, EPS, run=of(backend))
     assert actual.shape == (5, channels)
     assert actual.dtype == torch.float32
     check(actual, truth(y, gamma, beta, None), 2e-6)
@@ -72,19 +73,19 @@ def test_parameters(backend, device, dtype, scale, given):
     gamma = parameter(12, dtype, device, 1) if "gamma" in given else None
     beta = parameter(12, dtype, device, 2) if "beta" in given else None
     a = None if scale is None else torch.tensor(scale, dtype=dtype, device=device)
-    actual = bn_finalize(partials_of(y, 10), 10, 40, gamma, beta, EPS, a, backend=backend)
+    actual = bn_finalize(partials_of(y, 10), 10, 40, gamma, beta, EPS, a, run=of(backend))
     check(actual, truth(y, gamma, beta, a), 2e-6)
 
 
 def test_mean_far_above_deviation(backend, device):
     y = samples(1000, 20, device, mean=2000.0)
-    actual = bn_finalize(partials_of(y, 10), 10, 1000, None, None, EPS, backend=backend)
+    actual = bn_finalize(partials_of(y, 10), 10, 1000, None, None, EPS, run=of(backend))
     check(actual, truth(y, None, None, None), 2e-5)
 
 
 def test_float64_stays_float64(device):
     y = samples(40, 12, device)
-    actual = bn_finalize(torch.stack((y, y * 0), 1), 1, 40, None, None, EPS, backend="reference")
+    actual = bn_finalize(torch.stack((y, y * 0), 1), 1, 40, None, None, EPS, run=of("reference"))
     assert actual.dtype == torch.float64
     check(actual, truth(y, None, None, None), 1e-14)
 
@@ -92,7 +93,7 @@ def test_float64_stays_float64(device):
 def test_running_statistics_pass_unchanged(backend, device):
     mean = torch.tensor([0.1, -1000.0, 3e38, 0.0], device=device)
     var = torch.tensor([0.3, 0.0, 1e-30, float("inf")], device=device)
-    v = Vectors(*bn_finalize(torch.stack((mean, var)).unsqueeze(0), 1, 1, None, None, EPS, backend=backend))
+    v = Vectors(*bn_finalize(torch.stack((mean, var)).unsqueeze(0), 1, 1, None, None, EPS, run=of(backend)))
     same(v.mean, mean)
     same(v.var, var)
     same(v.scale, v.invstd)
@@ -111,23 +112,23 @@ def test_running_statistics(backend, device, dtype, channels, given):
     bias, gamma, beta = [parameter(channels, dtype, device, seed) for seed in (3, 4, 5)] if given == "all" else [None] * 3
     a = torch.tensor(0.5, device=device) if given == "all" else None
     before = [t.clone() for t in (mean, var)]
-    found = bn_running(mean, var, bias, gamma, beta, EPS, a, dtype=torch.float32, backend=backend)
+    found = bn_running(mean, var, bias, gamma, beta, EPS, a, dtype=torch.float32, run=of(backend))
     for t, b in zip((mean, var), before, strict=True):
         same(t.nan_to_num(), b.nan_to_num())
     plain = torch.stack((mean.double() - (0 if bias is None else bias.double()), var.double())).unsqueeze(0)
-    expected = bn_finalize(plain, 1, 1, gamma, beta, EPS, a, backend="reference")
+    expected = bn_finalize(plain, 1, 1, gamma, beta, EPS, a, run=of("reference"))
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_infinite_running_mean(backend, device):
     partials = torch.tensor([[[float("inf")], [1.0]]], device=device)
-    v = Vectors(*bn_finalize(partials, 1, 1, None, None, EPS, backend=backend))
+    v = Vectors(*bn_finalize(partials, 1, 1, None, None, EPS, run=of(backend)))
     assert (v.mean, v.var, v.shift) == (float("inf"), 1, -float("inf"))
 
 
 def test_equal_tiles_have_no_variance(backend, device):
     partials = torch.tensor([[0.1, 1e6, -3.0], [0, 0, 0]], device=device).expand(70, 2, 3).contiguous()
-    v = Vectors(*bn_finalize(partials, 4, 278, None, None, 1.0, backend=backend))
+    v = Vectors(*bn_finalize(partials, 4, 278, None, None, 1.0, run=of(backend)))
     torch.testing.assert_close(v.mean, partials[0, 0], rtol=2e-7, atol=0)
     every(v.var <= 1e-13 * v.mean**2)
 
@@ -137,9 +138,9 @@ def test_equal_tiles_have_no_variance(backend, device):
 @pytest.mark.parametrize("row", [0, 1])
 def test_not_finite_spoils_its_channel_only(backend, device, poison, tile, row):
     partials = partials_of(samples(140, 12, device), 2)
-    clean = bn_finalize(partials, 2, 140, None, None, EPS, backend=backend)
+    clean = bn_finalize(partials, 2, 140, None, None, EPS, run=of(backend))
     partials[tile, row, 7] = poison
-    actual = bn_finalize(partials, 2, 140, None, None, EPS, backend=backend)
+    actual = bn_finalize(partials, 2, 140, None, None, EPS, run=of(backend))
     assert not actual[1, 7].isfinite()
     others = [c for c in range(12) if c != 7]
     same(actual[:, others], clean[:, others])
@@ -147,17 +148,17 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison, tile, row):
 
 def test_repeats_bit_for_bit_and_misaligned(backend, device):
     partials = partials_of(samples(140, 20, device), 2)
-    first = bn_finalize(partials, 2, 140, None, None, EPS, backend=backend)
-    same(bn_finalize(partials, 2, 140, None, None, EPS, backend=backend), first)
+    first = bn_finalize(partials, 2, 140, None, None, EPS, run=of(backend))
+    same(bn_finalize(partials, 2, 140, None, None, EPS, run=of(backend)), first)
     view = torch.cat([partials.new_zeros(1), partials.flatten()])[1:].view_as(partials)
-    assert_same_sums(bn_finalize(view, 2, 140, None, None, EPS, backend=backend), first)
+    assert_same_sums(bn_finalize(view, 2, 140, None, None, EPS, run=of(backend)), first)
 
 
 def test_bad_arguments(backend, device):
     partials = torch.zeros(3, 2, 4, device=device)
 
     def call(partials=partials, rows=2, pixels=6, gamma=None, scale=None):
-        return bn_finalize(partials, rows, pixels, gamma, None, EPS, scale, backend=backend)
+        return bn_finalize(partials, rows, pixels, gamma, None, EPS, scale, run=of(backend))
 
     for pixels in (4, 7):
         with pytest.raises(ValueError, match=f"pixels: 3 tiles of 2 rows cannot hold {pixels} rows"):

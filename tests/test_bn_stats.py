@@ -6,6 +6,7 @@ from compare import same, within
 from convolutions import assert_same_sums
 
 from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -27,7 +28,7 @@ def truth(y, rows):
 def check(y, backend, mean_error, squares_error):
     """Errors in units of each channel's deviation, and of each channel's sum of squares."""
     before = y.clone()
-    partials, rows = bn_stats(y, backend=backend)
+    partials, rows = bn_stats(y, run=of(backend))
     same(y, before)
     assert partials.dtype == (torch.float64 if y.dtype == torch.float64 else torch.float32)
     assert partials.shape == (-(-y.shape[0] // rows), 2, y.shape[1])
@@ -66,7 +67,7 @@ def test_outlier_in_the_first_row(backend, device, few_programs):
 
 def test_constant_channel_has_no_variance(backend, device, few_programs):
     y = torch.tensor([3.0, -1000.0, 0.0, 0.25], device=device).expand(1100, 4).contiguous()
-    partials, _ = bn_stats(y, backend=backend)
+    partials, _ = bn_stats(y, run=of(backend))
     same(partials[:, 0], y[: len(partials)])
     assert not partials[:, 1].any()
 
@@ -75,9 +76,9 @@ def test_constant_channel_has_no_variance(backend, device, few_programs):
 @pytest.mark.parametrize("row", [0, 129])
 def test_not_finite_spoils_its_channel_only(backend, device, poison, row):
     y = activations(130, 20, torch.float32, device)
-    clean, _ = bn_stats(y, backend=backend)
+    clean, _ = bn_stats(y, run=of(backend))
     y[row, 7] = poison
-    partials, _ = bn_stats(y, backend=backend)
+    partials, _ = bn_stats(y, run=of(backend))
     assert not partials[:, 1, 7].isfinite().all()
     others = [c for c in range(20) if c != 7]
     same(partials[:, :, others], clean[:, :, others])
@@ -85,7 +86,7 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison, row):
 
 def test_repeats_bit_for_bit(backend, device, few_programs):
     y = activations(1001, 20, torch.bfloat16, device)
-    same(bn_stats(y, backend=backend)[0], bn_stats(y, backend=backend)[0])
+    same(bn_stats(y, run=of(backend))[0], bn_stats(y, run=of(backend))[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,18 +94,18 @@ def test_misaligned_memory(backend, device, dtype):
     y = activations(130, 64, dtype, device)
     view = torch.cat([y.new_zeros(1), y.flatten()])[1:].view_as(y)
     assert view.data_ptr() % 16
-    assert_same_sums(bn_stats(view, backend=backend)[0], bn_stats(y, backend=backend)[0])
+    assert_same_sums(bn_stats(view, run=of(backend))[0], bn_stats(y, run=of(backend))[0])
 
 
 def test_bad_arguments(backend, device):
     y = torch.zeros(4, 6, device=device)
     with pytest.raises(ValueError, match=r"y: expected a matrix \[P, C\], got shape \(24,\)"):
-        bn_stats(y.flatten(), backend=backend)
+        bn_stats(y.flatten(), run=of(backend))
     with pytest.raises(ValueError, match="y: expected at least one row"):
-        bn_stats(y[:0], backend=backend)
+        bn_stats(y[:0], run=of(backend))
     with pytest.raises(ValueError, match="y: expected a contiguous tensor"):
-        bn_stats(y.T, backend=backend)
+        bn_stats(y.T, run=of(backend))
     with pytest.raises(TypeError, match="y: expected a floating-point dtype"):
-        bn_stats(y.int(), backend=backend)
+        bn_stats(y.int(), run=of(backend))
     with pytest.raises(ValueError, match="backend: expected one of"):
-        bn_stats(y, backend="none such")
+        bn_stats(y, run=of("none such"))

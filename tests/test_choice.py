@@ -10,12 +10,12 @@ from fused_res import backends, explain, plans, use_backend
 from fused_res.block.casting import with_dtype
 from fused_res.block.dry_run import convolutions
 from fused_res.block.levels import LEVELS
-from fused_res.primitives import choice
-from fused_res.primitives.choice import Call, Choice, choose, imposing
+from fused_res.primitives.choice import Call, Choice, choose
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Activation, Gradient
+from fused_res.primitives.run import PLAIN, Fixed, of
 from fused_res.spec import ConvBN
 
 
@@ -45,18 +45,18 @@ def planted(monkeypatch):
         @staticmethod
         def conv_fprop(x, unit, statistics, output, *, config=None):
             note("conv_fprop", unit, (x, statistics, output), config)
-            return conv_fprop(x, unit, statistics=statistics, output=output, backend="reference")
+            return conv_fprop(x, unit, statistics=statistics, output=output, run=of("reference"))
 
         @staticmethod
         def conv_dgrad(dy, like, unit, inner, add, *, config=None):
             note("conv_dgrad", unit, (dy, like, inner, add), config)
-            return conv_dgrad(dy, like, unit, inner=inner, add=add, backend="reference")
+            return conv_dgrad(dy, like, unit, inner=inner, add=add, run=of("reference"))
 
         @staticmethod
         def conv_wgrad(dy, x, unit, *, config=None):
             note("conv_wgrad", unit, (dy, x), config)
             # Of a copy: what the formula computes on the way would be ready for dgrad, which is then asked for less.
-            return conv_wgrad(replace(dy), x, unit, backend="reference")
+            return conv_wgrad(replace(dy), x, unit, run=of("reference"))
 
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: Planted if name == "planted" else load(name))
@@ -98,8 +98,8 @@ def test_a_gradient_that_wgrad_has_computed_is_what_dgrad_takes(planted):
     found = []
     for computed in (False, True):
         if computed:
-            dy.values("reference")
-        found.append(conv_dgrad(dy, like, unit, backend="planted").image)
+            dy.values(PLAIN)
+        found.append(conv_dgrad(dy, like, unit, run=of("planted")).image)
     assert [call.operands[0].coefficients is None for call, _ in planted] == [False, True]
     assert torch.equal(*found)
 
@@ -132,25 +132,23 @@ def test_reasons(planted, monkeypatch):
     assert choose(call()) == Choice(True)
 
 
-def test_what_is_imposed_or_decided_is_what_runs(planted):
+def test_what_is_fixed_or_decided_is_what_runs(planted):
     asked = call()
     x, unit = asked.operands[0], asked.unit
 
-    def run():
+    def ran(run=None):
         planted.clear()
-        conv_fprop(x, unit, statistics=True, backend="planted")
+        conv_fprop(x, unit, statistics=True, run=run or of("planted"))
         return [config for _, config in planted]
 
-    assert run() == [None]
-    with imposing(Choice(False)):
-        assert run() == []
-    with imposing(Choice(True, (1, 2))):
-        assert run() == [(1, 2)]
-        assert choose(call(groups=2)).own is False
+    assert ran() == [None]
+    assert ran(Fixed("planted", Choice(False))) == []
+    assert ran(Fixed("planted", Choice(True, (1, 2)))) == [(1, 2)]
+    assert Fixed("planted", Choice(True)).convolution("conv_fprop", *call(groups=2)[2:3], *asked.operands) is None
     plans.remember_by(lambda key: Choice(True, (3, 4)) if key == asked.key() else None)
-    assert run() == [(3, 4)]
+    assert ran() == [(3, 4)]
     plans.remember_by(lambda key: Choice(False))
-    assert run() == [(3, 4)]
+    assert ran() == [(3, 4)]
 
 
 def test_while_blocks_are_tuned_what_was_not_measured_is_the_librarys(planted, monkeypatch):
@@ -167,7 +165,7 @@ def test_while_blocks_are_tuned_what_was_not_measured_is_the_librarys(planted, m
 def test_a_plain_convolution_is_our_own_only_if_that_was_measured(planted):
     asked = call()._replace(operands=(*call().operands[:1], False, None))
     plans.remember_by(lambda key: Choice(True, (5,)) if key == asked.key() else None)
-    conv_fprop(asked.operands[0], asked.unit, backend="planted")
+    conv_fprop(asked.operands[0], asked.unit, run=of("planted"))
     assert [config for _, config in planted] == [(5,)]
 
 
@@ -216,15 +214,6 @@ def test_explain_tells_grouped_convolutions_apart(planted):
     found = explanation.to_dicts()[0]["convolutions"]
     assert {c["why"] for c in found if c["unit"] == "conv2"} == {"grouped"}
     assert {c["why"] for c in found if c["unit"] != "conv2"} == {""}
-
-
-def test_a_recording_ends_after_an_error():
-    with pytest.raises(KeyError), plans.recording():
-        raise KeyError
-    assert plans.recorder() is None
-    with pytest.raises(KeyError), imposing(Choice(False)):
-        raise KeyError
-    assert choice._imposed.get() is None
 
 
 def test_autocast_asks_for_convolutions_in_its_dtype(planted):

@@ -10,6 +10,7 @@ from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.operands import Activation, Addend, Gradient
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -66,7 +67,7 @@ class Case:
         if self.gradient.coefficients is None and not epilogue:
             epilogue = {"add": Addend(torch.zeros_like(self.like))}  # with nothing fused the library would run
         before = [t.clone() for t in (self.image, self.y, self.like, self.unit.weight)]
-        inflow = conv_dgrad(self.gradient, self.like, self.unit, backend=backend, **epilogue)
+        inflow = conv_dgrad(self.gradient, self.like, self.unit, run=of(backend), **epilogue)
         for tensor, copy in zip((self.image, self.y, self.like, self.unit.weight), before, strict=True):
             same(tensor, copy)
         assert inflow.image.shape == self.like.shape
@@ -134,8 +135,8 @@ def test_accuracy(device, poisoned_memory, name, dtype):
         p, q, r = (per_channel(row) for row in coefficients[:3])
         dy = p * image.double() + q * y.double() + r
         truth = convolve(dy, unit, geometry.size)
-        fused = conv_dgrad(Gradient(image, y, None, coefficients, masked=True), like, unit, backend="triton").image
-        eager = conv_dgrad(Gradient(dy.to(dtype)), like, unit, backend="reference").image
+        fused = conv_dgrad(Gradient(image, y, None, coefficients, masked=True), like, unit, run=of("triton")).image
+        eager = conv_dgrad(Gradient(dy.to(dtype)), like, unit, run=of("reference")).image
         for key, value in (("fused", fused - truth), ("eager", eager - truth), ("truth", truth)):
             errors[key] += value.double().square().sum().item()
     fused, eager = ((errors[key] / errors["truth"]) ** 0.5 for key in ("fused", "eager"))
@@ -149,11 +150,11 @@ def test_not_finite_goes_where_it_is_seen(backend, device, name):
     case.gradient.image[0, 3, 1, 2] = float("nan")
     seen = convolve(case.gradient.image.isnan().float(), case.unit, case.geometry.size) != 0
     case.like.zero_()
-    dx = conv_dgrad(case.gradient, case.like, case.unit, add=Addend(case.like), backend=backend).image
+    dx = conv_dgrad(case.gradient, case.like, case.unit, add=Addend(case.like), run=of(backend)).image
     same(dx.isnan(), seen)
     inner = Activation(case.like, torch.ones(5, case.geometry.c, device=device))
     inner.image[0, 0, 0, 0] = float("nan")
-    partials = conv_dgrad(Gradient(case.image.nan_to_num()), case.like, case.unit, inner=inner, backend=backend).partials
+    partials = conv_dgrad(Gradient(case.image.nan_to_num()), case.like, case.unit, inner=inner, run=of(backend)).partials
     assert partials.sum(0)[1, 0].isnan()
     assert not partials[:, 0].isnan().any()
     assert not partials[:, :, 1:].isnan().any()
@@ -163,7 +164,7 @@ def test_not_finite_goes_where_it_is_seen(backend, device, name):
 def test_frozen_input_stays_out(backend, device, mode):
     case = Case(GEOMETRIES["1x1"], torch.float32, device, mode, training=False)
     case.gradient.y = torch.full_like(case.y, float("nan"))
-    dx = conv_dgrad(case.gradient, case.like, case.unit, backend=backend).image
+    dx = conv_dgrad(case.gradient, case.like, case.unit, run=of(backend)).image
     same(dx, case.dx.float())
 
 
@@ -202,11 +203,11 @@ def test_any_layout(backend, device, dtype):
         (case.image, misaligned(weight), case.like),
     ):
         dy = Gradient(image, misaligned(case.y), gradient.vectors, gradient.coefficients)
-        dx = conv_dgrad(dy, like, case.unit._replace(weight=filters), backend=backend).image
+        dx = conv_dgrad(dy, like, case.unit._replace(weight=filters), run=of(backend)).image
         same(dx, expected)
         assert dx.is_contiguous(memory_format=torch.channels_last)
     sums = case.image.new_ones(()).expand(SMALL.out)
-    dx = conv_dgrad(Gradient(sums), case.like, case.unit, add=Addend(torch.zeros_like(case.like)), backend=backend).image
+    dx = conv_dgrad(Gradient(sums), case.like, case.unit, add=Addend(torch.zeros_like(case.like)), run=of(backend)).image
     same(dx, convolve(sums, case.unit, SMALL.size).to(dtype))
 
 
@@ -235,7 +236,7 @@ def test_gradients_past_32_bits(device, proven_interpreter):
     signs = huge(1, 4, side, side, dtype=torch.uint8).permute(0, 2, 3, 1)
     signs[0, lower, lower] = pack_signs(opened.view(16, 32)).view(4, 4, 4)
     gradient = Gradient(dy, y, None, coefficients, signs.reshape(-1, 4))
-    dx = conv_dgrad(gradient, like, unit, backend="triton").image
+    dx = conv_dgrad(gradient, like, unit, run=of("triton")).image
     values = (image.permute(0, 2, 3, 1)[0, lower, lower].double() for image in (dy, y))
     g, v = values
     expected = coefficients[0] * torch.where(opened, g, 0) + coefficients[1] * v + coefficients[2]
@@ -246,7 +247,7 @@ def test_gradients_past_32_bits(device, proven_interpreter):
 def test_nothing_fused_is_the_library(device, monkeypatch):
     case = Case(SMALL, torch.float32, device)
     monkeypatch.setattr("fused_res.primitives.conv_dgrad.plain", lambda dy, like, unit: dy)
-    assert conv_dgrad(case.gradient, case.like, case.unit, backend="triton").image is case.image
+    assert conv_dgrad(case.gradient, case.like, case.unit, run=of("triton")).image is case.image
 
 
 def test_grouped_convolutions_are_the_library(backend, device):
@@ -255,7 +256,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     dy, like = draw.integers(2, 12, 5, 5), draw.integers(2, 20, 5, 5)
     expected = convolve(dy, unit, like.shape[2:])
     inner = Activation(like, torch.zeros(5, 20, device=device))
-    dx, partials, masked = conv_dgrad(Gradient(dy), like, unit, inner=inner, backend=backend)
+    dx, partials, masked = conv_dgrad(Gradient(dy), like, unit, inner=inner, run=of(backend))
     same(dx.double(), expected)
     assert not partials.any()
     assert not masked
@@ -266,7 +267,7 @@ def test_repeats_bit_for_bit(backend, device):
     unit = SMALL.unit(draw.normal(SMALL.k, SMALL.c, *SMALL.filter))
     like, dy = draw.normal(SMALL.n, SMALL.c, *SMALL.size), draw.normal(*SMALL.out)
     inner = Activation(like, draw.normal(5, SMALL.c))
-    first, second = (conv_dgrad(Gradient(dy), like, unit, inner=inner, backend=backend) for _ in range(2))
+    first, second = (conv_dgrad(Gradient(dy), like, unit, inner=inner, run=of(backend)) for _ in range(2))
     same(first.image, second.image)
     same(first.partials, second.partials)
 
@@ -275,7 +276,7 @@ def test_no_images(backend, device):
     case = Case(SMALL, torch.float32, device)
     like, dy = case.like[:0], Gradient(case.image[:0])
     inner = Activation(like, torch.ones(5, SMALL.c, device=device))
-    dx, partials, _ = conv_dgrad(dy, like, case.unit, inner=inner, backend=backend)
+    dx, partials, _ = conv_dgrad(dy, like, case.unit, inner=inner, run=of(backend))
     assert dx.shape == like.shape
     assert not partials.sum(0).any()
 
@@ -287,7 +288,7 @@ def test_bad_arguments(device, proven_interpreter):
 
     def run(like=case.like, unit=case.unit, inner=None, add=None, **changed):
         fields = {name: getattr(case.gradient, name) for name in ("image", "y", "vectors", "coefficients", "signs")}
-        return conv_dgrad(Gradient(**(fields | changed)), like, unit, inner=inner, add=add, backend="triton")
+        return conv_dgrad(Gradient(**(fields | changed)), like, unit, inner=inner, add=add, run=of("triton"))
 
     with pytest.raises(ValueError, match="add: expected None together with inner"):
         run(inner=inner, add=Addend(case.like))

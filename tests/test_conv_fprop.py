@@ -11,6 +11,7 @@ from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import bn_finalize
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.operands import Activation, Output
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -41,12 +42,12 @@ def test_exact_on_integers(backend, device, geometry, dtype):
     """And padding comes after the ReLU: the shifts are positive."""
     x, vectors, unit, _ = operands(geometry, dtype, device)
     before = x.clone(), unit.weight.clone()
-    y, partials, rows = conv_fprop(Activation(x, vectors), unit, backend=backend)
+    y, partials, rows = conv_fprop(Activation(x, vectors), unit, run=of(backend))
     assert y.shape == geometry.out
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert (partials, rows) == (None, 0)
     same(y, convolve(activate(x, vectors), unit).to(dtype))
-    y = conv_fprop(Activation(x), unit, statistics=True, backend=backend).image
+    y = conv_fprop(Activation(x), unit, statistics=True, run=of(backend)).image
     same(y, convolve(x, unit).to(dtype))
     same(x, before[0])
     same(unit.weight, before[1])
@@ -59,7 +60,7 @@ def test_statistics_are_those_of_the_stored_values(backend, device, name, dtype)
     draw = Draw(1, device)
     x, weight = draw.normal(geometry.n, geometry.c, *geometry.size), draw.normal(geometry.k, geometry.c, *geometry.filter)
     unit = geometry.unit(weight.to(dtype))
-    y, partials, rows = conv_fprop(Activation(x.to(dtype)), unit, statistics=True, backend=backend)
+    y, partials, rows = conv_fprop(Activation(x.to(dtype)), unit, statistics=True, run=of(backend))
     assert partials.dtype == torch.float32
     tiles = to_rows(y).double().split(rows)
     assert partials.shape == (len(tiles), 2, geometry.k)
@@ -68,7 +69,7 @@ def test_statistics_are_those_of_the_stored_values(backend, device, name, dtype)
         within(mean, tile.mean(0), 1e-6 * deviation)
         within(squares, tile.var(0, correction=0) * len(tile), 5e-6 * len(tile) * deviation.square())
     pixels = len(to_rows(y))
-    merged = bn_finalize(partials, rows, pixels, None, None, 1e-5, backend=backend)
+    merged = bn_finalize(partials, rows, pixels, None, None, 1e-5, run=of(backend))
     torch.testing.assert_close(merged[1].double(), to_rows(y).double().var(0, correction=0), rtol=1e-5, atol=1e-9)
 
 
@@ -90,7 +91,7 @@ def test_evaluation_epilogue(backend, device, name, shortcut, dtype):
     elif shortcut == "second":
         total = total + other.double() * vectors2[3].view(-1, 1, 1) + vectors2[4].view(-1, 1, 1)
         output = Output(after, y2=other, vectors2=vectors2)
-    y = conv_fprop(Activation(x, vectors), unit, output=output, backend=backend).image
+    y = conv_fprop(Activation(x, vectors), unit, output=output, run=of(backend)).image
     same(y, total.relu().to(dtype))
 
 
@@ -110,7 +111,7 @@ def test_epilogue_without_a_relu(backend, device, name, scaled, dtype):
     total = total + other.double()
     assert (total < 0).any()
     before = other.clone()
-    y = conv_fprop(Activation(x, vectors), unit, output=Output(after, skip=other, relu=False), backend=backend).image
+    y = conv_fprop(Activation(x, vectors), unit, output=Output(after, skip=other, relu=False), run=of(backend)).image
     same(y, total.to(dtype))
     same(other, before)
 
@@ -128,8 +129,8 @@ def test_accuracy(device, poisoned_memory, name, dtype):
         vectors = draw.normal(5, geometry.c)
         z = (x.double() * vectors[3].double().view(-1, 1, 1) + vectors[4].double().view(-1, 1, 1)).relu()
         truth = convolve(z, unit)
-        fused = conv_fprop(Activation(x, vectors), unit, backend="triton").image
-        eager = conv_fprop(Activation(activate(x, vectors)), unit, backend="reference").image
+        fused = conv_fprop(Activation(x, vectors), unit, run=of("triton")).image
+        eager = conv_fprop(Activation(activate(x, vectors)), unit, run=of("reference")).image
         for key, value in (("fused", fused - truth), ("eager", eager - truth), ("truth", truth)):
             errors[key] += value.double().square().sum().item()
     fused, eager = ((errors[key] / errors["truth"]) ** 0.5 for key in ("fused", "eager"))
@@ -142,8 +143,8 @@ def test_prologue_is_bn_act(device, poisoned_memory):
     draw, identity = Draw(2, device), torch.eye(20, device=device)[:, :, None, None]
     for dtype in DTYPES:
         x, vectors = draw.normal(2, 20, 5, 6, dtype=dtype), draw.normal(5, 20)
-        y = conv_fprop(Activation(x, vectors), GEOMETRIES["1x1"].unit(identity.to(dtype)), backend="triton").image
-        same(to_rows(y), bn_act(to_rows(x), vectors, backend="triton")[0])
+        y = conv_fprop(Activation(x, vectors), GEOMETRIES["1x1"].unit(identity.to(dtype)), run=of("triton")).image
+        same(to_rows(y), bn_act(to_rows(x), vectors, run=of("triton"))[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -159,7 +160,7 @@ def test_not_finite_passes_the_relu(backend, device, name, poison):
     seen = convolve((x.isfinite() ^ True).float(), unit) != 0
     output = Output(torch.ones(5, geometry.k, device=device))
     for given in ({}, {"output": output}, {"statistics": True}):
-        y, partials, _ = conv_fprop(Activation(x, vectors), unit, backend=backend, **given)
+        y, partials, _ = conv_fprop(Activation(x, vectors), unit, run=of(backend), **given)
         same(~y.isfinite(), seen)
         assert partials is None or not partials[:, 1].isfinite().all(0).any()
 
@@ -192,11 +193,11 @@ def test_any_layout(backend, device, dtype):
         (x.transpose(2, 3).contiguous().transpose(2, 3), misaligned(weight)),
         (x, weight.transpose(2, 3).contiguous().transpose(2, 3)),
     ):
-        y = conv_fprop(Activation(image, vectors), unit._replace(weight=filters), backend=backend).image
+        y = conv_fprop(Activation(image, vectors), unit._replace(weight=filters), run=of(backend)).image
         same(y, expected)
         assert y.is_contiguous(memory_format=torch.channels_last)
     row = x[:, :, :1].expand(-1, -1, x.shape[2], -1)
-    y = conv_fprop(Activation(row), unit, statistics=True, backend=backend).image
+    y = conv_fprop(Activation(row), unit, statistics=True, run=of(backend)).image
     same(y, convolve(row, unit).to(dtype))
 
 
@@ -214,7 +215,7 @@ def test_images_past_32_bits(device, proven_interpreter):
         values = draw.integers(len(picked[0]), len(picked[1]), 32, dtype=torch.bfloat16)
         x.permute(0, 2, 3, 1)[0][picked[0][:, None], picked[1][None, :]] = values
         unit = geometry.unit(draw.integers(16, 32, *geometry.filter, dtype=torch.bfloat16))
-        y = conv_fprop(Activation(x), unit, statistics=True, backend="triton").image
+        y = conv_fprop(Activation(x), unit, statistics=True, run=of("triton")).image
         expected = torch.einsum("hwc,kc->khw", values.double(), unit.weight[:, :, padding, padding].double())
         same(y[0], expected.bfloat16())
 
@@ -237,7 +238,7 @@ def test_tensor_float_32(device, poisoned_memory, monkeypatch):
         # Tensor cores cut off what their accumulators cannot hold.
         for precision, expected, limit in (("ieee", truth, 1e-6), ("tf32", narrow, 1e-6 if device == "cpu" else 4e-6)):
             settings.fp32_precision = precision
-            y = conv_fprop(Activation(x), unit, statistics=True, backend="triton").image
+            y = conv_fprop(Activation(x), unit, statistics=True, run=of("triton")).image
             assert (y - expected).norm() <= limit * expected.norm()
     finally:
         settings.fp32_precision = before
@@ -247,7 +248,7 @@ def test_tensor_float_32(device, poisoned_memory, monkeypatch):
 def test_nothing_fused_is_the_library(device, monkeypatch):
     x, _, unit, _ = operands(SMALL, torch.float32, device)
     monkeypatch.setattr("fused_res.primitives.conv_fprop.plain", lambda x, unit: x)
-    assert conv_fprop(Activation(x), unit, backend="triton").image is x
+    assert conv_fprop(Activation(x), unit, run=of("triton")).image is x
 
 
 def test_grouped_convolutions_are_the_library(backend, device):
@@ -255,7 +256,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     unit = SMALL.unit(draw.integers(12, 5, 3, 3))._replace(groups=4)
     x = draw.integers(2, 20, 5, 5)
     expected = convolve(x, unit)
-    y, partials, rows = conv_fprop(Activation(x), unit, statistics=True, backend=backend)
+    y, partials, rows = conv_fprop(Activation(x), unit, statistics=True, run=of(backend))
     same(y.double(), expected)
     assert len(partials) == -(-50 // rows)
 
@@ -263,16 +264,16 @@ def test_grouped_convolutions_are_the_library(backend, device):
 def test_repeats_bit_for_bit(backend, device):
     draw = Draw(6, device)
     x, unit = draw.normal(2, 20, 9, 8), SMALL.unit(draw.normal(13, 20, 3, 3))
-    first, second = (conv_fprop(Activation(x), unit, statistics=True, backend=backend) for _ in range(2))
+    first, second = (conv_fprop(Activation(x), unit, statistics=True, run=of(backend)) for _ in range(2))
     same(first.image, second.image)
     same(first.partials, second.partials)
 
 
 def test_no_images(backend, device):
     x, vectors, unit, _ = operands(SMALL, torch.float32, device)
-    assert conv_fprop(Activation(x[:0], vectors), unit, backend=backend).image.shape == (0, *SMALL.out[1:])
+    assert conv_fprop(Activation(x[:0], vectors), unit, run=of(backend)).image.shape == (0, *SMALL.out[1:])
     with pytest.raises(ValueError, match="y: expected at least one row"):
-        conv_fprop(Activation(x[:0]), unit, statistics=True, backend=backend)
+        conv_fprop(Activation(x[:0]), unit, statistics=True, run=of(backend))
 
 
 def test_bad_arguments(device, proven_interpreter):
@@ -281,7 +282,7 @@ def test_bad_arguments(device, proven_interpreter):
     after = torch.zeros(5, SMALL.k, device=device)
 
     def run(operand=None, unit=unit, **more):
-        return conv_fprop(operand or Activation(x, vectors), unit, backend="triton", **more)
+        return conv_fprop(operand or Activation(x, vectors), unit, run=of("triton"), **more)
 
     with pytest.raises(ValueError, match="output: expected None together with statistics"):
         run(statistics=True, output=Output(after))

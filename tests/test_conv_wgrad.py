@@ -10,6 +10,7 @@ from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Activation, Gradient
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -74,7 +75,7 @@ class Case:
 
     def run(self, backend):
         before = [t.clone() for t in (self.image, self.y, self.x.image, self.unit.weight)]
-        dweight = conv_wgrad(self.gradient, self.x, self.unit, backend=backend)
+        dweight = conv_wgrad(self.gradient, self.x, self.unit, run=of(backend))
         for tensor, copy in zip((self.image, self.y, self.x.image, self.unit.weight), before, strict=True):
             same(tensor, copy)
         assert dweight.shape == self.unit.weight.shape
@@ -116,8 +117,8 @@ def test_accuracy(device, poisoned_memory, name, dtype):
         p, q, r = (per_channel(row) for row in coefficients[:3])
         dy, z = p * image.double() + q * y.double() + r, activate(x.image, x.vectors)
         truth = correlate(dy, z, unit)
-        fused = conv_wgrad(Gradient(image, y, None, coefficients, masked=True), x, unit, backend="triton")
-        eager = conv_wgrad(Gradient(dy.to(dtype)), Activation(z.to(dtype)), unit, backend="reference")
+        fused = conv_wgrad(Gradient(image, y, None, coefficients, masked=True), x, unit, run=of("triton"))
+        eager = conv_wgrad(Gradient(dy.to(dtype)), Activation(z.to(dtype)), unit, run=of("reference"))
         for key, value in (("fused", fused - truth), ("eager", eager - truth), ("truth", truth)):
             errors[key] += value.double().square().sum().item()
     fused, eager = ((errors[key] / errors["truth"]) ** 0.5 for key in ("fused", "eager"))
@@ -128,7 +129,7 @@ def test_not_finite_spoils_its_channel_only(backend, device, few_parts):
     case = Case(GEOMETRIES["1x1"], torch.float32, device, "plain")
 
     def run():
-        return conv_wgrad(case.gradient, Activation(case.x.image, case.x.vectors), case.unit, backend=backend)
+        return conv_wgrad(case.gradient, Activation(case.x.image, case.x.vectors), case.unit, run=of(backend))
 
     clean = run()
     case.image[0, 3, 1, 2] = float("nan")
@@ -144,7 +145,7 @@ def test_not_finite_spoils_its_channel_only(backend, device, few_parts):
 def test_frozen_input_stays_out(backend, device, mode):
     case = Case(GEOMETRIES["1x1"], torch.float32, device, mode, training=False)
     case.gradient.y = torch.full_like(case.y, float("nan"))
-    dweight = conv_wgrad(case.gradient, case.x, case.unit, backend=backend)
+    dweight = conv_wgrad(case.gradient, case.x, case.unit, run=of(backend))
     same(dweight, correlate(case.dy, case.z, case.unit).float())
 
 
@@ -191,12 +192,12 @@ def test_any_layout(backend, device, dtype):
         (case.image, case.x.image, weight[:1].expand(weight.shape)),
     ):
         dy = Gradient(dy_image, misaligned(case.y), gradient.vectors, gradient.coefficients)
-        dweight = conv_wgrad(dy, Activation(x_image, case.x.vectors), case.unit._replace(weight=filters), backend=backend)
+        dweight = conv_wgrad(dy, Activation(x_image, case.x.vectors), case.unit._replace(weight=filters), run=of(backend))
         same(dweight, expected)
         if backend == "triton" and filters.is_contiguous():
             assert dweight.is_contiguous()
     ones = case.image.new_ones(()).expand(SMALL.out)
-    dweight = conv_wgrad(Gradient(ones), case.x, case.unit, backend=backend)
+    dweight = conv_wgrad(Gradient(ones), case.x, case.unit, run=of(backend))
     same(dweight, correlate(ones, case.z, case.unit).to(dtype))
 
 
@@ -212,7 +213,7 @@ def test_images_past_32_bits(device, proven_interpreter):
     values = draw.integers(*out, 32, dtype=torch.bfloat16)
     x.permute(0, 2, 3, 1)[0][picked[0][:, None], picked[1][None, :]] = values
     dy, vectors = draw.integers(1, 16, *out, dtype=torch.bfloat16), draw.vectors(32)
-    dweight = conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend="triton")
+    dweight = conv_wgrad(Gradient(dy), Activation(x, vectors), unit, run=of("triton"))
     z = (values.double() * vectors[3].double() + vectors[4].double()).relu()
     expected = torch.einsum("khw,hwc->kc", dy[0].double(), z)
     same(dweight[:, :, 0, 0], expected.bfloat16())
@@ -222,7 +223,7 @@ def test_nothing_fused_is_the_library(device, monkeypatch):
     case = Case(SMALL, torch.float32, device, "plain")
     monkeypatch.setattr("fused_res.primitives.conv_wgrad.plain", lambda dy, x, unit: x)
     x = Activation(case.x.image)
-    assert conv_wgrad(case.gradient, x, case.unit, backend="triton") is x.image
+    assert conv_wgrad(case.gradient, x, case.unit, run=of("triton")) is x.image
 
 
 def test_grouped_convolutions_are_the_library(backend, device):
@@ -230,7 +231,7 @@ def test_grouped_convolutions_are_the_library(backend, device):
     unit = GEOMETRIES["3x3"].unit(draw.integers(12, 5, 3, 3))._replace(groups=4)
     dy, x, vectors = draw.integers(2, 12, 5, 5), draw.integers(2, 20, 5, 5), draw.vectors(20)
     expected = correlate(dy, activate(x, vectors), unit)
-    same(conv_wgrad(Gradient(dy), Activation(x, vectors), unit, backend=backend).double(), expected)
+    same(conv_wgrad(Gradient(dy), Activation(x, vectors), unit, run=of(backend)).double(), expected)
 
 
 def test_repeats_bit_for_bit(backend, device, few_parts):
@@ -238,13 +239,13 @@ def test_repeats_bit_for_bit(backend, device, few_parts):
     unit = SMALL.unit(draw.normal(SMALL.k, SMALL.c, *SMALL.filter))
     x = Activation(draw.normal(SMALL.n, SMALL.c, *SMALL.size), draw.normal(5, SMALL.c))
     dy = Gradient(draw.normal(*SMALL.out))
-    same(conv_wgrad(dy, x, unit, backend=backend), conv_wgrad(dy, x, unit, backend=backend))
+    same(conv_wgrad(dy, x, unit, run=of(backend)), conv_wgrad(dy, x, unit, run=of(backend)))
 
 
 def test_no_images(backend, device):
     case = Case(SMALL, torch.float32, device, "plain")
     dy, x = Gradient(case.image[:0]), Activation(case.x.image[:0], case.x.vectors)
-    dweight = conv_wgrad(dy, x, case.unit, backend=backend)
+    dweight = conv_wgrad(dy, x, case.unit, run=of(backend))
     assert dweight.shape == case.unit.weight.shape
     assert not dweight.any()
 
@@ -255,7 +256,7 @@ def test_bad_arguments(device, proven_interpreter):
 
     def run(x=case.x, **changed):
         fields = {name: getattr(case.gradient, name) for name in ("image", "y", "vectors", "coefficients", "signs")}
-        return conv_wgrad(Gradient(**(fields | changed)), x, case.unit, backend="triton")
+        return conv_wgrad(Gradient(**(fields | changed)), x, case.unit, run=of("triton"))
 
     with pytest.raises(ValueError, match=r"x: expected shape \(2, 16, 7, 8\), got \(2, 15, 7, 8\)"):
         run(Activation(case.x.image[:, 1:]))

@@ -18,6 +18,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_finalize,
     pointwise_tail_backward_reduce,
 )
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -62,8 +63,8 @@ def test_moments_finalize(emulated, dtype, shape, inner, outer):
         draw = Draw(seed, "cpu")
         z, unit = draw.activation(n, inner, h, w, dtype), unit_of(draw, outer, inner, dtype, parameters)
         scale = None if parameters is None else torch.tensor(0.5, dtype=parameters)
-        found = moments(z, backend="reference")
-        vectors, suspect = moments_finalize(found, z, unit, scale, backend=emulated)
+        found = moments(z, run=of("reference"))
+        vectors, suspect = moments_finalize(found, z, unit, scale, run=of(emulated))
         wide = unit._replace(weight=unit.weight.double())
         expected = plain_finalize(found, z, wide, scale, "reference")
         same(suspect, expected.suspect)
@@ -89,8 +90,8 @@ def test_channels_that_cancel_take_the_direct_pass(emulated, dtype, stride, prol
     unit.weight[cancelling, 0, 0, 0] = torch.arange(1, 4).to(dtype)
     unit.weight[cancelling, 1] = -unit.weight[cancelling, 0]
     unit.weight[cancelling, 2] = 2.0**-7
-    found = moments(z, backend="reference")
-    vectors, suspect = moments_finalize(found, z, unit, backend=emulated)
+    found = moments(z, run=of("reference"))
+    vectors, suspect = moments_finalize(found, z, unit, run=of(emulated))
     same(suspect, cancelling)
     y = exact_rows(z, "reference") @ unit.weight.flatten(1).double().T
     mean, var = y.mean(0), y.var(0, correction=0)
@@ -101,10 +102,10 @@ def test_channels_that_cancel_take_the_direct_pass(emulated, dtype, stride, prol
 def test_not_finite_spoils_its_channel_only(emulated):
     draw = Draw(2, "cpu")
     z, unit = draw.activation(2, 20, 3, 4, torch.float32), unit_of(draw, 40, 20, torch.float32)
-    found = moments(z, backend="reference")
-    vectors, _ = moments_finalize(found, z, unit, backend=emulated)
+    found = moments(z, run=of("reference"))
+    vectors, _ = moments_finalize(found, z, unit, run=of(emulated))
     unit.weight[7, 3] = float("nan")
-    spoilt, suspect = moments_finalize(found, z, unit, backend=emulated)
+    spoilt, suspect = moments_finalize(found, z, unit, run=of(emulated))
     assert not suspect.any()
     every(spoilt[:, 7].isnan())
     others = torch.arange(40) != 7
@@ -132,15 +133,15 @@ def test_backward_finalize_against_the_formula(emulated, known, parameters):
     image, weight = c.branch.z.image, c.branch.weight
     image[:, 1], weight[4:100:5] = image[:, 0], 0
     weight[4:100:5, 0], weight[4:100:5, 1], weight[4:100:5, 2] = 1, -1, 2.0**-8
-    found = moments(c.branch.z, backend="reference")
+    found = moments(c.branch.z, run=of("reference"))
     scaled = plain_scaled_weight(c.branch)
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, backend="reference")
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, run=of("reference"))
     gamma, beta = (None if parameters is None else draw.normal(130, dtype=parameters) for _ in range(2))
     scale = None if parameters is None else torch.tensor(0.5, dtype=parameters)
     suspect = torch.zeros(130, dtype=torch.bool)
     suspect[4:100:5] = True
     arguments = sums, found, c.branch, scaled, gamma, beta, scale, c.dout, c.signs, suspect if known else None
-    got, want = (pointwise_tail_backward_finalize(*arguments, backend=b) for b in (emulated, "reference"))
+    got, want = (pointwise_tail_backward_finalize(*arguments, run=of(b)) for b in (emulated, "reference"))
     for field in ("dgamma", "dbeta", "dscale", "dbias", "dweight", "constant", "quadratic"):
         one, other = getattr(got, field), getattr(want, field)
         assert one.dtype == other.dtype
@@ -155,13 +156,13 @@ def test_backward_finalize_reads_only_what_is_open(emulated):
     c = backward_case(draw, "reference", (2, 9, 8), 3, 20, torch.bfloat16, prologue=False, mean=1.0)
     c.branch.z.image[:, 1], c.branch.weight[:] = c.branch.z.image[:, 0], 0
     c.branch.weight[:, 0], c.branch.weight[:, 1], c.branch.weight[:, 2] = 1, -1, 2.0**-8
-    found = moments(c.branch.z, backend="reference")
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, backend="reference")
+    found = moments(c.branch.z, run=of("reference"))
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, run=of("reference"))
     arguments = Moments(*found), c.branch, None, None, None, None
-    clean = pointwise_tail_backward_finalize(sums, *arguments, c.dout, c.signs, backend=emulated)
+    clean = pointwise_tail_backward_finalize(sums, *arguments, c.dout, c.signs, run=of(emulated))
     opened = unpack_signs(c.signs, 20).view(2, 9, 8, 20).permute(0, 3, 1, 2)
     poisoned = torch.where(opened, c.dout, float("nan"))
-    again = pointwise_tail_backward_finalize(sums, *arguments, poisoned, c.signs, backend=emulated)
+    again = pointwise_tail_backward_finalize(sums, *arguments, poisoned, c.signs, run=of(emulated))
     every(clean.dgamma.isfinite())
     same(clean.dgamma, again.dgamma)
     assert clean.quadratic is None

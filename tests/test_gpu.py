@@ -14,6 +14,7 @@ from fused_res.primitives.bn_act import bn_act, unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply, bn_act_backward_finalize, bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize
 from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.run import of
 from fused_res.tuning import tuner
 
 
@@ -397,22 +398,22 @@ def test_more_than_two_to_the_31_elements_are_all_normalised():
     var = sums[1] / rows - mean.square()
     gamma = torch.linspace(0.5, 1.5, channels, device="cuda")
     beta = torch.linspace(-0.5, 0.5, channels, device="cuda")
-    partials, tile = bn_stats(y, backend="triton")
-    vectors = bn_finalize(partials, tile, rows, gamma, beta, 1e-5, backend="triton")
+    partials, tile = bn_stats(y, run=of("triton"))
+    vectors = bn_finalize(partials, tile, rows, gamma, beta, 1e-5, run=of("triton"))
     torch.testing.assert_close(Vectors(*vectors).mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(Vectors(*vectors).var.double(), var, rtol=1e-5, atol=1e-6)
 
-    out, signs = bn_act(y, vectors, keep_signs=True, backend="triton")
-    reduced = bn_act_backward_reduce(y, y, vectors, signs=signs, backend="triton")
-    coefficients = bn_act_backward_finalize(reduced, 1, rows, vectors, gamma, beta, training=True, backend="triton")
-    dy, _, _ = bn_act_backward_apply(y, y, vectors, coefficients, training=True, signs=signs, backend="triton")
+    out, signs = bn_act(y, vectors, keep_signs=True, run=of("triton"))
+    reduced = bn_act_backward_reduce(y, y, vectors, signs=signs, run=of("triton"))
+    coefficients = bn_act_backward_finalize(reduced, 1, rows, vectors, gamma, beta, training=True, run=of("triton"))
+    dy, _, _ = bn_act_backward_apply(y, y, vectors, coefficients, training=True, signs=signs, run=of("triton"))
     for start in (0, rows // 2, (1 << 31) // channels - 8, (1 << 31) // channels, rows - 16):
         part = slice(start, start + 16)
-        want, want_signs = bn_act(y[part], vectors, keep_signs=True, backend="reference")
+        want, want_signs = bn_act(y[part], vectors, keep_signs=True, run=of("reference"))
         torch.testing.assert_close(out[part], want, rtol=1e-2, atol=1e-2)
         same(unpack_signs(signs[part], channels), unpack_signs(want_signs, channels))
         want_dy, _, _ = bn_act_backward_apply(
-            y[part], y[part], vectors, coefficients, training=True, signs=want_signs, backend="reference"
+            y[part], y[part], vectors, coefficients, training=True, signs=want_signs, run=of("reference")
         )
         torch.testing.assert_close(dy[part], want_dy, rtol=1e-2, atol=1e-2)
     total = torch.zeros(channels, device="cuda", dtype=torch.float64)

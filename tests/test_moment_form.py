@@ -21,6 +21,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 from fused_res.tolerance import MARGIN, floor, scatter
 
@@ -103,23 +104,23 @@ class Tail:
         inputs = [Activation(z), Activation(x, stride=self.stride)][: len(weights)]
         scales, branches, found = [a, None], [], []
         for i, (operand, weight) in enumerate(zip(inputs, weights, strict=True)):
-            unit = ConvBN(multiplied(weight, backend), gamma=vectors[i][0], beta=vectors[i][1], eps=EPS)
-            found.append(moments(operand, backend=backend))
-            tail = moments_finalize(found[i], operand, unit, scales[i], backend=backend)
+            unit = ConvBN(multiplied(weight, of(backend)), gamma=vectors[i][0], beta=vectors[i][1], eps=EPS)
+            found.append(moments(operand, run=of(backend)))
+            tail = moments_finalize(found[i], operand, unit, scales[i], run=of(backend))
             branches.append(Pointwise(operand, unit.weight, tail.vectors))
         shortcut = Joined(skip=x) if len(branches) == 1 else Joined(projection=branches[1])
-        out, signs = pointwise_tail(branches[0], shortcut, keep_signs=True, backend=backend)
+        out, signs = pointwise_tail(branches[0], shortcut, keep_signs=True, run=of(backend))
 
         opened = to_image(unpack_signs(signs, dout.shape[1]), dout.shape[0], *dout.shape[2:])
         images, dweights, rows = [], [], []
         for i, branch in enumerate(branches):
-            scaled = scaled_weight(branch, backend=backend)
-            sums = pointwise_tail_backward_reduce(dout, signs, branch.z, found[i].mean, scaled, backend=backend)
+            scaled = scaled_weight(branch, run=of(backend))
+            sums = pointwise_tail_backward_reduce(dout, signs, branch.z, found[i].mean, scaled, run=of(backend))
             gamma, beta = vectors[i]
             got = pointwise_tail_backward_finalize(
-                sums, found[i], branch, scaled, gamma, beta, scales[i], dout, signs, backend=backend
+                sums, found[i], branch, scaled, gamma, beta, scales[i], dout, signs, run=of(backend)
             )
-            inflow = pointwise_tail_backward_apply(dout, signs, branch.z, scaled, sums.through, got, inner=False, backend=backend)
+            inflow = pointwise_tail_backward_apply(dout, signs, branch.z, scaled, sums.through, got, inner=False, run=of(backend))
             images.append(inflow.image)
             dweights.append(got.dweight)
             rows.append(got)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.moments import SUSPECT, moments, moments_finalize
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
@@ -92,7 +93,7 @@ def test_constant_and_equal_channels(backend, device):
     z.image[:, 2], z.image[:, 3] = 0, 1000.1
     z.image[:, 5] = z.image[:, 4]
     check(z, backend)
-    _, covariance = moments(z, backend=backend)
+    _, covariance = moments(z, run=of(backend))
     assert not covariance[2].any()
     same(covariance[4], covariance[5])
 
@@ -100,9 +101,9 @@ def test_constant_and_equal_channels(backend, device):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_not_finite_spoils_its_channel_only(backend, device, poison):
     z = Draw(7, device).activation(2, 20, 9, 7, torch.float32, prologue=False)
-    clean = moments(z, backend=backend)
+    clean = moments(z, run=of(backend))
     z.image[1, 7, 3, 3] = poison
-    mean, covariance = moments(z, backend=backend)
+    mean, covariance = moments(z, run=of(backend))
     others = [c for c in range(20) if c != 7]
     assert not mean[7].isfinite()
     assert not covariance[7].isfinite().any()
@@ -113,14 +114,14 @@ def test_not_finite_spoils_its_channel_only(backend, device, poison):
 def test_nan_passes_the_relu(backend, device):
     z = Draw(8, device).activation(1, 8, 3, 3, torch.float32)
     z.image[0, 2, 1, 1] = float("nan")
-    assert moments(z, backend=backend).mean[2].isnan()
+    assert moments(z, run=of(backend)).mean[2].isnan()
 
 
 @every_dtype
 def test_misaligned_and_repeated(backend, device, dtype):
     z = Draw(9, device).activation(2, 64, 9, 7, dtype)
-    first, again = (moments(z, backend=backend) for _ in range(2))
-    moved = moments(Activation(misaligned(z.image), z.vectors), backend=backend)
+    first, again = (moments(z, run=of(backend)) for _ in range(2))
+    moved = moments(Activation(misaligned(z.image), z.vectors), run=of(backend))
     for a, b, c in zip(first, again, moved, strict=True):
         same(a, b)
         assert_same_sums(c, a)
@@ -130,14 +131,14 @@ def test_same_bits_whatever_the_threads(cpu_backend):
     if cpu_backend == "reference":
         pytest.skip("the library's own products")
     z = Draw(10, "cpu").activation(2, 70, 60, 50, torch.float32)
-    first, *others = run_with_threads(lambda: moments(z, backend=cpu_backend))
+    first, *others = run_with_threads(lambda: moments(z, run=of(cpu_backend)))
     for other in others:
         all_same(first, other)
 
 
 def test_no_rows(backend, device):
     with pytest.raises(ValueError, match="z: expected at least one row"):
-        moments(Activation(torch.empty(0, 4, 3, 3, device=device)), backend=backend)
+        moments(Activation(torch.empty(0, 4, 3, 3, device=device)), run=of(backend))
 
 
 def batch_norm(z, unit, backend):
@@ -154,7 +155,7 @@ def test_finalize_gives_the_statistics_of_the_output(backend, device, dtype, res
     gamma, beta = draw.normal(33, dtype=torch.float32), draw.normal(33, dtype=torch.float32)
     unit = ConvBN(weight, gamma=gamma, beta=beta, eps=EPS)
     scale = None if residual_scale is None else torch.tensor(residual_scale, device=device)
-    found, suspect = moments_finalize(moments(z, backend=backend), z, unit, scale, backend=backend)
+    found, suspect = moments_finalize(moments(z, run=of(backend)), z, unit, scale, run=of(backend))
     v, (mean, var) = Vectors(*found), batch_norm(z, unit, backend)
     a = 1.0 if residual_scale is None else residual_scale
     invstd = 1 / (var + EPS).sqrt()
@@ -175,7 +176,7 @@ def test_row_orthogonal_to_the_data(backend, device, dtype, distance):
     weight[4, 0], weight[4, 1] = 1, -1
     unit = ConvBN(weight, eps=EPS)
     mean, var = batch_norm(z, unit, backend)
-    vectors, suspect = moments_finalize(moments(z, backend=backend), z, unit, backend=backend)
+    vectors, suspect = moments_finalize(moments(z, run=of(backend)), z, unit, run=of(backend))
     assert suspect.nonzero().flatten().tolist() == [4]
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)
@@ -190,17 +191,17 @@ def test_finalize_of_every_width(backend, device, channels, inner):
         draw.normal(channels, inner, 1, 1, dtype=torch.float32),
     )
     weight[:, 0] += 200  # of a sum of thousands of equals so much cancels that its variance is not trusted
-    found = moments(z, backend="reference")
+    found = moments(z, run=of("reference"))
     unit = ConvBN(weight, gamma=draw.normal(channels, dtype=torch.float32), eps=EPS)
-    vectors, suspect = moments_finalize(found, z, unit, backend=backend)
+    vectors, suspect = moments_finalize(found, z, unit, run=of(backend))
     mean, var = batch_norm(z, unit, backend)
     assert not suspect.any()
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(vectors[1].double(), var, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(vectors[3].double(), unit.gamma.double() / (var + EPS).sqrt(), rtol=1e-6, atol=1e-9)
-    same(moments_finalize(found, z, unit, backend=backend)[0], vectors)
+    same(moments_finalize(found, z, unit, run=of(backend))[0], vectors)
     weight[0, 0] = float("nan")
-    spoilt, suspect = moments_finalize(found, z, unit, backend=backend)
+    spoilt, suspect = moments_finalize(found, z, unit, run=of(backend))
     every(spoilt[:, 0].isnan())
     assert not suspect.any()
     same(spoilt[:, 1:], vectors[:, 1:])
@@ -216,7 +217,7 @@ def test_every_row_orthogonal_to_the_data(backend, device):
     weight[:, 1, 0, 0] = -weight[:, 0, 0, 0]
     unit = ConvBN(weight, eps=EPS)
     mean, var = batch_norm(z, unit, backend)
-    vectors, suspect = moments_finalize(moments(z, backend=backend), z, unit, backend=backend)
+    vectors, suspect = moments_finalize(moments(z, run=of(backend)), z, unit, run=of(backend))
     every(suspect)
     torch.testing.assert_close(vectors[0].double(), mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(vectors[1].double(), var, rtol=2e-6, atol=1e-30)

@@ -8,6 +8,7 @@ from fused_res.primitives import move_statistics as formula
 from fused_res.primitives.bn_finalize import bn_finalize
 from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.move_statistics import Move, move_statistics
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
 CHANNELS, SHAPE = 12, (3, 12, 2, 5)
@@ -28,8 +29,8 @@ def batch(device, dtype=torch.float32, seed=0):
 
 def move_of(bn, y, bias=None):
     rows = y.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
-    partials, size = bn_stats(rows, backend="reference")
-    vectors = bn_finalize(partials, size, len(rows), None, None, bn.eps, backend="reference")
+    partials, size = bn_stats(rows, run=of("reference"))
+    vectors = bn_finalize(partials, size, len(rows), None, None, bn.eps, run=of("reference"))
     weight, momentum = torch.empty(CHANNELS, 1, 1, 1, device=y.device), bn.momentum
     unit = ConvBN(weight, bias, None, None, bn.running_mean, bn.running_var, bn.num_batches_tracked, momentum=momentum)
     return Move(unit, vectors, len(rows))
@@ -46,7 +47,7 @@ def test_moves_as_batch_norm_does(backend, device, dtype, momentum):
     for step in range(3):
         ys = [batch(device, dtype, 10 * step + i) for i in range(2)]
         versions = [buffer._version for buffer in buffers(*ours)]
-        move_statistics([move_of(bn, y) for bn, y in zip(ours, ys, strict=True)], backend=backend)
+        move_statistics([move_of(bn, y) for bn, y in zip(ours, ys, strict=True)], run=of(backend))
         assert all(b._version > before for b, before in zip(buffers(*ours), versions, strict=True))
         for bn, y in zip(theirs, ys, strict=True):
             bn(y)
@@ -58,7 +59,7 @@ def test_moves_as_batch_norm_does(backend, device, dtype, momentum):
 def test_statistics_in_16_bits_are_rounded_once(backend, device, dtype):
     bn = bn_of(device, dtype)
     move, old = move_of(bn, batch(device)), [bn.running_mean.double(), bn.running_var.double()]
-    move_statistics([move], backend=backend)
+    move_statistics([move], run=of(backend))
     var = move.vectors[1].double() * move.pixels / (move.pixels - 1)
     for new, before, value in zip((bn.running_mean, bn.running_var), old, (move.vectors[0].double(), var), strict=True):
         torch.testing.assert_close(new, (0.9 * before + 0.1 * value).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
@@ -67,7 +68,7 @@ def test_statistics_in_16_bits_are_rounded_once(backend, device, dtype):
 def test_a_bias_moves_the_mean(backend, device):
     ours, theirs = bn_of(device), bn_of(device)
     bias, y = torch.linspace(-3, 3, CHANNELS, device=device).requires_grad_(), batch(device)
-    move_statistics([move_of(ours, y, bias)], backend=backend)
+    move_statistics([move_of(ours, y, bias)], run=of(backend))
     theirs(y + bias.detach().view(1, -1, 1, 1))
     for a, b in zip(buffers(ours), buffers(theirs), strict=True):
         torch.testing.assert_close(a, b)
@@ -76,7 +77,7 @@ def test_a_bias_moves_the_mean(backend, device):
 def test_units_that_share_a_bn_move_it_one_after_the_other(backend, device):
     ours, theirs = bn_of(device), bn_of(device)
     ys = [batch(device, seed=seed) for seed in range(2)]
-    move_statistics([move_of(ours, y) for y in ys], backend=backend)
+    move_statistics([move_of(ours, y) for y in ys], run=of(backend))
     for y in ys:
         theirs(y)
     assert ours.num_batches_tracked == 2
@@ -87,8 +88,8 @@ def test_units_that_share_a_bn_move_it_one_after_the_other(backend, device):
 def test_without_running_statistics_only_the_counter_moves(backend, device):
     move, count = move_of(bn_of(device), batch(device)), torch.tensor(4, device=device)
     bare = move.unit._replace(running_mean=None, running_var=None, num_batches_tracked=None)
-    move_statistics([move._replace(unit=bare)], backend=backend)
-    move_statistics([move._replace(unit=bare._replace(num_batches_tracked=count))], backend=backend)
+    move_statistics([move._replace(unit=bare)], run=of(backend))
+    move_statistics([move._replace(unit=bare._replace(num_batches_tracked=count))], run=of(backend))
     assert count == 5
 
 
@@ -108,7 +109,7 @@ def test_units_of_every_width_in_one_go(backend, device):
         batch_mean = vectors[0].double() + (bias if with_bias else 0)
         moved = [(1 - weight) * old + weight * new for old, new in ((mean, batch_mean), (var, vectors[1].double() * 50 / 49))]
         expected.append((*moved, None if counter is None else counter + 1))
-    move_statistics(moves, backend=backend)
+    move_statistics(moves, run=of(backend))
     for (unit, _, _), (mean, var, count) in zip(moves, expected, strict=True):
         torch.testing.assert_close(unit.running_mean, mean.float(), equal_nan=True)
         torch.testing.assert_close(unit.running_var, var.float())
@@ -127,7 +128,7 @@ def test_buffers_of_every_kind(backend, device, monkeypatch, given):
     if given == "strided":
         strided = torch.stack([move.unit.running_mean, move.unit.running_mean], 1)[:, 0]
         move = move._replace(unit=move.unit._replace(running_mean=strided))
-    move_statistics([move], backend=backend)
+    move_statistics([move], run=of(backend))
     theirs(y)
     torch.testing.assert_close(move.unit.running_mean, theirs.running_mean)
     torch.testing.assert_close(move.unit.running_var, theirs.running_var)
@@ -141,7 +142,7 @@ def test_infinite_statistics_stay_infinite(backend, device):
         pytest.skip("torch's own interpolation makes NaN of an infinity")
     bn = bn_of(device)
     bn.running_mean[0], bn.running_var[1] = float("inf"), float("nan")
-    move_statistics([move_of(bn, batch(device))], backend=backend)
+    move_statistics([move_of(bn, batch(device))], run=of(backend))
     assert bn.running_mean[0] == float("inf")
     assert bn.running_var[1].isnan()
     every(bn.running_mean[1:].isfinite())

@@ -20,6 +20,7 @@ from fused_res.primitives import bn_act, bn_act_backward, bn_finalize, moments, 
 from fused_res.primitives.choice import Call, choose
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_tail import Pointwise
+from fused_res.primitives.run import PLAIN, of
 from fused_res.spec import ConvBN
 
 CPU = torch.device("cpu")
@@ -333,11 +334,11 @@ def moment_form(dtype, inner, outer, given=True, pixels=(3, 9, 7)):
     weight[4, 0], weight[4, 1] = 1, -1
     gamma, beta, scale = (draw.normal(outer, dtype=dtype), draw.normal(outer), torch.tensor(-0.5)) if given else (None,) * 3
     unit = ConvBN(weight, gamma=gamma, beta=beta, eps=1e-3)
-    found = moments.moments(z, backend="native")
+    found = moments.moments(z, run=of("native"))
     branch = Pointwise(z, weight, draw.normal(5, outer, dtype=wide))
     sums = pointwise_tail_backward.Sums(draw.normal(outer).double(), draw.normal(outer, inner).double(), None)
     dout, signs = draw.normal(n, outer, h, w, dtype=dtype), bn_act.pack_signs(draw.opened(n * h * w, outer))
-    scaled = pointwise_tail_backward.scaled_weight(branch, backend="native")
+    scaled = pointwise_tail_backward.scaled_weight(branch, run=of("native"))
     return (found, z, unit, scale), (sums, found, branch, scaled, gamma, beta, scale, dout, signs)
 
 
@@ -348,8 +349,8 @@ def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_m
     unit = 4 * torch.finfo(wide).eps
     for inner, outer in ((3, 5), (33, 70), (64, 300), (130, 20)):
         forward, backward = moment_form(dtype, inner, outer, given)
-        got, suspect = moments.moments_finalize(*forward, backend="native")
-        want, plainly = moments.plain_finalize(*forward, "reference")
+        got, suspect = moments.moments_finalize(*forward, run=of("native"))
+        want, plainly = moments.plain_finalize(*forward, PLAIN)
         assert got.dtype == wide
         same(suspect, plainly)
         assert suspect.nonzero().flatten().tolist() == [4]
@@ -360,8 +361,8 @@ def test_finalize_of_the_moment_form_is_the_plain_formula(capability, poisoned_m
 
         for changes in ({}, {3: None}, {1: None}):
             arguments = [changes.get(i, argument) for i, argument in enumerate(backward)]
-            got = pointwise_tail_backward.pointwise_tail_backward_finalize(*arguments, backend="native")
-            want = pointwise_tail_backward.plain_finalize(*arguments, None, "reference")
+            got = pointwise_tail_backward.pointwise_tail_backward_finalize(*arguments, run=of("native"))
+            want = pointwise_tail_backward.plain_finalize(*arguments, None, PLAIN)
             for name, a, b in zip(got._fields, got, want, strict=True):
                 assert (a is None) == (b is None), name
                 if a is None:
@@ -377,12 +378,12 @@ def test_what_is_not_finite_in_the_moment_form(capability, poison):
     forward, backward = moment_form(torch.float32, 33, 70)
     forward[2].weight[2, 5] = poison
     backward[0].product[7, 32] = poison
-    got, want = moments.moments_finalize(*forward, backend="native"), moments.plain_finalize(*forward, "reference")
+    got, want = moments.moments_finalize(*forward, run=of("native")), moments.plain_finalize(*forward, PLAIN)
     assert not got.vectors[1:3, 2].isfinite().all()
     for a, b in zip(got, want, strict=True):
         same(a.isnan(), b.isnan())
-    got = pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
-    want = pointwise_tail_backward.plain_finalize(*backward, None, "reference")
+    got = pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, run=of("native"))
+    want = pointwise_tail_backward.plain_finalize(*backward, None, PLAIN)
     assert not got.dgamma[7].isfinite()
     for a, b in zip(got[:5], want[:5], strict=True):
         same(a.isnan(), b.isnan())
@@ -393,8 +394,8 @@ def test_the_moment_form_has_the_same_bits_whatever_the_threads(dtype):
     forward, backward = moment_form(dtype, 130, 300)
 
     def run():
-        tail = moments.moments_finalize(*forward, backend="native")
-        return *tail, *pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, backend="native")
+        tail = moments.moments_finalize(*forward, run=of("native"))
+        return *tail, *pointwise_tail_backward.pointwise_tail_backward_finalize(*backward, run=of("native"))
 
     first, *others = pointwise.run_with_threads(run)
     for other in others:

@@ -10,6 +10,7 @@ from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import pack_signs, unpack_signs
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -39,7 +40,7 @@ class Case:
 
     def stats(self, backend):
         before = self.z.image.clone(), self.weight.clone()
-        found = pointwise_direct_stats(self.z, self.weight, self.suspect, backend=backend)
+        found = pointwise_direct_stats(self.z, self.weight, self.suspect, run=of(backend))
         assert found.dtype == torch.float64
         assert found.shape == (2, len(self.suspect))
         unchanged((self.z.image, self.weight), before)
@@ -48,7 +49,7 @@ class Case:
     def sums(self, backend):
         before = self.dout.clone(), self.signs.clone()
         arguments = self.dout, self.signs, self.z, self.weight, self.mean, self.suspect
-        found = pointwise_direct_sums(*arguments, backend=backend)
+        found = pointwise_direct_sums(*arguments, run=of(backend))
         assert found.dtype == torch.float64
         assert found.shape == (len(self.suspect),)
         unchanged((self.dout, self.signs), before)

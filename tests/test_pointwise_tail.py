@@ -13,6 +13,7 @@ from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -40,9 +41,9 @@ def test_deep_products(backend, device):
 
 def test_without_signs(backend, device):
     main, shortcut = arguments(Draw(3, device), (2, 3, 3), 20, 12, torch.float32, "skip")
-    out, signs = pointwise_tail(main, shortcut, backend=backend)
+    out, signs = pointwise_tail(main, shortcut, run=of(backend))
     assert signs is None
-    same(out, pointwise_tail(main, shortcut, keep_signs=True, backend=backend)[0])
+    same(out, pointwise_tail(main, shortcut, keep_signs=True, run=of(backend))[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,10 +60,10 @@ def test_scale_acts_on_the_accumulator(backend, device, dtype):
 def test_not_finite_passes(backend, device, shortcut, poison):
     main, shortcut = arguments(Draw(5, device), (2, 5, 7), 20, 30, torch.float32, shortcut)
     main.z.vectors[3:] = torch.tensor([[1.0], [10.0]], device=device)
-    clean, _ = pointwise_tail(main, shortcut, keep_signs=True, backend=backend)
+    clean, _ = pointwise_tail(main, shortcut, keep_signs=True, run=of(backend))
     main.z.image[1, 3, 2, 4] = poison
     poisoned = main._replace(z=Activation(main.z.image, main.z.vectors))
-    out, signs = pointwise_tail(poisoned, shortcut, keep_signs=True, backend=backend)
+    out, signs = pointwise_tail(poisoned, shortcut, keep_signs=True, run=of(backend))
     bad = out[1, :, 2, 4]
     every(~bad.isfinite() | (bad == 0))
     assert bad.isnan().all() or poison == float("inf")
@@ -84,8 +85,8 @@ def test_misaligned_and_repeated(backend, device, dtype, shortcut):
     images = {name: misaligned(getattr(shortcut, name)) for name in ("skip", "y2") if getattr(shortcut, name) is not None}
     if shortcut.projection is not None:
         images["projection"] = moved(shortcut.projection)
-    first, second = (pointwise_tail(main, shortcut, keep_signs=True, backend=backend) for _ in range(2))
-    third = pointwise_tail(moved(main), shortcut._replace(**images), keep_signs=True, backend=backend)
+    first, second = (pointwise_tail(main, shortcut, keep_signs=True, run=of(backend)) for _ in range(2))
+    third = pointwise_tail(moved(main), shortcut._replace(**images), keep_signs=True, run=of(backend))
     for a, b, c in zip(first, second, third, strict=True):
         same(a, b)
         assert_same_sums(c, a)
@@ -96,7 +97,7 @@ def test_same_bits_whatever_the_threads(cpu_backend, shortcut):
     if cpu_backend == "reference":
         pytest.skip("the library's own products")
     main, shortcut = arguments(Draw(7, "cpu"), (2, 30, 40), 40, 270, torch.float32, shortcut)
-    first, *others = run_with_threads(lambda: pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend))
+    first, *others = run_with_threads(lambda: pointwise_tail(main, shortcut, keep_signs=True, run=of(cpu_backend)))
     for other in others:
         all_same(first, other)
 
@@ -104,10 +105,10 @@ def test_same_bits_whatever_the_threads(cpu_backend, shortcut):
 def test_past_the_caches(cpu_backend):
     """Large results are written with other instructions: the same bits as image by image."""
     main, shortcut = arguments(Draw(8, "cpu"), (2, 60, 50), 16, 256, torch.float32, "skip")
-    whole, signs = pointwise_tail(main, shortcut, keep_signs=True, backend=cpu_backend)
+    whole, signs = pointwise_tail(main, shortcut, keep_signs=True, run=of(cpu_backend))
     for i, part in enumerate(signs.chunk(2)):
         z = Activation(main.z.image[i : i + 1], main.z.vectors)
-        out, its = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[i : i + 1]), keep_signs=True, backend=cpu_backend)
+        out, its = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[i : i + 1]), keep_signs=True, run=of(cpu_backend))
         if cpu_backend == "native":
             same(out, whole[i : i + 1])
             same(its, part)
@@ -117,7 +118,7 @@ def test_past_the_caches(cpu_backend):
 def test_no_images(backend, device):
     main, shortcut = arguments(Draw(9, device), (2, 3, 3), 20, 12, torch.float32, "skip")
     z = Activation(main.z.image[:0], main.z.vectors)
-    out, signs = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[:0]), keep_signs=True, backend=backend)
+    out, signs = pointwise_tail(main._replace(z=z), Joined(skip=shortcut.skip[:0]), keep_signs=True, run=of(backend))
     assert out.shape == (0, 12, 3, 3)
     assert signs.shape == (0, 2)
 
@@ -127,7 +128,7 @@ def test_bad_arguments(backend, device):
     _, other = arguments(Draw(10, device), (2, 3, 4), 20, 12, torch.float32, "projection")
 
     def run(main=main, shortcut=shortcut):
-        pointwise_tail(main, shortcut, backend=backend)
+        pointwise_tail(main, shortcut, run=of(backend))
 
     with pytest.raises(ValueError, match="shortcut: expected exactly one of skip, y2 and projection"):
         run(shortcut=Joined())

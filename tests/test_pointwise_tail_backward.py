@@ -23,6 +23,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
+from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -92,7 +93,7 @@ def test_products_are_exact_on_integers(backend, device):
     mean = draw(33).double()
     z, g = Activation(image), torch.where(opened, to_rows(dout), 0).double()
     for centre in (mean, None):
-        total, product, through = pointwise_tail_backward_reduce(dout, pack_signs(opened), z, centre, scaled, backend=backend)
+        total, product, through = pointwise_tail_backward_reduce(dout, pack_signs(opened), z, centre, scaled, run=of(backend))
         same(total, g.sum(0))
         same(product, g.T @ (to_rows(image).double() - (0 if centre is None else centre)))
         assert through is None or torch.equal(through.double(), g @ scaled.double())
@@ -105,7 +106,7 @@ def test_products_are_exact_on_integers(backend, device):
                 gradients = gradients._replace(quadratic=None, constant=None)
             given = None if start is None else start.clone()
             signs = pack_signs(opened)
-            dz = pointwise_tail_backward_apply(dout, signs, z, scaled, given, gradients, inner=False, backend=backend).image
+            dz = pointwise_tail_backward_apply(dout, signs, z, scaled, given, gradients, inner=False, run=of(backend)).image
             want = g @ scaled.double()
             if centre is not None:
                 want = want - (to_rows(image).double() - centre) @ quadratic.double() - constant.double()
@@ -126,14 +127,14 @@ def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride,
     rows = torch.where(opened, to_rows(dout), 0).double() @ scaled.double()
     if training:
         mean, quadratic, constant = (draw.integers(*shape) for shape in ((33,), (33, 33), (33,)))
-        rows -= (z.rows(backend).double() - mean) @ quadratic.double() + constant
+        rows -= (z.rows(of(backend)).double() - mean) @ quadratic.double() + constant
     wanted = into.double()
     wanted[:, :, :: stride[0], :: stride[1]] += to_image(rows, n, h, w)
     if training:
         mean, quadratic = mean.double(), quadratic.to(dtype)
     gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
     before = z.image.clone()
-    found = pointwise_tail_backward_apply(dout, pack_signs(opened), z, scaled, None, gradients, into=into, backend=backend)
+    found = pointwise_tail_backward_apply(dout, pack_signs(opened), z, scaled, None, gradients, into=into, run=of(backend))
     assert found.image is into
     assert found.partials is None
     same(into, wanted.to(dtype))
@@ -143,7 +144,7 @@ def test_joins_an_image_with_one_rounding(backend, device, dtype, shape, stride,
 def test_an_image_that_cannot_be_joined(backend, device):
     c = case(Draw(12, device), backend, (3, 5, 7), 20, 33, torch.float32)
     sums, gradients, _ = run(c, backend)
-    z, scaled, image = c.branch.z, scaled_weight(c.branch, backend=backend), c.branch.z.image
+    z, scaled, image = c.branch.z, scaled_weight(c.branch, run=of(backend)), c.branch.z.image
     for into, inner, error, message in (
         (image.clone(), True, ValueError, "into: expected None together with inner"),
         (image[:, :, 1:], False, ValueError, "into: expected shape"),
@@ -153,7 +154,7 @@ def test_an_image_that_cannot_be_joined(backend, device):
     ):
         with pytest.raises(error, match=message):
             pointwise_tail_backward_apply(
-                c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, into=into, backend=backend
+                c.dout, c.signs, z, scaled, sums.through, gradients, inner=inner, into=into, run=of(backend)
             )
 
 
@@ -167,7 +168,7 @@ def test_values_at_the_end_of_float16(backend, device, dtype):
     opened, scaled = draw.opened(pixels, 70), draw.integers(70, 33, dtype=dtype)
     g, rows = torch.where(opened, to_rows(dout), 0).double(), to_rows(image).double()
     mean, signs = rows.mean(0), pack_signs(opened)
-    total, product, _ = pointwise_tail_backward_reduce(dout, signs, z, mean, None, backend=backend)
+    total, product, _ = pointwise_tail_backward_reduce(dout, signs, z, mean, None, run=of(backend))
     same(total, g.sum(0))
     terms = g.abs().T @ (rows - mean).abs()
     half = torch.finfo(dtype).eps / 2
@@ -175,7 +176,7 @@ def test_values_at_the_end_of_float16(backend, device, dtype):
 
     quadratic, constant = draw.integers(33, 33, dtype=dtype) * 2.0**-12, draw.integers(33, dtype=torch.float32)
     gradients = TailGradients(*[torch.zeros(0)] * 5, mean, quadratic, constant)
-    dz = to_rows(pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, backend=backend).image)
+    dz = to_rows(pointwise_tail_backward_apply(dout, signs, z, scaled, None, gradients, run=of(backend)).image)
     want = g @ scaled.double() - (rows - mean) @ quadratic.double() - constant
     terms = g.abs() @ scaled.double().abs() + (rows - mean).abs() @ quadratic.double().abs()
     within(dz.double(), want, half * want.abs() + (half + 2.0**-20) * terms)
@@ -189,11 +190,11 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     opened = unpack_signs(c.signs, outer).view(n, h, w, outer).permute(0, 3, 1, 2)
     c.dout[~opened] = poison
     z = Activation(c.branch.z.image, c.branch.z.vectors)
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, run=of(backend)), run=of(backend))
     same(sums.total, clean[0].total)
     c.dout[1, 4, 2, 3] = float("nan")
     c.signs[1 * h * w + 2 * w + 3, 0] |= 1 << 4
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, backend=backend), backend=backend)
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, z, None, scaled_weight(c.branch, run=of(backend)), run=of(backend))
     assert sums.total.isnan().nonzero().flatten().tolist() == [4]
     assert sums.product.isnan().any(1).nonzero().flatten().tolist() == [4]
 
@@ -249,10 +250,10 @@ def test_row_orthogonal_to_the_data(backend, device):
     image[:, 1], weight[4] = image[:, 0], 0
     weight[4, 0], weight[4, 1] = 1, -1
     c.branch.vectors[0, 4] = 0
-    found = moments(c.branch.z, backend=backend)
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, backend=backend)
+    found = moments(c.branch.z, run=of(backend))
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, found.mean, None, run=of(backend))
     gradients = pointwise_tail_backward_finalize(
-        sums, Moments(*found), c.branch, None, None, None, None, c.dout, c.signs, backend=backend
+        sums, Moments(*found), c.branch, None, None, None, None, c.dout, c.signs, run=of(backend)
     )
     assert gradients.dgamma[4] == 0
     every(gradients.dgamma[[0, 1, 2, 3, 5, 6, 7, 8]])
@@ -264,14 +265,14 @@ def test_finalize_of_every_width(backend, device, inner, outer, training):
     """Rows longer than what a program holds at once, and channels that fill no block; bits repeat, and NaN spoils what it must."""
     c = case(Draw(15, device), backend, (2, 5, 6), inner, outer, torch.float32, training=training, prologue=False)
     check(c, backend, 1e-5)
-    found = moments(c.branch.z, backend="reference") if training else None
-    scaled = scaled_weight(c.branch, backend=backend)
+    found = moments(c.branch.z, run=of("reference")) if training else None
+    scaled = scaled_weight(c.branch, run=of(backend))
     mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, mean, None, backend="reference")
+    sums = pointwise_tail_backward_reduce(c.dout, c.signs, c.branch.z, mean, None, run=of("reference"))
 
     def finalize(suspect=None):
         given = c.branch, scaled, c.gamma, c.beta, c.scale, c.dout, c.signs, suspect
-        return pointwise_tail_backward_finalize(sums, found, *given, backend=backend)
+        return pointwise_tail_backward_finalize(sums, found, *given, run=of(backend))
 
     first, suspect = finalize(), torch.zeros(outer, dtype=torch.bool, device=device)
     for again in (finalize(), finalize(suspect if training else None)):

@@ -9,6 +9,7 @@ from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Activation, Gradient
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
 LAST = torch.channels_last
@@ -105,8 +106,8 @@ def test_few_pixels_for_the_library(dtype, monkeypatch):
     forward, backward, seen = torch.convolution, library_module._backward, []
     monkeypatch.setattr(torch, "convolution", lambda image, *rest: seen.append(image) or forward(image, *rest))
     monkeypatch.setattr(library_module, "_backward", lambda image, *rest, **kw: seen.append(image) or backward(image, *rest, **kw))
-    y = conv_fprop(Activation(x), unit, backend="reference").image
-    dx = conv_dgrad(Gradient(dy), torch.empty_like(x), unit, backend="reference").image
+    y = conv_fprop(Activation(x), unit, run=of("reference")).image
+    dx = conv_dgrad(Gradient(dy), torch.empty_like(x), unit, run=of("reference")).image
     monkeypatch.undo()
     assert [image.is_contiguous() for image in seen] == [True, True]
     for ours, theirs, truth in zip((y, dx), library(x, dy, unit), library(*exact), strict=False):
@@ -158,10 +159,10 @@ def test_primitives_take_the_products(dtype):
     (x, dy, unit), _ = operands(unit, dtype)
     wide = unit._replace(weight=torch.randn(40, 6, 3, 3, dtype=dtype), padding=(1, 1))
     with torch.profiler.profile() as profile:
-        conv_fprop(Activation(x), unit, backend="reference")
-        conv_dgrad(Gradient(dy), x, unit, backend="reference")
-        conv_wgrad(Gradient(dy), Activation(x), unit, backend="reference")
-        conv_wgrad(Gradient(dy), Activation(x), wide, backend="reference")
+        conv_fprop(Activation(x), unit, run=of("reference"))
+        conv_dgrad(Gradient(dy), x, unit, run=of("reference"))
+        conv_wgrad(Gradient(dy), Activation(x), unit, run=of("reference"))
+        conv_wgrad(Gradient(dy), Activation(x), wide, run=of("reference"))
     names = [event.name for event in profile.events()]
     assert names.count("aten::mm") == 4
     assert not [name for name in names if "convolution" in name]

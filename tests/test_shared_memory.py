@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient
 from fused_res.kernels.conv_tiling import configurations
 from fused_res.kernels.tiling import compiling_for
+from fused_res.primitives.run import of
 
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
@@ -113,7 +114,7 @@ def test_moments_in_smaller_blocks(device, proven_interpreter, dtype):
     """The blocks that GPUs with `mma` take, several to a row: errors as with one."""
     image = torch.randn(2, 150, 9, 9, generator=torch.Generator().manual_seed(0)).to(device, dtype) + 1
     with compiling_for(86, SHARED[86]):
-        found = moments(Activation(image.contiguous(memory_format=torch.channels_last)), backend="triton")
+        found = moments(Activation(image.contiguous(memory_format=torch.channels_last)), run=of("triton"))
     rows = image.double().permute(0, 2, 3, 1).flatten(0, 2)
     centred = rows - rows.mean(0)
     expected, error = centred.T @ centred / len(rows), 32 * 2.0**-24

@@ -24,6 +24,7 @@ from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import PLAIN
 from fused_res.tuning import files, tuner
 from fused_res.tuning.convolutions import LIBRARY, comparable, perform, truth, try_convolution, variants
 from fused_res.tuning.levels import distinct, draw, try_levels
@@ -67,13 +68,13 @@ class Planted:
         return getattr(self, primitive, None)
 
     def conv_fprop(self, x, unit, statistics, output, *, config=None):
-        return self.spoilt(config, conv_fprop(x, unit, statistics=statistics, output=output, backend="reference"))
+        return self.spoilt(config, conv_fprop(x, unit, statistics=statistics, output=output, run=PLAIN))
 
     def conv_dgrad(self, dy, like, unit, inner, add, *, config=None):
-        return self.spoilt(config, conv_dgrad(dy, like, unit, inner=inner, add=add, backend="reference"))
+        return self.spoilt(config, conv_dgrad(dy, like, unit, inner=inner, add=add, run=PLAIN))
 
     def conv_wgrad(self, dy, x, unit, *, config=None):
-        return self.spoilt(config, conv_wgrad(dy, x, unit, backend="reference"))
+        return self.spoilt(config, conv_wgrad(dy, x, unit, run=PLAIN))
 
     def spoilt(self, config, found):
         self.calls.append(config)
@@ -284,7 +285,7 @@ def test_what_a_relu_hides_in_one_draw_it_shows_in_the_other(dtype):
         draws = [operands(call, CPU, seed).operands for seed in (0, 1)]
         for first, second in zip(*draws, strict=True):
             if isinstance(first, Activation) and first.vectors is not None:
-                opened = [a.values("reference") > 0 for a in (first, second)]
+                opened = [a.values(PLAIN) > 0 for a in (first, second)]
                 same(opened[0], ~opened[1])
                 seen += 1
     assert seen >= 4
@@ -298,8 +299,8 @@ def test_a_gradient_said_to_be_masked_that_is_not_is_found_wrong(masks, planted,
     call = next(call for call in calls if call.primitive == "conv_dgrad" and call.operands[2] is not None)
 
     def dgrad(dy, like, unit, inner, add, *, config=None):
-        found = conv_dgrad(dy, like, unit, inner=inner, backend="reference")
-        open_ = inner.values("reference") > 0 if masks else 1
+        found = conv_dgrad(dy, like, unit, inner=inner, run=PLAIN)
+        open_ = inner.values(PLAIN) > 0 if masks else 1
         return found._replace(image=nhwc(found.image * open_), masked=True)
 
     monkeypatch.setattr(planted, "conv_dgrad", dgrad)

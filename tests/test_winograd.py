@@ -10,6 +10,7 @@ from fused_res import accuracy, backends, explain
 from fused_res.backends import native
 from fused_res.modules import BasicBlock
 from fused_res.primitives.bn_finalize import bn_finalize
+from fused_res.primitives.run import of
 
 WHY = backends.supports("native", torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(WHY is not None, reason=str(WHY))
@@ -51,7 +52,7 @@ def test_every_part_on_every_instruction_set(capability, poisoned_memory, name, 
     images, filters, gradient = (t.permute(0, 2, 3, 1).contiguous() for t in (x, weight, dy))
     y, partials, rows = ops().winograd_fprop(images, None, filters, *padding, True, *[None] * 4)
     same(y.permute(0, 3, 1, 2).double(), want.detach().to(dtype).double())
-    merged = bn_finalize(partials, rows, y[..., 0].numel(), None, None, 1e-5, backend="native")
+    merged = bn_finalize(partials, rows, y[..., 0].numel(), None, None, 1e-5, run=of("native"))
     var, mean = torch.var_mean(y.double().flatten(0, 2), 0, correction=0)
     torch.testing.assert_close(merged[:2].double(), torch.stack((mean, var)), rtol=1e-5, atol=1e-4)
     dx, _ = ops().winograd_dgrad(gradient, *[None] * 4, True, filters, *padding, *[None] * 4, 1, 1)

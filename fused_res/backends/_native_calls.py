@@ -15,7 +15,10 @@ from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Joined, Pointwise
 from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
+
+_RUN = of("native")
 
 
 def _pixels_first(image: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     finalize = torch.ops.fused_res.moments_finalize
     vectors, suspect, suspects = finalize(*found, _matrix(unit.weight), *affine, None)
     if suspects:
-        direct = pointwise_direct_stats(z, unit.weight, suspect, backend="native")
+        direct = pointwise_direct_stats(z, unit.weight, suspect, run=_RUN)
         vectors, *_ = finalize(*found, _matrix(unit.weight), *affine, direct)
     return vectors, suspect
 
@@ -126,7 +129,7 @@ def pointwise_tail_backward_finalize(
         finalize = torch.ops.fused_res.pointwise_tail_backward_finalize
         *results, suspect, suspects = finalize(*arguments, *parameters, None)
         if suspects:
-            direct = pointwise_direct_sums(dout, signs, z, weight, vectors[0], suspect, backend="native")
+            direct = pointwise_direct_sums(dout, signs, z, weight, vectors[0], suspect, run=_RUN)
             *results, _, _ = finalize(*arguments, *parameters, direct)
     dweight, coefficients, quadratic, constant = results
     mean = None if quadratic is None else mean
@@ -198,7 +201,7 @@ def move_statistics(moves: Sequence[Move]) -> bool:
 
 def conv_fprop(x: Activation, unit: ConvBN, statistics: bool, output: Output | None) -> Convolved:
     if output is not None and not output.relu:  # for which these kernels have no epilogue
-        return Convolved(finished(conv_fprop(x, unit, False, None).image, output, backend="native"))
+        return Convolved(finished(conv_fprop(x, unit, False, None).image, output, run=_RUN))
     if not unit.is_pointwise():
         finish = (None,) * 4 if output is None else (output.vectors, _rows(output.skip), _rows(output.y2), output.vectors2)
         image, vectors, *_ = _activation(x)

@@ -31,6 +31,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
+from fused_res.primitives.run import Run
 from fused_res.spec import FORMS, AvgPool, Block, ConvBN, in_front, regrouped
 
 
@@ -101,23 +102,23 @@ def _open(outer: _Outer) -> Tensor:
     return torch.full((n * h * w, sign_bytes(channels)), 255, dtype=torch.uint8, device=outer.dout.device)
 
 
-def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branch, backend: str) -> Tensor:
+def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branch, run: Run) -> Tensor:
     if partials is None:
         partials = branch.vectors.new_zeros((1, 1 + row, branch.vectors.shape[1]))
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
-    options = {"training": branch.unit.training, "backend": backend}
+    options = {"training": branch.unit.training, "run": run}
     return bn_act_backward_finalize(partials, row, pixels, branch.vectors, gamma, beta, a, **options)
 
 
-def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, backend: str) -> tuple[list[Tensor], list[Gradient | None]]:
+def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, run: Run) -> tuple[list[Tensor], list[Gradient | None]]:
     """Through the outer ReLU and the BNs added in front of it, one or two: [7, K] coefficients and dy of each branch."""
     dout, signs = to_rows(outer.dout), _open(outer)
     first, second = branches[0], branches[1] if len(branches) > 1 else None
     partials = None
     if any(branch.needs_sums for branch in branches):
         pair = {} if second is None else {"y2": second.y, "vectors2": second.vectors}
-        partials = bn_act_backward_reduce(dout, first.y, first.vectors, signs=signs, **pair, backend=backend)
-    found = [_coefficients(partials, row, dout.shape[0], branch, backend) for row, branch in enumerate(branches, 1)]
+        partials = bn_act_backward_reduce(dout, first.y, first.vectors, signs=signs, **pair, run=run)
+    found = [_coefficients(partials, row, dout.shape[0], branch, run) for row, branch in enumerate(branches, 1)]
     n, _, h, w = outer.dout.shape
     dys: list[Gradient | None] = [None] * len(branches)
     if level.prologues:
@@ -128,29 +129,29 @@ def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, backend: st
     elif any(branch.needs_dy for branch in branches):
         pair = {} if second is None else {"y2": second.y, "coefficients2": found[1], "training2": second.unit.training}
         live = first.unit.training
-        rows = bn_act_backward_apply(dout, first.y, first.vectors, found[0], training=live, signs=signs, **pair, backend=backend)
+        rows = bn_act_backward_apply(dout, first.y, first.vectors, found[0], training=live, signs=signs, **pair, run=run)
         dys = [Gradient(to_image(dy, n, h, w)) for dy in rows[: len(branches)]]
     return found, dys
 
 
-def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, backend: str) -> tuple[Tensor, Gradient | None]:
+def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, run: Run) -> tuple[Tensor, Gradient | None]:
     """Through an inner ReLU and the BN in front of it: [7, K] coefficients and dy."""
     partials = inflow.partials
     dz, (n, _, h, w) = to_rows(inflow.image), inflow.image.shape
     if partials is None and branch.needs_sums:
-        partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, backend=backend)
-    c = _coefficients(partials, 1, dz.shape[0], branch, backend)
+        partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, run=run)
+    c = _coefficients(partials, 1, dz.shape[0], branch, run)
     if not branch.needs_dy:
         return c, None
     live = branch.unit.training
     if level.prologues:
         return c, Gradient(inflow.image, to_image(branch.y, n, h, w), branch.vectors, c, training=live, masked=inflow.masked)
-    dy, _, _ = bn_act_backward_apply(dz, branch.y, branch.vectors, c, training=live, backend=backend)
+    dy, _, _ = bn_act_backward_apply(dz, branch.y, branch.vectors, c, training=live, run=run)
     return c, Gradient(to_image(dy, n, h, w))
 
 
 def _moment_bn(
-    outer: _Outer, z: Activation, branch: _Branch, backend: str, into: Tensor | None = None
+    outer: _Outer, z: Activation, branch: _Branch, run: Run, into: Tensor | None = None
 ) -> tuple[TailGradients | None, Inflow | None]:
     """Through the outer ReLU and a unit in the moment form: its gradients, and what flows into z, where they are wanted.
 
@@ -158,41 +159,41 @@ def _moment_bn(
     """
     if not branch.needs_any:
         return None, None
-    pointwise = Pointwise(z, multiplied(branch.unit.weight, backend), branch.vectors)
+    pointwise = Pointwise(z, multiplied(branch.unit.weight, run), branch.vectors)
     found, suspect = None, None
     if branch.unit.training:
         kept = branch.found
-        found, suspect = (moments(z, backend=backend), None) if kept is None else (kept.moments, kept.suspect)
-    scaled = scaled_weight(pointwise, backend=backend) if branch.below else None
+        found, suspect = (moments(z, run=run), None) if kept is None else (kept.moments, kept.suspect)
+    scaled = scaled_weight(pointwise, run=run) if branch.below else None
     mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled if into is None else None, backend=backend)
+    sums = pointwise_tail_backward_reduce(*outer, z, mean, scaled if into is None else None, run=run)
     gamma, beta, a = branch.unit.gamma, branch.unit.beta, branch.residual_scale
     arguments = sums, found, pointwise, scaled, gamma, beta, a, *outer, suspect
-    gradients = pointwise_tail_backward_finalize(*arguments, backend=backend)
+    gradients = pointwise_tail_backward_finalize(*arguments, run=run)
     inflow = None
     if branch.below:
         ends = {"inner": z.vectors is not None, "into": into}
-        inflow = pointwise_tail_backward_apply(*outer, z, scaled, sums.through, gradients, **ends, backend=backend)
+        inflow = pointwise_tail_backward_apply(*outer, z, scaled, sums.through, gradients, **ends, run=run)
     return gradients, inflow
 
 
 def _projection(
-    read: Activation, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, backend: str
+    read: Activation, branch: _Branch, pool: AvgPool | None, dy: Gradient | None, run: Run
 ) -> tuple[Tensor | None, Addend | None]:
     """Gradients of a projection's weight and of what it reads, before the pool, from the gradient of its convolution's output."""
     if not branch.needs_dy:
         return None, None
-    unit, image, sampled = branch.unit, read.image, through(read, pool, backend)
-    dweight = conv_wgrad(dy, sampled, unit, backend=backend) if branch.wants.weight else None
+    unit, image, sampled = branch.unit, read.image, through(read, pool, run)
+    dweight = conv_wgrad(dy, sampled, unit, run=run) if branch.wants.weight else None
     if not branch.below:
         return dweight, None
     if unit.is_pointwise() and unit.is_strided() and pool is None:
         # The pixels that the convolution passes over get nothing: there is no need to write their zeros and to add them.
         (n, _, h, w), channels = dy.image.shape, image.shape[1]
         read = image.new_empty((n, h, w, channels)).permute(0, 3, 1, 2)
-        dx = conv_dgrad(dy, read, unit._replace(stride=(1, 1)), backend=backend).image
+        dx = conv_dgrad(dy, read, unit._replace(stride=(1, 1)), run=run).image
         return dweight, Addend(dx, stride=tuple(unit.stride))
-    dx = conv_dgrad(dy, sampled.image, unit, backend=backend).image
+    dx = conv_dgrad(dy, sampled.image, unit, run=run).image
     return dweight, Addend(dx if pool is None else nhwc(through_pool(dx, image, pool)))
 
 
@@ -206,7 +207,7 @@ class _Bare(NamedTuple):
     dside: Tensor | None
 
 
-def _bare_end(outer: _Outer, z: Activation, current: _Branch, side: _Branch | None, level: Level, backend: str) -> _Bare:
+def _bare_end(outer: _Outer, z: Activation, current: _Branch, side: _Branch | None, level: Level, run: Run) -> _Bare:
     """What a residual scale multiplied is computed once more where the scale's own gradient is wanted: nobody has kept it."""
     rows, unit, a = to_rows(outer.dout), current.unit, current.residual_scale
     wide = statistics_dtype(rows.dtype)
@@ -219,36 +220,36 @@ def _bare_end(outer: _Outer, z: Activation, current: _Branch, side: _Branch | No
         dy = Gradient(outer.dout * a)
     dscale = None
     if current.needs_scale:
-        read = z if level.prologues else Activation(z.values(backend))
-        y = to_rows(conv_fprop(read, unit, backend=level.convolutions(backend)).image)
+        read = z if level.prologues else Activation(z.values(run))
+        y = to_rows(conv_fprop(read, unit, run=level.convolutions(run)).image)
         vectors = bare_vectors(unit._replace(bias=None), None, torch.ones_like(a), y.dtype)
-        partials = bn_act_backward_reduce(rows, y, vectors, signs=_open(outer), backend=backend)
+        partials = bn_act_backward_reduce(rows, y, vectors, signs=_open(outer), run=run)
         dscale = partials[:, 1].sum()
         if unit.bias is not None:
             dscale = dscale + (unit.bias.to(wide) * total).sum()
     return _Bare(dbias, dscale, dy, total if of_side else None)
 
 
-def _through_head(inflow: Inflow, head: _Branch, add: Addend | None, level: Level, backend: str) -> tuple[ConvBN, Tensor | None]:
+def _through_head(inflow: Inflow, head: _Branch, add: Addend | None, level: Level, run: Run) -> tuple[ConvBN, Tensor | None]:
     """Through the ReLU and the BN in front of all convolutions: its parameters' gradients, and x's, with the shortcut's."""
-    c, dy = _inner_bn(inflow, head, level, backend)
+    c, dy = _inner_bn(inflow, head, level, run)
     dx = None
     if head.below:
-        dx = dy.values(backend)
+        dx = dy.values(run)
         if add is not None:
-            masked_add(dx, add, backend=backend)
+            masked_add(dx, add, run=run)
     return head.parameters(c, None), dx
 
 
 def _moment_projection(
-    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, dx: Tensor | None, backend: str
+    outer: _Outer, image: Tensor, branch: _Branch, pool: AvgPool | None, dx: Tensor | None, run: Run
 ) -> TailGradients | None:
     """Through a projection in the moment form: its gradients; x's through it joins dx in place, where that is wanted."""
     z = projected(image, branch.unit, pool)
     if pool is None or dx is None:
-        return _moment_bn(outer, z, branch, backend, into=dx)[0]
+        return _moment_bn(outer, z, branch, run, into=dx)[0]
     dpooled = torch.zeros_like(z.image)
-    gradients, _ = _moment_bn(outer, z, branch, backend, into=dpooled)
+    gradients, _ = _moment_bn(outer, z, branch, run, into=dpooled)
     del z
     join_through_pool(dx, dpooled, pool)
     return gradients
@@ -262,7 +263,7 @@ def backward(
     saved: Saved,
     needs: Gradients,
     level: str,
-    backend: str,
+    run: Run,
 ) -> Gradients:
     """Gradients of what the block's form says: of `out = relu(a * main(x) + shortcut(x))`, say.
 
@@ -277,7 +278,7 @@ def backward(
     """
     image, count, level = nhwc(x), len(block.main), Level.of(level, block)
     (head, block), (head_wants, wants_of) = regrouped(block), regrouped(needs.block)
-    outer, convolutions = _Outer(nhwc(dout), saved.signs), level.convolutions(backend)
+    outer, convolutions = _Outer(nhwc(dout), saved.signs), level.convolutions(run)
     sizes = [tuple(image.shape[2:]), *block.sizes(*image.shape[2:])]
 
     units, wanted = block.units(), wants_of.units()
@@ -312,25 +313,25 @@ def backward(
     main: list[ConvBN] = [ConvBN(weight=None)] * count
     if level.moment_main:
         dy, z = None, activation(count - 1)
-        c, inflow = _moment_bn(outer, z, current, backend)
+        c, inflow = _moment_bn(outer, z, current, run)
         del z
         if side is not None and not level.moment_projection:
-            (found,), (dside,) = _outer_bns(outer, [side], level, backend)
+            (found,), (dside,) = _outer_bns(outer, [side], level, run)
             dweight, add = _projection(Activation(image), side, block.pool, dside, convolutions)
             dprojection = side.parameters(found, dweight)
             del dside
     elif head is not None:
-        c, bare = None, _bare_end(outer, activation(count - 1), current, side, level, backend)
+        c, bare = None, _bare_end(outer, activation(count - 1), current, side, level, run)
         dy, dscale = bare.dy, bare.dscale
         if side is not None:
             z = activation(0)
-            read = z if level.prologues else Activation(z.values(backend))
+            read = z if level.prologues else Activation(z.values(run))
             dweight, add = _projection(read, side, block.pool, Gradient(outer.dout), convolutions)
             dprojection = ConvBN(dweight, bare.dside)
             del z, read
     else:
         branches = [current] if side is None else [current, side]
-        (c, *found), (dy, *dsides) = _outer_bns(outer, branches, level, backend)
+        (c, *found), (dy, *dsides) = _outer_bns(outer, branches, level, run)
         if side is not None:
             dweight, add = _projection(Activation(image), side, block.pool, dsides[0], convolutions)
             dprojection = side.parameters(found[0], dweight)
@@ -345,26 +346,26 @@ def backward(
             if i == 0 and needs.x:
                 dx = inflow.image
                 if add is not None:
-                    masked_add(dx, add, backend=backend)
+                    masked_add(dx, add, run=run)
         else:
             z = activation(i)
             dweight = None
             if current.wants.weight:
-                read = z if level.prologues else Activation(z.values(backend))
-                dweight = conv_wgrad(dy, read, current.unit, backend=convolutions)
+                read = z if level.prologues else Activation(z.values(run))
+                dweight = conv_wgrad(dy, read, current.unit, run=convolutions)
                 z, read = activation(i), None  # frees the values
             if i == 0 and head is None and needs.x:
                 joins = add if level.epilogues else None
-                dx = conv_dgrad(dy, image, current.unit, add=joins, backend=convolutions).image
+                dx = conv_dgrad(dy, image, current.unit, add=joins, run=convolutions).image
                 if add is not None and joins is None:
-                    masked_add(dx, add, backend=backend)
+                    masked_add(dx, add, run=run)
             elif below[i]:
                 behind, joins = (before, add) if i == 0 else (branch(i - 1, below[i - 1]), None)
                 inner = z if level.epilogues and joins is None and behind.needs_sums else None
                 ends = {"inner": inner, "add": joins if level.epilogues else None}
-                inflow = conv_dgrad(dy, z.image, current.unit, **ends, backend=convolutions)
+                inflow = conv_dgrad(dy, z.image, current.unit, **ends, run=convolutions)
                 if joins is not None and not level.epilogues:
-                    masked_add(inflow.image, joins, backend=backend)
+                    masked_add(inflow.image, joins, run=run)
         if head is not None and i == count - 1:
             main[i] = ConvBN(dweight, bare.dbias)
         else:
@@ -372,18 +373,18 @@ def backward(
         if i == 0 or not below[i]:
             break
         current = branch(i - 1, below[i - 1])
-        c, dy = _inner_bn(inflow, current, level, backend)
+        c, dy = _inner_bn(inflow, current, level, run)
         inflow = None  # frees its image
     dhead = ConvBN(None)
     if head is not None and below[0]:
-        dhead, dx = _through_head(inflow, before, Addend(outer.dout) if identity else None, level, backend)
+        dhead, dx = _through_head(inflow, before, Addend(outer.dout) if identity else None, level, run)
     if side is not None and level.moment_projection:
-        found = _moment_projection(outer, image, side, block.pool, dx, backend)
+        found = _moment_projection(outer, image, side, block.pool, dx, run)
         dprojection = side.parameters(found, None if found is None else found.dweight)
     dskip = None
     if needs.skip:
         dskip = outer.dout.clone() if outer.signs is None else torch.zeros_like(outer.dout)
         if outer.signs is not None:
-            masked_add(dskip, Addend(*outer), backend=backend)
+            masked_add(dskip, Addend(*outer), run=run)
     found = Block(main, dprojection)
     return Gradients(dx, dskip, dscale, found if head is None else in_front(dhead, found))

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res import plans
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.packing import pack, unpack
 from fused_res.primitives.choice import Call
+from fused_res.primitives.run import Recording
 from fused_res.spec import FORMS, Block, ConvBN
 
 
@@ -47,14 +47,15 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     """
     image, scale, bare = _meta(x), _meta(residual_scale), _bare(block)
     skip = image.new_empty(block.output_shape(x)) if block.given else None
-    with torch.no_grad(), plans.recording() as calls:
-        out, saved = forward(image, skip, scale, bare, level, training, backend)
+    run = Recording(backend)
+    with torch.no_grad():
+        out, saved = forward(image, skip, scale, bare, level, training, run)
         if training:
             tensors, spec, eps = pack(bare)
             needs = Gradients(True, skip is not None, scale is not None, unpack([True] * len(tensors), spec, eps))
-            backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, backend)
+            backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, run)
     units = {id(unit.weight): i for i, unit in enumerate(bare.units())}
-    numbered = ((units[id(call.unit.weight)], call) for call in calls)
+    numbered = ((units[id(call.unit.weight)], call) for call in run.calls)
     return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]
 
 

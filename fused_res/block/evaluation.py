@@ -15,6 +15,7 @@ from fused_res.block.pool import pooled
 from fused_res.layout import nhwc
 from fused_res.primitives import library
 from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act
+from fused_res.primitives.run import of
 from fused_res.spec import Block, ConvBN
 
 Evaluation = Callable[[Tensor, Tensor | None], Tensor]
@@ -52,19 +53,19 @@ def prepare(
         the smallest normal numbers.
     """
     wide = arithmetic(dtype)
-    last = len(block.main) - 1
+    last, run = len(block.main) - 1, of(backend)
     steps: list[Step] = []
     for i, (unit, place) in enumerate(places(block, shape)):
         # As the operator casts it, and from there to what is computed in.
         unit = unit._replace(weight=unit.weight.to(dtype).to(wide), bias=None if unit.bias is None else unit.bias.to(dtype))
-        vectors = running(unit, wide, residual_scale if i == last else None, backend)
+        vectors = running(unit, wide, residual_scale if i == last else None, run)
         if not _is_precise(unit, vectors):
             return None
-        steps.append(conv_bn_act(unit, vectors, place, backend=backend))
+        steps.append(conv_bn_act(unit, vectors, place, run=run))
     main, side, pool = steps[:last], steps[last + 1] if block.projection is not None else None, block.pool
     end = steps[last]
 
-    def run(x: Tensor, skip: Tensor | None) -> Tensor:
+    def evaluate(x: Tensor, skip: Tensor | None) -> Tensor:
         image = nhwc(x.to(wide))
         z = image
         for step in main:
@@ -73,7 +74,7 @@ def prepare(
             return end(z, image if skip is None else nhwc(skip.to(wide))).to(dtype)
         return end(z, side(pooled(image, pool), None)).to(dtype)
 
-    return run
+    return evaluate
 
 
 def _is_precise(unit: ConvBN, vectors: Tensor) -> bool:

@@ -18,6 +18,7 @@ from fused_res.primitives.conv_fprop import conv_fprop, finished
 from fused_res.primitives.moments import Moments, moments, moments_finalize
 from fused_res.primitives.operands import Activation, Output, multiplied
 from fused_res.primitives.pointwise_tail import Joined, Pointwise, pointwise_tail
+from fused_res.primitives.run import Run
 from fused_res.spec import FORMS, AvgPool, Block, ConvBN, regrouped
 
 
@@ -67,34 +68,32 @@ class Saved(NamedTuple):
         return cls(tensors[:norms], ys, next(rest) if signed else None, found)
 
 
-def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, backend: str) -> Tensor:
+def running(unit: ConvBN, dtype: torch.dtype, residual_scale: Tensor | None, run: Run) -> Tensor:
     """The unit's [5, K] vectors from its running statistics."""
     statistics = unit.running_mean, unit.running_var, unit.bias, unit.gamma, unit.beta, unit.eps, residual_scale
-    return bn_running(*statistics, dtype=statistics_dtype(dtype), backend=backend)
+    return bn_running(*statistics, dtype=statistics_dtype(dtype), run=run)
 
 
-def conv_bn(
-    z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, run: Run) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution's output as an image [N, K, H', W'] and as a matrix [P, K], and the unit's vectors."""
     statistics = unit.training and level.epilogues
-    image, partials, size = conv_fprop(z, unit, statistics=statistics, backend=level.convolutions(backend))
+    image, partials, size = conv_fprop(z, unit, statistics=statistics, run=level.convolutions(run))
     y = to_rows(image)
     if not unit.training:
-        return image, y, running(unit, y.dtype, residual_scale, backend)
+        return image, y, running(unit, y.dtype, residual_scale, run)
     if partials is None:
-        partials, size = bn_stats(y, backend=backend)
-    vectors = bn_finalize(partials, size, y.shape[0], unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+        partials, size = bn_stats(y, run=run)
+    vectors = bn_finalize(partials, size, y.shape[0], unit.gamma, unit.beta, unit.eps, residual_scale, run=run)
     return image, y, vectors
 
 
-def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> tuple[Pointwise, Found | None]:
+def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, run: Run) -> tuple[Pointwise, Found | None]:
     """A unit in the moment form: its vectors from the moments of its input."""
-    unit = unit._replace(weight=multiplied(unit.weight, backend))
+    unit = unit._replace(weight=multiplied(unit.weight, run))
     if not unit.training:
-        return Pointwise(z, unit.weight, running(unit, z.image.dtype, residual_scale, backend)), None
-    found = moments(z, backend=backend)
-    vectors, suspect = moments_finalize(found, z, unit, residual_scale, backend=backend)
+        return Pointwise(z, unit.weight, running(unit, z.image.dtype, residual_scale, run)), None
+    found = moments(z, run=run)
+    vectors, suspect = moments_finalize(found, z, unit, residual_scale, run=run)
     return Pointwise(z, unit.weight, vectors), Found(*found, suspect)
 
 
@@ -104,7 +103,7 @@ def projected(image: Tensor, unit: ConvBN, pool: AvgPool | None) -> Activation:
 
 
 def forward(
-    x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, block: Block, level: str, save: bool, backend: str
+    x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, block: Block, level: str, save: bool, run: Run
 ) -> tuple[Tensor, list[Tensor]]:
     """What the block's form says (`fused_res.spec.FORMS`): `out = relu(a * main(x) + shortcut(x))`, say.
 
@@ -125,28 +124,28 @@ def forward(
     ys: list[Tensor | None] = []
     z = Activation(image)
     if head is not None:
-        vectors.append(_in_front(image, head, backend))
+        vectors.append(_in_front(image, head, run))
         z = Activation(image, vectors[0])
         if not level.prologues:
-            z = Activation(z.values(backend))
+            z = Activation(z.values(run))
     first = z if head is not None and block.projection is not None else None
     for unit in block.main[:-1]:
         if level.epilogues and not (save or unit.training):
-            vectors.append(running(unit, x.dtype, None, backend))
-            z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), backend=backend).image)
+            vectors.append(running(unit, x.dtype, None, run))
+            z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), run=run).image)
             continue
-        y, rows, v = conv_bn(z, unit, None, level, backend)
+        y, rows, v = conv_bn(z, unit, None, level, run)
         vectors.append(v)
         ys.append(rows if save else None)
         z = Activation(y, v)
         if not level.prologues:
-            z = Activation(z.values(backend))
+            z = Activation(z.values(run))
         del y, rows
     if head is not None:
-        end = _bare_tail(z, first or Activation(image), skip, residual_scale, block, level, backend)
+        end = _bare_tail(z, first or Activation(image), skip, residual_scale, block, level, run)
     else:
         finish = _moment_tail if level.moment_main else _tail
-        end = finish(z, image, skip, residual_scale, block, level, save, backend)
+        end = finish(z, image, skip, residual_scale, block, level, save, run)
     vectors += end.vectors
     if not save:
         return end.out, vectors
@@ -163,13 +162,13 @@ class _End(NamedTuple):
     found: list[Found | None]
 
 
-def _in_front(image: Tensor, head: ConvBN, backend: str) -> Tensor:
+def _in_front(image: Tensor, head: ConvBN, run: Run) -> Tensor:
     """The [5, C] vectors of the BN in front of all convolutions. Another normalisation of x would be found here."""
     rows = to_rows(image)
     if not head.training:
-        return running(head, rows.dtype, None, backend)
-    partials, size = bn_stats(rows, backend=backend)
-    return bn_finalize(partials, size, rows.shape[0], head.gamma, head.beta, head.eps, backend=backend)
+        return running(head, rows.dtype, None, run)
+    partials, size = bn_stats(rows, run=run)
+    return bn_finalize(partials, size, rows.shape[0], head.gamma, head.beta, head.eps, run=run)
 
 
 def bare_vectors(unit: ConvBN, side: ConvBN | None, residual_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -198,24 +197,24 @@ def _bare_tail(
     residual_scale: Tensor | None,
     block: Block,
     level: Level,
-    backend: str,
+    run: Run,
 ) -> _End:
     """The last convolution, without a BN, and the shortcut. first: what a projection reads; or else x."""
-    unit, side, convolutions = block.main[-1], block.projection, level.convolutions(backend)
+    unit, side, convolutions = block.main[-1], block.projection, level.convolutions(run)
     if side is not None:
-        skip = conv_fprop(through(first, block.pool, backend), side, backend=convolutions).image
+        skip = conv_fprop(through(first, block.pool, run), side, run=convolutions).image
     elif skip is None:
         skip = first.image
     output = Output(bare_vectors(unit, side, residual_scale, skip.dtype), nhwc(skip), relu=False)
     if level.epilogues:
-        return _End(conv_fprop(z, unit, output=output, backend=backend).image, [], [], None, [])
-    y = conv_fprop(z, unit, backend=convolutions).image
-    return _End(finished(y, output, backend=backend), [], [], None, [])
+        return _End(conv_fprop(z, unit, output=output, run=run).image, [], [], None, [])
+    y = conv_fprop(z, unit, run=convolutions).image
+    return _End(finished(y, output, run=run), [], [], None, [])
 
 
-def through(z: Activation, pool: AvgPool | None, backend: str) -> Activation:
+def through(z: Activation, pool: AvgPool | None, run: Run) -> Activation:
     """What a projection reads behind a pool."""
-    return z if pool is None else Activation(pooled(z.values(backend), pool))
+    return z if pool is None else Activation(pooled(z.values(run), pool))
 
 
 def _tail(
@@ -226,25 +225,25 @@ def _tail(
     block: Block,
     level: Level,
     save: bool,
-    backend: str,
+    run: Run,
 ) -> _End:
     """The last convolution and BN, and what there is of shortcut and ReLU."""
     unit, form, y2, rows2, vectors2 = block.main[-1], FORMS[block.form], None, None, None
     if block.projection is not None:
-        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, run)
     elif skip is None and form.skip:
         skip = image
     others = [] if vectors2 is None else [vectors2]
     if level.epilogues and not (save or unit.training):
-        vectors = running(unit, image.dtype, residual_scale, backend)
+        vectors = running(unit, image.dtype, residual_scale, run)
         output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2, form.relu)
-        return _End(conv_fprop(z, unit, output=output, backend=backend).image, [vectors, *others], [], None, [])
-    y, rows, vectors = conv_bn(z, unit, residual_scale, level, backend)
+        return _End(conv_fprop(z, unit, output=output, run=run).image, [vectors, *others], [], None, [])
+    y, rows, vectors = conv_bn(z, unit, residual_scale, level, run)
     del z
     n, _, h, w = y.shape
     shortcut = None if skip is None else to_rows(skip)
     ends = {"keep_signs": save and form.relu, "relu": form.relu}
-    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, **ends, backend=backend)
+    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, **ends, run=run)
     return _End(to_image(out, n, h, w), [vectors, *others], [rows] if y2 is None else [rows, rows2], signs, [])
 
 
@@ -256,25 +255,25 @@ def _moment_tail(
     block: Block,
     level: Level,
     save: bool,
-    backend: str,
+    run: Run,
 ) -> _End:
     """As `_tail`, in the moment form: the last convolution's output is never stored."""
-    main, of_main = _pointwise(z, block.main[-1], residual_scale, backend)
+    main, of_main = _pointwise(z, block.main[-1], residual_scale, run)
     vectors: list[Tensor] = [main.vectors]
     kept: list[Tensor | None] = [None]
     found = [of_main]
     if block.projection is None:
         shortcut = Joined(skip=image if skip is None else nhwc(skip))
     elif level.moment_projection:
-        branch, of_branch = _pointwise(projected(image, block.projection, block.pool), block.projection, None, backend)
+        branch, of_branch = _pointwise(projected(image, block.projection, block.pool), block.projection, None, run)
         shortcut = Joined(projection=branch)
         found.append(of_branch)
         vectors.append(branch.vectors)
         kept.append(None)
     else:
-        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, backend)
+        y2, rows2, vectors2 = conv_bn(Activation(pooled(image, block.pool)), block.projection, None, level, run)
         shortcut = Joined(y2=y2, vectors2=vectors2)
         vectors.append(vectors2)
         kept.append(rows2)
-    out, signs = pointwise_tail(main, shortcut, keep_signs=save, backend=backend)
+    out, signs = pointwise_tail(main, shortcut, keep_signs=save, run=run)
     return _End(out, vectors, kept, signs, found)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from fused_res.backends import LIBRARY
+from fused_res.primitives.run import Run
 from fused_res.spec import FORMS, POST_ACTIVATION, Block
 
 LEVELS = ("bn_act", "epilogue", "prologue", "moment")
@@ -26,9 +26,9 @@ class Level(NamedTuple):
     stores: tuple[bool, ...]
     """For each of `block.units()`: whether its convolution's output is kept for backward."""
 
-    def convolutions(self, backend: str) -> str:
-        """The backend to ask for convolutions: below `epilogue` they are the library's."""
-        return backend if self.epilogues else LIBRARY
+    def convolutions(self, run: Run) -> Run:
+        """Who carries out convolutions: below `epilogue` the library."""
+        return run if self.epilogues else run.library()
 
     def keeps_moments(self, block: Block) -> tuple[bool, ...]:
         """For each of `block.units()`: whether it is in the moment form and under batch statistics."""

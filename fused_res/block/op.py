@@ -25,6 +25,7 @@ from fused_res.block.through_reference import reference_gradients, second_gradie
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.common import statistics_dtype
+from fused_res.primitives.run import of as run_of
 from fused_res.spec import FORMS, Block
 
 _library = Library("fused_res", "FRAGMENT")
@@ -103,9 +104,9 @@ def _replayed(schedule, what, inputs, spec, eps, level, backend):
 
 
 def _run(x, skip, residual_scale, block, save, level, backend, narrow):
-    backend = backends.resolve(backend, x.device, x.dtype)
+    run = run_of(backends.resolve(backend, x.device, x.dtype))
     with _no_autocast(x.device.type):
-        out, saved = forward(x, skip, residual_scale, block, level, save, backend)
+        out, saved = forward(x, skip, residual_scale, block, level, save, run)
     return output_in_layout(out, x, block, narrow), saved
 
 
@@ -173,11 +174,11 @@ def _backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, 
 def _run_backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend, apart):
     """`apart`: whether no two gradients may share memory, as those of vectors do otherwise, as rows of one tensor."""
     block = unpack(tensors, spec, eps)
-    backend = backends.resolve(backend, x.device, x.dtype)
+    run = run_of(backends.resolve(backend, x.device, x.dtype))
     with _no_autocast(x.device.type):
         kept = Saved.from_list(saved, block, level)
         requested = _requested(tuple(needs), tuple(spec), tuple(eps))
-        gradients = backward(dout, x, residual_scale, block, kept, requested, level, backend)
+        gradients = backward(dout, x, residual_scale, block, kept, requested, level, run)
     found = []
     if needs[0]:
         found.append(in_layout(gradients.x, is_channels_last(x)))

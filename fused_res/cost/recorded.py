@@ -16,6 +16,7 @@ from fused_res.block.packing import pack, unpack
 from fused_res.geometry import Convolution, Geometry
 from fused_res.primitives.choice import switches
 from fused_res.primitives.common import statistics_dtype
+from fused_res.primitives.run import of
 from fused_res.spec import Block, ConvBN
 
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
@@ -160,11 +161,12 @@ def launches(geometry: Geometry, level: str, dtype: torch.dtype, capability: int
         skip = None
         if geometry.given:
             skip = x.new_empty(block.output_shape(x))
-        out, saved = forward(x, skip, None, block, level, backward_too, "triton")
+        run = of("triton")
+        out, saved = forward(x, skip, None, block, level, backward_too, run)
         if backward_too:
             tensors, spec, eps = pack(block)
             needs = Gradients(True, skip is not None, False, unpack([True] * len(tensors), spec, eps))
-            backward(out, x, None, block, Saved.from_list(saved, block, level), needs, level, "triton")
+            backward(out, x, None, block, Saved.from_list(saved, block, level), needs, level, run)
     return found
 
 

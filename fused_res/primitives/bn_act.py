@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, check_rows, select, statistics_dtype
+from fused_res.primitives.common import check, check_rows, statistics_dtype
+from fused_res.primitives.run import Run
 
 
 def sign_bytes(channels: int) -> int:
@@ -55,7 +56,7 @@ def bn_act(
     vectors2: Tensor | None = None,
     keep_signs: bool = False,
     relu: bool = True,
-    backend: str,
+    run: Run,
 ) -> tuple[Tensor, Tensor | None]:
     """`out = relu(scale * y + shift [+ skip] [+ scale2 * y2 + shift2])`, computed in the vectors' dtype and rounded once.
 
@@ -83,9 +84,9 @@ def bn_act(
         raise ValueError("vectors2: expected together with y2")
     if vectors2 is not None:
         check("vectors2", vectors2, vectors.shape, vectors.dtype, y.device)
-    run = select("bn_act", backend, y.device, plain)
+    kernel = run.find("bn_act", y.device) or plain
     if relu:
-        return run(y, vectors, skip, y2, vectors2, keep_signs)
+        return kernel(y, vectors, skip, y2, vectors2, keep_signs)
     if keep_signs:
         raise ValueError("keep_signs: expected False without a ReLU")
-    return run(y, vectors, skip, y2, vectors2, False, False)
+    return kernel(y, vectors, skip, y2, vectors2, False, False)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, check_rows, dense, select, statistics_dtype
+from fused_res.primitives.common import check, check_rows, dense, statistics_dtype
+from fused_res.primitives.run import Run
 
 
 class Coefficients(NamedTuple):
@@ -58,7 +59,7 @@ def bn_act_backward_reduce(
     signs: Tensor | None = None,
     y2: Tensor | None = None,
     vectors2: Tensor | None = None,
-    backend: str,
+    run: Run,
 ) -> Tensor:
     """Partial sums over tiles of rows of `g`, `g * (y - mean)` and, with a second BN, `g * (y2 - mean2)`.
 
@@ -78,7 +79,7 @@ def bn_act_backward_reduce(
         if signs is None:
             raise ValueError("signs: expected with y2, got None")
         _check_pair(dout, y2, vectors2, signs)
-    return select("bn_act_backward_reduce", backend, y.device, plain_reduce)(dout, y, vectors, signs, y2, vectors2)
+    return (run.find("bn_act_backward_reduce", y.device) or plain_reduce)(dout, y, vectors, signs, y2, vectors2)
 
 
 def plain_finalize(
@@ -116,7 +117,7 @@ def bn_act_backward_finalize(
     residual_scale: Tensor | None = None,
     *,
     training: bool,
-    backend: str,
+    run: Run,
 ) -> Tensor:
     """The sums of one BN become its coefficients and its parameters' gradients.
 
@@ -147,8 +148,8 @@ def bn_act_backward_finalize(
             check(name, vector, (channels,), vector.dtype, vectors.device)
     if residual_scale is not None:
         check("residual_scale", residual_scale, (), residual_scale.dtype, vectors.device)
-    run = select("bn_act_backward_finalize", backend, vectors.device, plain_finalize)
-    return run(partials, row, pixels, vectors, gamma, beta, residual_scale, training)
+    kernel = run.find("bn_act_backward_finalize", vectors.device) or plain_finalize
+    return kernel(partials, row, pixels, vectors, gamma, beta, residual_scale, training)
 
 
 def plain_apply(
@@ -186,7 +187,7 @@ def bn_act_backward_apply(
     coefficients2: Tensor | None = None,
     training2: bool = False,
     keep_masked: bool = False,
-    backend: str,
+    run: Run,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`dy = p * g + q * y + r` for one or two BNs, and g itself for the shortcut.
 
@@ -209,8 +210,8 @@ def bn_act_backward_apply(
             raise ValueError("signs: expected with y2, got None")
         check("y2", y2, y.shape, y.dtype, y.device)
         check("coefficients2", coefficients2, coefficients.shape, vectors.dtype, y.device)
-    run = select("bn_act_backward_apply", backend, y.device, plain_apply)
-    return run(dout, y, vectors, coefficients, signs, training, y2, coefficients2, training2, keep_masked)
+    kernel = run.find("bn_act_backward_apply", y.device) or plain_apply
+    return kernel(dout, y, vectors, coefficients, signs, training, y2, coefficients2, training2, keep_masked)
 
 
 def _check_pair(dout: Tensor, y: Tensor, vectors: Tensor | None, signs: Tensor | None) -> None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import check, dense, select
+from fused_res.primitives.common import check, dense
+from fused_res.primitives.run import Run
 
 
 class Vectors(NamedTuple):
@@ -50,7 +51,7 @@ def bn_finalize(
     eps: float,
     residual_scale: Tensor | None = None,
     *,
-    backend: str,
+    run: Run,
 ) -> Tensor:
     """Merge partial statistics and derive what normalisation needs.
 
@@ -77,7 +78,7 @@ def bn_finalize(
             check(name, vector, (channels,), vector.dtype, partials.device)
     if residual_scale is not None:
         check("residual_scale", residual_scale, (), residual_scale.dtype, partials.device)
-    return select("bn_finalize", backend, partials.device, plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
+    return (run.find("bn_finalize", partials.device) or plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
 
 
 def plain_running(
@@ -89,11 +90,11 @@ def plain_running(
     eps: float,
     residual_scale: Tensor | None,
     dtype: torch.dtype,
-    backend: str,
+    run: Run,
 ) -> Tensor:
     mean = mean.to(dtype) if bias is None else mean.to(dtype) - bias
     partials = torch.stack((mean, var.to(dtype))).unsqueeze(0)
-    return bn_finalize(partials, 1, 1, gamma, beta, eps, residual_scale, backend=backend)
+    return bn_finalize(partials, 1, 1, gamma, beta, eps, residual_scale, run=run)
 
 
 def bn_running(
@@ -106,7 +107,7 @@ def bn_running(
     residual_scale: Tensor | None = None,
     *,
     dtype: torch.dtype,
-    backend: str,
+    run: Run,
 ) -> Tensor:
     """The vectors of a BN that uses its running statistics, behind a convolution whose output lacks its bias.
 
@@ -127,5 +128,5 @@ def bn_running(
                 f"{name}: expected shape {tuple(mean.shape)} on {mean.device}, got {tuple(vector.shape)} on {vector.device}"
             )
     arguments = mean, var, bias, gamma, beta, eps, residual_scale, dtype
-    own = select("bn_running", backend, mean.device, None)
-    return plain_running(*arguments, backend) if own is None else own(*arguments)
+    own = run.find("bn_running", mean.device)
+    return plain_running(*arguments, run) if own is None else own(*arguments)

@@ -6,17 +6,13 @@ FUSED_RES_TUNE=1 nothing else. FUSED_RES_CONVOLUTIONS=library leaves all to the 
 kernel whatever has something fused into it.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_res import backends, plans, settings
-from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.spec import ConvBN
 
 
@@ -39,7 +35,7 @@ class Call(NamedTuple):
     @property
     def fused(self) -> tuple[str | bool, ...]:
         """What each operand makes the kernel compute beside the convolution, whatever its sizes; empty or false for nothing."""
-        return tuple(_kind(operand) for operand in self.operands)
+        return tuple(operand if isinstance(operand, bool) else getattr(operand, "kind", "") for operand in self.operands)
 
     def key(self) -> tuple:
         """What a choice depends on: geometry, dtype, what is fused into the convolution, and torch's own switches."""
@@ -61,35 +57,6 @@ def _shape(operand: object) -> tuple[int, ...]:
     return () if image is None else tuple(image.shape)
 
 
-def _kind(operand: object) -> str | bool:
-    if isinstance(operand, Activation):
-        return "" if operand.vectors is None else "bn relu"
-    if isinstance(operand, Gradient):
-        if operand.coefficients is None:
-            return ""
-        mask = "masked" if operand.masked else "signs" if operand.signs is not None else "relu"
-        return f"{mask} bn{'' if operand.training else ', running statistics'}"
-    if isinstance(operand, Output):
-        shortcut = "y2" if operand.y2 is not None else "skip" if operand.skip is not None else "none"
-        return f"output, {shortcut}{'' if operand.relu else ', no ReLU'}"
-    if isinstance(operand, Addend):
-        return f"{'plain' if operand.signs is None else 'masked'} addend, stride {operand.stride[0]} {operand.stride[1]}"
-    return operand if isinstance(operand, bool) else ""
-
-
-_imposed: ContextVar[Choice | None] = ContextVar("imposed", default=None)
-
-
-@contextmanager
-def imposing(choice: Choice) -> Iterator[None]:
-    """Inside, this is the choice for every convolution that the backend's own kernel could run."""
-    token = _imposed.set(choice)
-    try:
-        yield
-    finally:
-        _imposed.reset(token)
-
-
 def own_kernel(call: Call) -> tuple[Callable | None, str]:
     """The backend's own kernel for the convolution, or None and the reason."""
     if call.backend == backends.LIBRARY:
@@ -106,14 +73,11 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
 def choose(call: Call) -> Choice:
     """The choice that holds for this convolution."""
     kernel, why = own_kernel(call)
-    return Choice(False, why=why) if kernel is None else _choose(call)
+    return Choice(False, why=why) if kernel is None else settled(call)
 
 
-def _choose(call: Call) -> Choice:
+def settled(call: Call) -> Choice:
     """The choice for a convolution that the backend's own kernel can run."""
-    imposed = _imposed.get()
-    if imposed is not None:
-        return imposed
     asked = settings.convolutions()
     if asked == "library":
         return Choice(False, why="FUSED_RES_CONVOLUTIONS=library")
@@ -129,23 +93,3 @@ def _by_rule(call: Call, asked: str) -> Choice:
     if asked != "own" and pays is not None and not pays(call.primitive, call.unit, call.operands[0].pixels):
         return Choice(False, why="faster at this size")
     return Choice(True)
-
-
-def convolution(primitive: str, backend: str, unit: ConvBN, *operands: object) -> Callable | None:
-    """The backend's own kernel, to be called with the operands (the unit comes second), or None where the library runs.
-
-    Args:
-        operands: the arguments of the kernel's launcher but the unit.
-    """
-    calls = plans.recorder()
-    if calls is None and backend == backends.LIBRARY:
-        return None
-    call = Call(primitive, backend, unit, operands)
-    if calls is not None:
-        calls.append(call)
-        return None
-    kernel, _ = own_kernel(call)
-    choice = None if kernel is None else _choose(call)
-    if choice is None or not choice.own:
-        return None
-    return kernel if choice.config is None else functools.partial(kernel, config=choice.config)

@@ -1,18 +1,7 @@
-"""What every primitive needs: backend look-up, argument checks, and the precision its statistics are kept in."""
-
-from collections.abc import Callable
+"""What every primitive needs: argument checks, and the precision its statistics are kept in."""
 
 import torch
 from torch import Tensor
-
-from fused_res import backends, plans
-
-
-def select(primitive: str, backend: str, device: torch.device, plain: Callable) -> Callable:
-    """The backend's implementation of the primitive on this device, or the plain formula where it has none of its own."""
-    if plans.recorder() is not None:
-        return plain
-    return backends.load(backend).find(primitive, device) or plain
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

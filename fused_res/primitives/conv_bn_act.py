@@ -11,6 +11,7 @@ from fused_res.primitives import library
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.choice import Choice
 from fused_res.primitives.common import check, statistics_dtype
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 Step = Callable[[Tensor, Tensor | None], Tensor]
@@ -34,11 +35,11 @@ def plain(x: Tensor, skip: Tensor | None, unit: ConvBN, vectors: Tensor, relu: b
     return to_image(total.to(x.dtype), y.shape[0], *y.shape[2:])
 
 
-def who(unit: ConvBN, place: Place, backend: str) -> Choice:
+def who(unit: ConvBN, place: Place, run: Run) -> Choice:
     """Who is to run it: a kernel of the backend, where that takes the convolution and is taken to be faster, or the library."""
     n, _, height, width = place.shape
     down, right = unit.output_size(height, width)
-    kernels = backends.load(backend)
+    kernels = backends.load(run.backend)
     if unit.groups != 1:
         return Choice(False, why="grouped")
     if kernels.find("conv_bn_act", unit.weight.device) is None or not kernels.takes("conv_bn_act", unit, n * down * right):
@@ -53,7 +54,7 @@ def who(unit: ConvBN, place: Place, backend: str) -> Choice:
     return Choice(True) if kernels.pays("conv_bn_act", unit, n * down * right) else Choice(False, why="faster at this size")
 
 
-def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, backend: str) -> Step:
+def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Step:
     """Prepares `out = relu(scale * (x * weight) + shift [+ skip])`, computed in float32 at least and rounded as it is stored.
 
     The library gets the scale inside of the weight, rounded to the weight's dtype, and the weight in the order in which it reads it
@@ -71,8 +72,8 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, backend: str) ->
         ValueError, TypeError: vectors that do not fit the weight.
     """
     check("vectors", vectors, (5, unit.weight.shape[0]), statistics_dtype(unit.weight.dtype), unit.weight.device)
-    if who(unit, place, backend).own:
-        return backends.load(backend).find("conv_bn_act", unit.weight.device)(unit, vectors)
+    if who(unit, place, run).own:
+        return run.find("conv_bn_act", unit.weight.device)(unit, vectors)
     if library.fuses(unit.weight.dtype):
         return library.fused(unit, vectors, place.shape, place.relu, place.spare)
     kept = ConvBN(unit.weight.clone(), stride=unit.stride, padding=unit.padding, dilation=unit.dilation, groups=unit.groups)

@@ -7,9 +7,9 @@ from torch import Tensor
 from fused_res.layout import nhwc, to_rows
 from fused_res.primitives import library, products
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
-from fused_res.primitives.choice import convolution
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.operands import Activation, Addend, Gradient
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 
@@ -30,7 +30,7 @@ def plain(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
 
 
 def conv_dgrad(
-    dy: Gradient, like: Tensor, unit: ConvBN, *, inner: Activation | None = None, add: Addend | None = None, backend: str
+    dy: Gradient, like: Tensor, unit: ConvBN, *, inner: Activation | None = None, add: Addend | None = None, run: Run
 ) -> Inflow:
     """dx = dy * weight^T.
 
@@ -50,12 +50,12 @@ def conv_dgrad(
     """
     if inner is not None and add is not None:
         raise ValueError("add: expected None together with inner")
-    own = convolution("conv_dgrad", backend, unit, dy, like, inner, add)
+    own = run.convolution("conv_dgrad", unit, dy, like, inner, add)
     if own is not None:
         return Inflow(*own(dy.ready(), like, unit, inner, add))
-    dx = nhwc(plain(dy.values(backend), like, unit))
+    dx = nhwc(plain(dy.values(run), like, unit))
     if add is not None:
-        masked_add(dx, add, backend=backend)
+        masked_add(dx, add, run=run)
     if inner is None:
         return Inflow(dx)
-    return Inflow(dx, bn_act_backward_reduce(to_rows(dx), to_rows(inner.image), inner.vectors, backend=backend))
+    return Inflow(dx, bn_act_backward_reduce(to_rows(dx), to_rows(inner.image), inner.vectors, run=run))

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from fused_res.primitives import library, products
-from fused_res.primitives.choice import convolution
 from fused_res.primitives.operands import Activation, Gradient
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 
@@ -16,7 +16,7 @@ def plain(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     return library.wgrad(dy, x, unit)
 
 
-def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Tensor:
+def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, run: Run) -> Tensor:
     """dweight = sum over the pixels of dy x. Prologue: both may be still to be computed.
 
     Args:
@@ -27,7 +27,7 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, backend: str) -> Te
     Returns:
         dweight [K, C / groups, R, S] in the weight's dtype.
     """
-    own = convolution("conv_wgrad", backend, unit, dy, x)
+    own = run.convolution("conv_wgrad", unit, dy, x)
     if own is not None:
         return own(dy, x, unit)
-    return plain(dy.values(backend), x.values(backend), unit)
+    return plain(dy.values(run), x.values(run), unit)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
-from fused_res.primitives.common import check, select
+from fused_res.primitives.common import check
 from fused_res.primitives.operands import Addend
+from fused_res.primitives.run import Run
 
 
 def plain(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:
@@ -17,7 +18,7 @@ def plain(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, in
     dx[:, :, :: stride[0], :: stride[1]].add_(image)
 
 
-def masked_add(dx: Tensor, addend: Addend, *, backend: str) -> None:
+def masked_add(dx: Tensor, addend: Addend, *, run: Run) -> None:
     """`dx[:, :, ::sh, ::sw] += where(open, image, 0)`.
 
     Args:
@@ -33,4 +34,4 @@ def masked_add(dx: Tensor, addend: Addend, *, backend: str) -> None:
     check("addend", rows, rows.shape, dx.dtype, dx.device)
     if signs is not None:
         check("signs", signs, (rows.shape[0], sign_bytes(c)), torch.uint8, dx.device)
-    select("masked_add", backend, dx.device, plain)(dx, image, signs, (down, right))
+    (run.find("masked_add", dx.device) or plain)(dx, image, signs, (down, right))

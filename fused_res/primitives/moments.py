@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_res.primitives.bn_finalize import bn_finalize
-from fused_res.primitives.common import dense, select, statistics_dtype
+from fused_res.primitives.common import dense, statistics_dtype
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 SUSPECT = 2.0**-11
@@ -28,8 +29,8 @@ class Moments(NamedTuple):
     covariance: Tensor
 
 
-def plain(z: Activation, backend: str) -> tuple[Tensor, Tensor]:
-    rows = z.rows(backend).double()
+def plain(z: Activation, run: Run) -> tuple[Tensor, Tensor]:
+    rows = z.rows(run).double()
     mean = rows.mean(0)
     rows = rows - mean
     product = rows.T @ rows
@@ -37,7 +38,7 @@ def plain(z: Activation, backend: str) -> tuple[Tensor, Tensor]:
     return mean, (product + product.T) / (2 * rows.shape[0])
 
 
-def moments(z: Activation, *, backend: str) -> Moments:
+def moments(z: Activation, *, run: Run) -> Moments:
     """Mean and centred second moments of the columns of z, of the values that a matrix product would multiply.
 
     Args:
@@ -49,8 +50,8 @@ def moments(z: Activation, *, backend: str) -> Moments:
     """
     if z.pixels < 1:
         raise ValueError("z: expected at least one row, got none")
-    own = select("moments", backend, z.image.device, None) if z.pixels > FEW else None
-    return Moments(*(plain(z, backend) if own is None else own(z)))
+    own = run.find("moments", z.image.device) if z.pixels > FEW else None
+    return Moments(*(plain(z, run) if own is None else own(z)))
 
 
 class Tail(NamedTuple):
@@ -77,17 +78,17 @@ def spread(found: Moments, weight: Tensor) -> Spread:
     return Spread(var.clamp_min(0), weighted, var < SUSPECT * most)
 
 
-def plain_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None, backend: str) -> Tail:
+def plain_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None, run: Run) -> Tail:
     var, _, suspect = spread(found, unit.weight)
     mean = unit.weight.flatten(1).double() @ found.mean
-    direct = pointwise_direct_stats(z, unit.weight, suspect, backend=backend)
+    direct = pointwise_direct_stats(z, unit.weight, suspect, run=run)
     dtype = statistics_dtype(unit.weight.dtype)
     chosen = torch.where(suspect, direct, torch.stack((mean, var))).to(dtype)
-    vectors = bn_finalize(chosen.unsqueeze(0), 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, backend=backend)
+    vectors = bn_finalize(chosen.unsqueeze(0), 1, 1, unit.gamma, unit.beta, unit.eps, residual_scale, run=run)
     return Tail(vectors, suspect)
 
 
-def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, backend: str) -> Tail:
+def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale: Tensor | None = None, *, run: Run) -> Tail:
     """The vectors of a BN with batch statistics behind a 1x1 convolution, without the convolution's output.
 
     A row of the weight that is nearly orthogonal to the data (see `SUSPECT`) gets its statistics by a direct pass.
@@ -101,7 +102,7 @@ def moments_finalize(found: Moments, z: Activation, unit: ConvBN, residual_scale
     Returns:
         `Tail`, its vectors as from `bn_finalize`.
     """
-    own = select("moments_finalize", backend, z.image.device, None) if z.pixels > FEW else None
+    own = run.find("moments_finalize", z.image.device) if z.pixels > FEW else None
     if own is None:
-        return plain_finalize(found, z, unit, residual_scale, backend)
+        return plain_finalize(found, z, unit, residual_scale, run)
     return Tail(*own(found, z, unit._replace(gamma=dense(unit.gamma), beta=dense(unit.beta)), residual_scale))

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fused_res.backends import LIBRARY
-from fused_res.primitives.common import select
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 
@@ -38,7 +37,7 @@ def plain(moves: Sequence[Move]) -> None:
                 running.lerp_(value, weight)
 
 
-def move_statistics(moves: Sequence[Move], *, backend: str) -> None:
+def move_statistics(moves: Sequence[Move], *, run: Run) -> None:
     """`running = (1 - momentum) * running + momentum * batch`, with the unbiased variance, as `nn.BatchNorm2d` does.
 
     The mean is that of the convolution's output with its bias. Without a host synchronisation. A backend's own kernel takes plain
@@ -47,7 +46,6 @@ def move_statistics(moves: Sequence[Move], *, backend: str) -> None:
     Args:
         moves: units in the order of their calls; at least 2 pixels each.
     """
-    # Asks nobody where the formula is wanted: torch.compile cannot follow that.
-    own = None if backend == LIBRARY else select("move_statistics", backend, moves[0].vectors.device, None)
+    own = run.find("move_statistics", moves[0].vectors.device)
     if own is None or not own(moves):
         plain(moves)

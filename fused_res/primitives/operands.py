@@ -12,15 +12,15 @@ from torch import Tensor
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply
-from fused_res.primitives.common import select
+from fused_res.primitives.run import Run
 
 
-def multiplied(weight: Tensor, backend: str) -> Tensor:
+def multiplied(weight: Tensor, run: Run) -> Tensor:
     """The weight as the backend's matrix products multiply it: itself, or rounded to TF32 where they round float32 to that.
 
     What the moment form derives from a weight must be derived from these values.
     """
-    own = select("multiplied", backend, weight.device, None)
+    own = run.find("multiplied", weight.device)
     return weight if own is None else own(weight)
 
 
@@ -49,18 +49,23 @@ class Activation:
         n, _, h, w = self.image.shape
         return n * -(-h // self.stride[0]) * -(-w // self.stride[1])
 
-    def values(self, backend: str) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """What a convolution computes of it as it reads, or nothing."""
+        return "" if self.vectors is None else "bn relu"
+
+    def values(self, run: Run) -> Tensor:
         """The operand as an image, every pixel of it."""
         if self.vectors is None:
             return self.image
         if self._values is None:
-            self._values = _like(bn_act(to_rows(self.image), self.vectors, backend=backend)[0], self.image)
+            self._values = _like(bn_act(to_rows(self.image), self.vectors, run=run)[0], self.image)
         return self._values
 
-    def rows(self, backend: str) -> Tensor:
+    def rows(self, run: Run) -> Tensor:
         """The operand as a matrix [P, C], the pixels of `stride` only."""
         down, right = self.stride
-        return to_rows(self.values(backend)[:, :, ::down, ::right])
+        return to_rows(self.values(run)[:, :, ::down, ::right])
 
 
 @dataclass
@@ -88,11 +93,19 @@ class Gradient:
         """N * H' * W'."""
         return self.image.numel() // self.image.shape[1]
 
+    @property
+    def kind(self) -> str:
+        """What a convolution computes of it as it reads, or nothing."""
+        if self.coefficients is None:
+            return ""
+        mask = "masked" if self.masked else "signs" if self.signs is not None else "relu"
+        return f"{mask} bn{'' if self.training else ', running statistics'}"
+
     def ready(self) -> "Gradient":
         """The operand for a kernel that computes it as it loads: where it has been computed already, that image."""
         return self if self._values is None else Gradient(self._values)
 
-    def values(self, backend: str) -> Tensor:
+    def values(self, run: Run) -> Tensor:
         """The operand as an image."""
         if self.coefficients is None:
             return self.image
@@ -104,7 +117,7 @@ class Gradient:
                 self.coefficients,
                 training=self.training,
                 signs=self.signs,
-                backend=backend,
+                run=run,
             )
             self._values = _like(dy, self.image)
         return self._values
@@ -123,6 +136,12 @@ class Output(NamedTuple):
     vectors2: Tensor | None = None
     relu: bool = True
 
+    @property
+    def kind(self) -> str:
+        """What a convolution does before it stores."""
+        shortcut = "y2" if self.y2 is not None else "skip" if self.skip is not None else "none"
+        return f"output, {shortcut}{'' if self.relu else ', no ReLU'}"
+
 
 class Addend(NamedTuple):
     """A gradient that joins dx: `image` [N, C, h, w] where `signs` are open (everywhere without them), at every stride-th pixel."""
@@ -130,3 +149,8 @@ class Addend(NamedTuple):
     image: Tensor
     signs: Tensor | None = None
     stride: tuple[int, int] = (1, 1)
+
+    @property
+    def kind(self) -> str:
+        """What a convolution does before it stores."""
+        return f"{'plain' if self.signs is None else 'masked'} addend, stride {self.stride[0]} {self.stride[1]}"

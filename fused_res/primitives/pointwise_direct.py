@@ -5,8 +5,9 @@ from torch import Tensor
 
 from fused_res.layout import to_rows
 from fused_res.primitives.bn_act import unpack_signs
-from fused_res.primitives.common import select, statistics_dtype
+from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import Run
 
 _STRETCH = 64  # channels whose y the plain formula holds at once
 
@@ -17,16 +18,16 @@ def _stretches(suspect: Tensor) -> list[Tensor]:
     return list(wanted.split(_STRETCH)) if len(wanted) else []
 
 
-def plain_stats(z: Activation, weight: Tensor, suspect: Tensor, backend: str) -> Tensor:
+def plain_stats(z: Activation, weight: Tensor, suspect: Tensor, run: Run) -> Tensor:
     found = torch.zeros(2, len(suspect), dtype=torch.float64, device=suspect.device)
     for some in _stretches(suspect):
-        y = z.rows(backend).double() @ weight.flatten(1)[some].double().T
+        y = z.rows(run).double() @ weight.flatten(1)[some].double().T
         found[0, some] = y.mean(0)
         found[1, some] = (y - y.mean(0)).square().mean(0)
     return found
 
 
-def pointwise_direct_stats(z: Activation, weight: Tensor, suspect: Tensor, *, backend: str) -> Tensor:
+def pointwise_direct_stats(z: Activation, weight: Tensor, suspect: Tensor, *, run: Run) -> Tensor:
     """Mean and biased variance of the channels of y = W z that are suspect.
 
     Args:
@@ -37,21 +38,21 @@ def pointwise_direct_stats(z: Activation, weight: Tensor, suspect: Tensor, *, ba
     Returns:
         [2, C], float64; any finite values where not suspect. Decided on the device, without waiting for it.
     """
-    own = select("pointwise_direct_stats", backend, weight.device, None)
-    return plain_stats(z, weight, suspect, backend) if own is None else own(z, weight, suspect)
+    own = run.find("pointwise_direct_stats", weight.device)
+    return plain_stats(z, weight, suspect, run) if own is None else own(z, weight, suspect)
 
 
-def plain_sums(dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, backend: str) -> Tensor:
+def plain_sums(dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, run: Run) -> Tensor:
     found = torch.zeros(len(suspect), dtype=torch.float64, device=suspect.device)
     for some in _stretches(suspect):
-        y = z.rows(backend).double() @ weight.flatten(1)[some].double().T
+        y = z.rows(run).double() @ weight.flatten(1)[some].double().T
         g = torch.where(unpack_signs(signs, len(suspect))[:, some], to_rows(dout)[:, some].double(), 0)
         found[some] = (g * (y - mean[some])).sum(0)
     return found
 
 
 def pointwise_direct_sums(
-    dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, *, backend: str
+    dout: Tensor, signs: Tensor, z: Activation, weight: Tensor, mean: Tensor, suspect: Tensor, *, run: Run
 ) -> Tensor:
     """`sum g * (y - mean)` over the pixels, for the channels of y = W z that are suspect.
 
@@ -65,7 +66,7 @@ def pointwise_direct_sums(
     """
     if mean.dtype != statistics_dtype(weight.dtype):
         raise TypeError(f"mean: expected {statistics_dtype(weight.dtype)}, got {mean.dtype}")
-    own = select("pointwise_direct_sums", backend, weight.device, None)
+    own = run.find("pointwise_direct_sums", weight.device)
     if own is None:
-        return plain_sums(dout, signs, z, weight, mean, suspect, backend)
+        return plain_sums(dout, signs, z, weight, mean, suspect, run)
     return own(dout, signs, z, weight, mean, suspect)

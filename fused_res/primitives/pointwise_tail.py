@@ -8,8 +8,9 @@ from torch import Tensor
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import pack_signs, sign_bytes
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, select, statistics_dtype
+from fused_res.primitives.common import check, statistics_dtype
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import Run
 
 
 class Pointwise(NamedTuple):
@@ -29,28 +30,28 @@ class Joined(NamedTuple):
     projection: Pointwise | None = None
 
 
-def normalised(branch: Pointwise, backend: str) -> Tensor:
+def normalised(branch: Pointwise, run: Run) -> Tensor:
     """`scale * (W z) + shift` [P, C] in the vectors' dtype: scale and shift act on the accumulator."""
     v = Vectors(*branch.vectors)
-    y = branch.z.rows(backend).to(v.scale.dtype) @ branch.weight.flatten(1).to(v.scale.dtype).T
+    y = branch.z.rows(run).to(v.scale.dtype) @ branch.weight.flatten(1).to(v.scale.dtype).T
     return torch.addcmul(v.shift, y, v.scale)
 
 
-def plain(main: Pointwise, shortcut: Joined, keep_signs: bool, backend: str) -> tuple[Tensor, Tensor | None]:
-    total = normalised(main, backend)
+def plain(main: Pointwise, shortcut: Joined, keep_signs: bool, run: Run) -> tuple[Tensor, Tensor | None]:
+    total = normalised(main, run)
     if shortcut.skip is not None:
         total += to_rows(shortcut.skip)
     elif shortcut.y2 is not None:
         v = Vectors(*shortcut.vectors2)
         total += torch.addcmul(v.shift, to_rows(shortcut.y2).to(v.scale.dtype), v.scale)
     else:
-        total += normalised(shortcut.projection, backend)
+        total += normalised(shortcut.projection, run)
     out = total.relu_().to(main.weight.dtype)
     n, _, h, w = main.z.image.shape
     return to_image(out, n, h, w), pack_signs(~(out <= 0)) if keep_signs else None
 
 
-def pointwise_tail(main: Pointwise, shortcut: Joined, *, keep_signs: bool = False, backend: str) -> tuple[Tensor, Tensor | None]:
+def pointwise_tail(main: Pointwise, shortcut: Joined, *, keep_signs: bool = False, run: Run) -> tuple[Tensor, Tensor | None]:
     """`out = relu(scale * (W z) + shift + shortcut)`; scale and shift act on the accumulator, and out is rounded once.
 
     A projection has an accumulator of its own: `scale * (W z) + scale2 * (W2 x) + shift + shift2`, x sampled at its stride.
@@ -74,8 +75,8 @@ def pointwise_tail(main: Pointwise, shortcut: Joined, *, keep_signs: bool = Fals
             raise ValueError(f"{name}: expected {(n, channels, h, w)} of {image.dtype}, got {got}")
     if shortcut.projection is not None and shortcut.projection.z.pixels != main.z.pixels:
         raise ValueError(f"projection: expected {main.z.pixels} pixels, got {shortcut.projection.z.pixels}")
-    own = select("pointwise_tail", backend, main.weight.device, None)
-    out, signs = plain(main, shortcut, keep_signs, backend) if own is None else own(main, shortcut, keep_signs)
+    own = run.find("pointwise_tail", main.weight.device)
+    out, signs = plain(main, shortcut, keep_signs, run) if own is None else own(main, shortcut, keep_signs)
     if signs is not None:
         check("signs", signs, (main.z.pixels, sign_bytes(channels)), torch.uint8, image.device)
     return out, signs

@@ -20,12 +20,13 @@ from fused_res.layout import to_image, to_rows
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_reduce
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, dense, select, statistics_dtype
+from fused_res.primitives.common import check, dense, statistics_dtype
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.moments import FEW, Moments, spread
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_direct import pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Pointwise
+from fused_res.primitives.run import Run
 
 
 class Sums(NamedTuple):
@@ -59,9 +60,9 @@ def plain_scaled_weight(branch: Pointwise) -> Tensor:
     return (scale[:, None] * weight).to(weight.dtype)
 
 
-def scaled_weight(branch: Pointwise, *, backend: str) -> Tensor:
+def scaled_weight(branch: Pointwise, *, run: Run) -> Tensor:
     """A = diag(scale) W, [C, K]: what g is multiplied by, as the backend's products multiply it; in float64 for `FEW` pixels."""
-    own = select("scaled_weight", backend, branch.weight.device, None) if branch.z.pixels > FEW else None
+    own = run.find("scaled_weight", branch.weight.device) if branch.z.pixels > FEW else None
     return plain_scaled_weight(branch) if own is None else own(branch)
 
 
@@ -70,15 +71,13 @@ def _masked(dout: Tensor, signs: Tensor) -> Tensor:
     return torch.where(unpack_signs(signs, rows.shape[1]), rows, 0)
 
 
-def plain_reduce(
-    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    g, rows = _masked(dout, signs).double(), z.rows(backend).double()
+def plain_reduce(dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, run: Run) -> tuple[Tensor, Tensor, Tensor | None]:
+    g, rows = _masked(dout, signs).double(), z.rows(run).double()
     return g.sum(0), g.T @ (rows if mean is None else rows - mean), None
 
 
 def pointwise_tail_backward_reduce(
-    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None, *, backend: str
+    dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None, *, run: Run
 ) -> Sums:
     """`sum g` and `M = g^T (z - m)` in one pass over the incoming gradient, which may also write `g A`.
 
@@ -92,9 +91,9 @@ def pointwise_tail_backward_reduce(
     Returns:
         `Sums`. Sums over tiles are float32 or better within a tile and float64 across tiles.
     """
-    own = select("pointwise_tail_backward_reduce", backend, dout.device, None) if z.pixels > FEW else None
+    own = run.find("pointwise_tail_backward_reduce", dout.device) if z.pixels > FEW else None
     if own is None:
-        return Sums(*plain_reduce(dout, signs, z, mean, backend))
+        return Sums(*plain_reduce(dout, signs, z, mean, run))
     return Sums(*own(dout, signs, z, mean, scaled))
 
 
@@ -109,7 +108,7 @@ def plain_finalize(
     dout: Tensor,
     signs: Tensor,
     suspect: Tensor | None,
-    backend: str,
+    run: Run,
 ) -> TailGradients:
     v = Vectors(*(row.double() for row in branch.vectors))
     w = branch.weight.flatten(1).double()
@@ -121,7 +120,7 @@ def plain_finalize(
         _, weighted, cancelled = spread(found, branch.weight)
         suspect = cancelled if suspect is None else suspect
         mean = Vectors(*branch.vectors).mean
-        direct = pointwise_direct_sums(dout, signs, branch.z, branch.weight, mean, suspect, backend=backend)
+        direct = pointwise_direct_sums(dout, signs, branch.z, branch.weight, mean, suspect, run=run)
         d = torch.where(suspect, direct, d)
     d = v.invstd * d
     pixels, dtype = branch.z.pixels, statistics_dtype(branch.weight.dtype)
@@ -156,7 +155,7 @@ def pointwise_tail_backward_finalize(
     signs: Tensor,
     suspect: Tensor | None = None,
     *,
-    backend: str,
+    run: Run,
 ) -> TailGradients:
     """Everything that is per channel or per pair of channels; in float64, but for B.
 
@@ -170,8 +169,8 @@ def pointwise_tail_backward_finalize(
         suspect: which channels those are, [C], bool, as `moments_finalize` has found them; worked out again where not given.
     """
     arguments = sums, found, branch, scaled, dense(gamma), dense(beta), residual_scale, dout, signs, suspect
-    own = select("pointwise_tail_backward_finalize", backend, dout.device, None) if branch.z.pixels > FEW else None
-    return plain_finalize(*arguments, backend) if own is None else TailGradients(*own(*arguments))
+    own = run.find("pointwise_tail_backward_finalize", dout.device) if branch.z.pixels > FEW else None
+    return plain_finalize(*arguments, run) if own is None else TailGradients(*own(*arguments))
 
 
 def plain_apply(
@@ -182,12 +181,12 @@ def plain_apply(
     gradients: TailGradients,
     inner: bool,
     into: Tensor | None,
-    backend: str,
+    run: Run,
 ) -> Inflow:
     dtype = torch.float64 if z.pixels <= FEW else statistics_dtype(dout.dtype)
     dz = _masked(dout, signs).to(dtype) @ scaled.to(dtype)
     if gradients.quadratic is not None:
-        centred = (z.rows(backend).double() - gradients.mean).to(dtype)
+        centred = (z.rows(run).double() - gradients.mean).to(dtype)
         dz -= torch.addmm(gradients.constant.to(dtype), centred, gradients.quadratic.to(dtype))
     n, _, h, w = dout.shape
     if into is not None:
@@ -197,7 +196,7 @@ def plain_apply(
     rows = dz.to(dout.dtype)
     if not inner:
         return Inflow(to_image(rows, n, h, w))
-    partials = bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, backend=backend)
+    partials = bn_act_backward_reduce(rows, to_rows(z.image), z.vectors, run=run)
     return Inflow(to_image(rows, n, h, w), partials)
 
 
@@ -211,7 +210,7 @@ def pointwise_tail_backward_apply(
     *,
     inner: bool = False,
     into: Tensor | None = None,
-    backend: str,
+    run: Run,
 ) -> Inflow:
     """`dz = g A - (z - m) B - b`, and the ReLU and sums of the BN below, as the epilogue of `conv_dgrad` with `inner`.
 
@@ -234,7 +233,7 @@ def pointwise_tail_backward_apply(
         if into.shape != z.image.shape or not into.is_contiguous(memory_format=torch.channels_last):
             got = f"strides {into.stride()} for shape {tuple(into.shape)}"
             raise ValueError(f"into: expected a channels_last image of shape {tuple(z.image.shape)}, got {got}")
-    own = select("pointwise_tail_backward_apply", backend, dout.device, None) if z.pixels > FEW else None
+    own = run.find("pointwise_tail_backward_apply", dout.device) if z.pixels > FEW else None
     if own is None:
-        return plain_apply(dout, signs, z, scaled, gradients, inner, into, backend)
+        return plain_apply(dout, signs, z, scaled, gradients, inner, into, run)
     return Inflow(*own(dout, signs, z, scaled, through, gradients, inner, into))

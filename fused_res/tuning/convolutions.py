@@ -10,11 +10,12 @@ from fused_res import backends
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act_backward import masked
 from fused_res.primitives.bn_finalize import bn_finalize
-from fused_res.primitives.choice import Call, Choice, imposing
+from fused_res.primitives.choice import Call, Choice
 from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
 from fused_res.primitives.conv_fprop import Convolved, conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Gradient
+from fused_res.primitives.run import Fixed, of
 from fused_res.tuning import synthetic
 from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
 
@@ -27,15 +28,15 @@ def perform(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
 
 
 def _run(call: Call, choice: Choice) -> Convolved | Inflow | Tensor:
-    with imposing(choice):
-        if call.primitive == "conv_fprop":
-            x, sums, output = call.operands
-            return conv_fprop(x, call.unit, statistics=sums, output=output, backend=call.backend)
-        if call.primitive == "conv_dgrad":
-            dy, like, inner, add = call.operands
-            return conv_dgrad(dy, like, call.unit, inner=inner, add=add, backend=call.backend)
-        dy, x = call.operands
-        return conv_wgrad(dy, x, call.unit, backend=call.backend)
+    run = Fixed(call.backend, choice)
+    if call.primitive == "conv_fprop":
+        x, sums, output = call.operands
+        return conv_fprop(x, call.unit, statistics=sums, output=output, run=run)
+    if call.primitive == "conv_dgrad":
+        dy, like, inner, add = call.operands
+        return conv_dgrad(dy, like, call.unit, inner=inner, add=add, run=run)
+    dy, x = call.operands
+    return conv_wgrad(dy, x, call.unit, run=run)
 
 
 def comparable(call: Call, found: Convolved | Inflow | Tensor) -> list[Tensor]:
@@ -47,7 +48,7 @@ def comparable(call: Call, found: Convolved | Inflow | Tensor) -> list[Tensor]:
             return [found.image]
         image = found.image
         pixels = image.numel() // image.shape[1]
-        vectors = bn_finalize(found.partials, found.rows, pixels, None, None, 1e-5, backend=backends.LIBRARY)
+        vectors = bn_finalize(found.partials, found.rows, pixels, None, None, 1e-5, run=of(backends.LIBRARY))
         return [image, vectors[0], vectors[1]]
     if isinstance(found, Inflow):
         if found.partials is None:
@@ -113,7 +114,7 @@ def try_both(wgrad: Call, dgrad: Call, device: torch.device, measure: Measure) -
         found, best = choices(call), min(own, key=own.__getitem__, default=None)
         able.append({LIBRARY: found[LIBRARY]} | ({} if best is None else {best: found[best]}))
     pairs = {f"{w} + {d}": (able[0][w], able[1][d]) for w in able[0] for d in able[1]}
-    calls = [[synthetic.operands(call, device, seed) for call in (wgrad, dgrad)] for seed in range(INPUTS)]
+    calls = list(zip(*(_draws(call, device) for call in (wgrad, dgrad)), strict=True))
 
     def both(i: int, pair: tuple[Choice, Choice]) -> list[Convolved | Inflow | Tensor]:
         first, second = (synthetic.anew(call) for call in calls[i])
@@ -131,9 +132,15 @@ def try_both(wgrad: Call, dgrad: Call, device: torch.device, measure: Measure) -
     return [(choice, verdict) for choice in pairs[verdict.winner]]
 
 
+def _draws(call: Call, device: torch.device) -> list[Call]:
+    """The call on each draw of the data, the last of them `ADVERSE`."""
+    calls = [synthetic.operands(call, device, seed) for seed in range(INPUTS)]
+    return [*calls, synthetic.adverse_operands(calls[0])]
+
+
 def try_convolution(call: Call, device: torch.device, measure: Measure) -> tuple[Choice, Verdict]:
     """The choice for a convolution, tried on random data of the shapes of its operands, which need have none."""
-    calls = [synthetic.operands(call, device, seed) for seed in range(INPUTS)]
+    calls = _draws(call, device)
     able = choices(call)
 
     def candidate(choice: Choice) -> Candidate:

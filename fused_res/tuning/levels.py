@@ -1,6 +1,7 @@
 """The levels of a block on trial: forward and backward together where a BN takes the batch's statistics, forward otherwise."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ from fused_res.geometry import Geometry
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import of
 from fused_res.reference import pooled
 from fused_res.spec import FORMS, Block
 from fused_res.tuning import synthetic
-from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
+from fused_res.tuning.trials import ADVERSE, INPUTS, Candidate, Measure, Verdict, hold
 
 
 @dataclass
@@ -37,13 +39,13 @@ class Problem:
         return Problem(unpack([t.double() for t in tensors], spec, eps), self.x.double(), skip, self.dout.double(), self.training)
 
     def forward(self, level: str, backend: str) -> tuple[Tensor, list[Tensor]]:
-        return forward(self.x, self.skip, None, self.block, level, self.training, backend)
+        return forward(self.x, self.skip, None, self.block, level, self.training, of(backend))
 
     def backward(self, saved: Saved, level: str, backend: str) -> list[Tensor]:
         """The gradients of x, the skip and every tensor of the block."""
         tensors, spec, eps = pack(self.block)
         needs = Gradients(True, self.skip is not None, False, unpack([True] * len(tensors), spec, eps))
-        found = backward(self.dout, self.x, None, self.block, saved, needs, level, backend)
+        found = backward(self.dout, self.x, None, self.block, saved, needs, level, of(backend))
         units = [getattr(unit, name) for unit in found.block.units() for name in ("weight", "gamma", "beta")]
         return [gradient for gradient in (found.x, found.skip, *units) if gradient is not None]
 
@@ -66,14 +68,14 @@ class Problem:
         if preactivated:
             return Saved(vectors, [None if y is None else y.to(self.x.dtype) for y in inner.ys], None)
         ys = [y.to(self.x.dtype) for y in inner.ys[:count]]
-        level = Level.of(LEVELS[0], self.block)
+        level, run = Level.of(LEVELS[0], self.block), of(backend)
         z = Activation(self.x)
         if count:
             size = self.block.sizes(*self.x.shape[2:])[count - 1]
             z = Activation(to_image(ys[-1], self.x.shape[0], *size), vectors[-1])
-        found = [conv_bn(Activation(z.values(backend)), self.block.main[-1], None, level, backend)]
+        found = [conv_bn(Activation(z.values(run)), self.block.main[-1], None, level, run)]
         if self.block.projection is not None:
-            found.append(conv_bn(Activation(pooled(self.x, self.block.pool)), self.block.projection, None, level, backend))
+            found.append(conv_bn(Activation(pooled(self.x, self.block.pool)), self.block.projection, None, level, run))
         return Saved([*vectors, *(v for _, _, v in found)], [*ys, *(rows for _, rows, _ in found)], inner.signs)
 
     def step(self, level: str, backend: str) -> None:
@@ -90,9 +92,20 @@ class Problem:
         if not self.training:
             return [out]
         batch = [row for vectors, unit in zip(saved, self.block.norms(), strict=False) if unit.training for row in vectors[:2]]
-        stores = Level.of(level, self.block).stores
-        ys = [y if stored else None for y, stored in zip(state.ys, stores, strict=True)]
-        return [out, *batch, *self.backward(Saved(state.vectors, ys, state.signs), level, backend)]
+        return [out, *batch, *self.backward(_stored(state, level, self.block), level, backend)]
+
+    def keeps(self, level: str, backend: str, state: Saved | None) -> list[Tensor]:
+        """The output where x has a NaN and an infinity in it, and the gradients, from this state, where dout has."""
+        out, _ = replace(self, x=synthetic.adverse(self.x)).forward(level, backend)
+        if not self.training:
+            return [out]
+        return [out, *replace(self, dout=synthetic.adverse(self.dout)).backward(_stored(state, level, self.block), level, backend)]
+
+
+def _stored(state: Saved, level: str, block: Block) -> Saved:
+    """What a backward at this level starts from."""
+    ys = [y if stored else None for y, stored in zip(state.ys, Level.of(level, block).stores, strict=True)]
+    return Saved(state.vectors, ys, state.signs)
 
 
 def draw(geometry: Geometry, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -114,11 +127,16 @@ def try_levels(geometry: Geometry, backend: str, dtype: torch.dtype, device: tor
     states = [problem.state(backend) for problem in problems]
 
     def truth(i: int) -> list[Tensor]:
-        wide = problems[i].wide()
-        return wide.results(LEVELS[0], backends.LIBRARY, wide.state(backends.LIBRARY, states[i]))
+        wide = problems[i % INPUTS].wide()
+        state = wide.state(backends.LIBRARY, states[i % INPUTS])
+        return (wide.keeps if i == ADVERSE else wide.results)(LEVELS[0], backends.LIBRARY, state)
+
+    def results(level: str, i: int) -> list[Tensor]:
+        problem = problems[i % INPUTS]
+        return (problem.keeps if i == ADVERSE else problem.results)(level, backend, states[i % INPUTS])
 
     def candidate(level: str) -> Candidate:
-        return Candidate(lambda i: problems[i].step(level, backend), lambda i: problems[i].results(level, backend, states[i]))
+        return Candidate(lambda i: problems[i].step(level, backend), functools.partial(results, level))
 
     candidates = {level: candidate(level) for level in distinct(problems[0].block)}
     verdict = hold(candidates, LEVELS[0], truth, device, measure, queued=False)

@@ -5,6 +5,7 @@ convolutions. A ReLU that is closed in a draw with an even seed is open in one w
 Nothing is drawn from torch's global generators.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -128,6 +129,22 @@ def operands(call: Call, device: torch.device, seed: int) -> Call:
         return operand if make is None else make(draw, operand)
 
     return call._replace(unit=call.unit._replace(weight=weight), operands=tuple(fresh(operand) for operand in call.operands))
+
+
+def adverse(image: Tensor) -> Tensor:
+    """A copy whose first value is NaN, and whose last one infinite."""
+    found = image.clone()
+    found[(0,) * found.dim()], found[(-1,) * found.dim()] = math.nan, math.inf
+    return found
+
+
+def adverse_operands(call: Call) -> Call:
+    """The call with such images in its activations and gradients."""
+
+    def spoil(operand: object) -> object:
+        return replace(operand, image=adverse(operand.image)) if isinstance(operand, (Activation, Gradient)) else operand
+
+    return call._replace(operands=tuple(spoil(operand) for operand in call.operands))
 
 
 def anew(call: Call, dtype: torch.dtype | None = None) -> Call:

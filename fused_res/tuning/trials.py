@@ -8,8 +8,9 @@ Right is judged against a truth in float64, by the incumbent's own errors on the
   equally good candidates one has a largest error twice the other's only rarely.
 
 Both are asked of every result, on one draw of the data before the timing and on another after it: a kernel with a race may be
-right the first time. One that is refused although it is right costs time alone. The incumbent always stands, so that the winner
-is never slower than it where it was measured.
+right the first time. A third draw has a NaN and an infinity in it, and a candidate must not lose them: what is not finite in truth
+may not be finite in its results. One that is refused although it is right costs time alone. The incumbent always stands, so that
+the winner is never slower than it where it was measured.
 """
 
 import math
@@ -31,13 +32,17 @@ LARGEST = 4
 """Times the incumbent's largest error: what a candidate's may be."""
 INPUTS = 2
 """Draws of the data, in turn: what one round has left in a cache is of no use to the next."""
+ADVERSE = INPUTS
+"""The draw with a NaN and an infinity in it, for `results` alone."""
 _WARM = 2  # rounds that do not count
 _CACHES = 2  # times the size of the last cache is written between two timings
 _AHEAD = 1_000_000  # cycles that a GPU waits while the host enqueues
 
 
 class Candidate(NamedTuple):
-    """run: does the whole work once. results: what it gives, to be judged. Both on a draw of the data, 0 to `INPUTS` - 1."""
+    """run: does the whole work once. results: what it gives, to be judged. Both on a draw of the data, 0 to `INPUTS` - 1, and results
+    on `ADVERSE`, too.
+    """
 
     run: Callable[[int], object]
     results: Callable[[int], Sequence[Tensor]]
@@ -123,6 +128,14 @@ def _fault(results: Sequence[Tensor], incumbents: Sequence[Tensor], truth: Seque
     return None
 
 
+def _lost(results: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
+    """Where a NaN or an infinity has been lost, or None where none has."""
+    for i, (result, true) in enumerate(zip(results, truth, strict=True)):
+        if (result.isfinite() & ~true.isfinite()).any():
+            return f"wrong: result {i} has lost a NaN or an infinity"
+    return None
+
+
 def hold(
     candidates: Mapping[str, Candidate],
     incumbent: str,
@@ -155,12 +168,12 @@ def hold(
         true = truth(draw)
         for name in names:
             results, reason = _attempt(lambda name=name: candidates[name].results(draw), device)
-            reason = reason or _fault(results, best, true)
+            reason = reason or (_lost(results, true) if draw == ADVERSE else _fault(results, best, true))
             if reason is not None:
                 rejected[name] = reason
         return [name for name in names if name not in rejected]
 
-    able = right([name for name in candidates if name != incumbent], 0)
+    able = right(right([name for name in candidates if name != incumbent], 0), ADVERSE)
     if not able:
         return Verdict(incumbent, {}, rejected)
     seconds = dict(measure({name: candidates[name].run for name in (incumbent, *able)}, device, queued))

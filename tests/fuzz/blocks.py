@@ -1,8 +1,10 @@
 """Whole blocks against autograd in float64: every geometry, shortcut, layout, mode and frozen parameter, at every level."""
 
+import os
 from contextlib import nullcontext
 from math import isfinite
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from compare import same
@@ -14,7 +16,6 @@ from fused_res.accuracy import MARGIN, Result, check_signs
 from fused_res.block.forward import Saved
 from fused_res.functional import residual_block_with_saved
 from fused_res.planner import LEVELS, use_backend
-from fused_res.primitives import choice
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.spec import AvgPool, Block, ConvBN
@@ -335,8 +336,8 @@ def _plain(case: Whole, p: Problem, dtype: torch.dtype, force: list[Tensor] | No
 def _fused(case: Whole, p: Problem, dtype: torch.dtype, backend: str) -> tuple[Result, bool]:
     """Through the operator; also whether what was saved tells the signs of the ReLUs."""
     shortcut = p.skip if p.skip is not None else p.block.projection
-    imposed = choice.imposing(choice.Choice(True)) if case.own else nullcontext()
-    with use_backend(backend, case.level), imposed:
+    who = mock.patch.dict(os.environ, FUSED_RES_CONVOLUTIONS="own" if case.own else "auto")
+    with use_backend(backend, case.level), who:
         with _autocast(case, dtype):
             out, saved = residual_block_with_saved(p.x, p.block.main, shortcut, pool=p.block.pool, residual_scale=p.scale)
         # Read first: the backward may free what the graph holds.

@@ -1,6 +1,5 @@
 """The convolutions in all three directions: every geometry, prologue and epilogue, by the library and by kernels of ours."""
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fused_res.layout import to_image, to_rows
-from fused_res.primitives import choice, products
+from fused_res.primitives import products
 from fused_res.primitives.bn_act import pack_signs
+from fused_res.primitives.choice import Choice
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
+from fused_res.primitives.run import Fixed, Run, of
 from fused_res.spec import ConvBN
 from fuzz.bounds import activation, affine, gate, hold, hold_statistics, hold_sums, roundoff, stored, untouched
 from fuzz.draws import DTYPES, Scope, Target, Values, flags, offsets, seeds
@@ -99,8 +100,8 @@ def _cases(epilogues: tuple[str, ...]):
     return cases
 
 
-def _choosing(case: Conv):
-    return choice.imposing(choice.Choice(True)) if case.own else nullcontext()
+def _run(case: Conv, backend: str) -> Run:
+    return Fixed(backend, Choice(True)) if case.own else of(backend)
 
 
 def _unit(case: Conv, values: Values, dtype: torch.dtype) -> ConvBN:
@@ -235,8 +236,7 @@ def check_fprop(case: Conv, backend: str) -> None:
         finish = shortcut, vectors2
     given = [*_given(x), unit.weight]
     before = [t.clone() for t in given]
-    with _choosing(case):
-        image, partials, rows = conv_fprop(x, unit, statistics=case.epilogue == "statistics", output=output, backend=backend)
+    image, partials, rows = conv_fprop(x, unit, statistics=case.epilogue == "statistics", output=output, run=_run(case, backend))
     assert image.dtype == dtype
     assert image.is_contiguous(memory_format=torch.channels_last)
     if output is None:
@@ -283,8 +283,7 @@ def check_dgrad(case: Conv, backend: str) -> None:
         joins[:, :, :: stride[0], :: stride[1]] = to_image(rows.double().contiguous(), g.n, *small[2:])
     given = [*_given(dy), unit.weight]
     before = [t.clone() for t in given]
-    with _choosing(case):
-        got = conv_dgrad(dy, like, unit, inner=inner, add=add, backend=backend)
+    got = conv_dgrad(dy, like, unit, inner=inner, add=add, run=_run(case, backend))
     assert got.image.shape == shape
     assert got.image.is_contiguous(memory_format=torch.channels_last)
     assert got.image.data_ptr() != like.data_ptr()
@@ -327,8 +326,7 @@ def check_wgrad(case: Conv, backend: str) -> None:
         slack = slack + limit[:, :, None, None]
     given = [*_given(x, dy), unit.weight]
     before = [t.clone() for t in given]
-    with _choosing(case):
-        got = conv_wgrad(dy, x, unit, backend=backend)
+    got = conv_wgrad(dy, x, unit, run=_run(case, backend))
     assert got.shape == unit.weight.shape
     assert got.dtype == dtype
     hold(got, dw, slack, "conv_wgrad")

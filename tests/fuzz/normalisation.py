@@ -19,6 +19,7 @@ from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.masked_add import masked_add
 from fused_res.primitives.move_statistics import Move, move_statistics
 from fused_res.primitives.operands import Addend
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 from fuzz.bounds import affine, gate, hold, hold_signs, hold_statistics, hold_sums, roundoff, stored, untouched
 from fuzz.draws import DTYPES, Scope, Target, Values, flags, kinds, offsets, seeds, statistics
@@ -40,7 +41,7 @@ def _stats(scope: Scope):
 def check_stats(case: Stats, backend: str) -> None:
     y = Values(case.seed).matrix(case.pixels, case.channels, dtype=DTYPES[case.dtype], kind=case.kind, offset=case.offset)
     before = y.clone()
-    partials, rows = bn_stats(y, backend=backend)
+    partials, rows = bn_stats(y, run=of(backend))
     assert partials.dtype == statistics(y.dtype)
     hold_statistics(partials, rows, y, "bn_stats")
     untouched([y], [before], "bn_stats")
@@ -111,7 +112,7 @@ def check_finalize(case: Finalize, backend: str) -> None:
     gamma, beta, scale = _affine_vectors(values, case, case.channels, dtype)
     given = [t for t in (partials, gamma, beta, scale) if t is not None]
     before = [t.clone() for t in given]
-    got = bn_finalize(partials, case.rows, pixels, gamma, beta, case.eps, scale, backend=backend)
+    got = bn_finalize(partials, case.rows, pixels, gamma, beta, case.eps, scale, run=of(backend))
     assert got.shape == (5, case.channels)
     assert got.dtype == dtype
     counts = torch.full((case.tiles, 1), float(case.rows), dtype=torch.float64)
@@ -152,7 +153,7 @@ def check_running(case: Running, backend: str) -> None:
     mean, var = values.wide(c).to(buffers), values.wide(c).square().to(buffers)
     bias = values.maybe(case.bias, c, dtype=dtype if dtype == torch.float64 else DTYPES[case.parameters])
     gamma, beta, scale = _affine_vectors(values, case, c, dtype)
-    got = bn_running(mean, var, bias, gamma, beta, case.eps, scale, dtype=dtype, backend=backend)
+    got = bn_running(mean, var, bias, gamma, beta, case.eps, scale, dtype=dtype, run=of(backend))
     true = mean.double() - (0 if bias is None else bias.double())
     off = roundoff(dtype) * (mean.double().abs() + true.abs())
     _hold_vectors(got, true, off, var.double(), torch.zeros(c), case.eps, gamma, beta, scale, "bn_running")
@@ -190,7 +191,7 @@ def check_act(case: Act, backend: str) -> None:
         y2, vectors2 = values.matrix(*shape, **options), values.vectors(case.channels, dtype)
     given = [t for t in (y, vectors, skip, y2, vectors2) if t is not None]
     before = [t.clone() for t in given]
-    out, signs = bn_act(y, vectors, skip=skip, y2=y2, vectors2=vectors2, keep_signs=case.signs, backend=backend)
+    out, signs = bn_act(y, vectors, skip=skip, y2=y2, vectors2=vectors2, keep_signs=case.signs, run=of(backend))
     u = roundoff(dtype)
     total, slack = affine(y.double(), vectors)
     size = total.abs() + slack / u
@@ -243,7 +244,7 @@ def check_back(case: Back, backend: str) -> None:
     before = [t.clone() for t in given]
     g, doubt = gate(dout, y, vectors, signs)
 
-    partials = bn_act_backward_reduce(dout, y, vectors, signs=signs, y2=y2, vectors2=vectors2, backend=backend)
+    partials = bn_act_backward_reduce(dout, y, vectors, signs=signs, y2=y2, vectors2=vectors2, run=of(backend))
     assert partials.dtype == vectors.dtype
     assert partials.shape[1:] == (3 if second else 2, case.channels)
     hold_sums(partials[:, 0], g, doubt.sum(0), "reduce: sum g")
@@ -257,13 +258,13 @@ def check_back(case: Back, backend: str) -> None:
     found = []
     for row in range(1, 2 + second):
         training, v = case.training[row - 1], vectors if row == 1 else vectors2
-        got = bn_act_backward_finalize(partials, row, case.pixels, v, gamma, beta, scale, training=training, backend=backend)
+        got = bn_act_backward_finalize(partials, row, case.pixels, v, gamma, beta, scale, training=training, run=of(backend))
         _hold_coefficients(got, partials.double(), row, case.pixels, v.double(), gamma, beta, scale, training, u)
         found.append(got)
 
     pair = {"y2": y2, "coefficients2": found[1], "training2": case.training[1]} if second else {}
     dy, dy2, kept = bn_act_backward_apply(
-        dout, y, vectors, found[0], training=case.training[0], signs=signs, keep_masked=case.keep, backend=backend, **pair
+        dout, y, vectors, found[0], training=case.training[0], signs=signs, keep_masked=case.keep, run=of(backend), **pair
     )
     assert (kept is not None) == case.keep
     assert (dy2 is not None) == second
@@ -337,7 +338,7 @@ def check_add(case: Add, backend: str) -> None:
     opened = values.open(case.n * small[0] * small[1], case.channels) if case.signs else None
     signs = None if opened is None else pack_signs(opened)
     before, other = dx.clone(), image.clone()
-    masked_add(dx, Addend(image, signs, case.stride), backend=backend)
+    masked_add(dx, Addend(image, signs, case.stride), run=of(backend))
     joins = (
         image.double()
         if opened is None
@@ -392,7 +393,7 @@ def check_moves(case: Moves, backend: str) -> None:
     for step in range(1, case.steps + 1):
         vectors = [values.vectors(c, wide) for c in case.channels]
         moves = [Move(unit, v, case.pixels) for unit, v in zip(units, vectors, strict=True)]
-        move_statistics(moves, backend=backend)
+        move_statistics(moves, run=of(backend))
         for i, (unit, v) in enumerate(zip(units, vectors, strict=True)):
             m = case.momentum
             if m is None:

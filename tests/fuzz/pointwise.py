@@ -20,6 +20,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_reduce,
     scaled_weight,
 )
+from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 from fuzz.bounds import affine, gate, hold, hold_signs, hold_sums, roundoff, stored, untouched
 from fuzz.draws import DTYPES, Scope, Target, Values, flags, offsets, seeds, statistics
@@ -50,7 +51,7 @@ def _activation(values: Values, o: Operand, dtype: torch.dtype, kind: str = "nor
 
 def _rows(z: Activation, backend: str) -> Tensor:
     """The operand's rows as the backend itself rounds them, in float64."""
-    return Activation(z.image, z.vectors, z.stride).rows(backend).double()
+    return Activation(z.image, z.vectors, z.stride).rows(of(backend)).double()
 
 
 class Second(NamedTuple):
@@ -75,7 +76,7 @@ def check_moments(case: Second, backend: str) -> None:
     values, dtype, u = Values(case.seed), DTYPES[case.dtype], roundoff(DTYPES[case.dtype])
     z = _activation(values, case.operand, dtype, case.kind)
     before = z.image.clone()
-    mean, covariance = moments(z, backend=backend)
+    mean, covariance = moments(z, run=of(backend))
     rows = _rows(z, backend)
     pixels, channels = rows.shape
     assert mean.dtype == covariance.dtype == torch.float64
@@ -108,11 +109,11 @@ def check_moments_finalize(case: Second, backend: str) -> None:
         weight[0] = 0
         weight[0, 0], weight[0, 1] = 1, -1
     rows = _rows(z, backend)
-    weight = multiplied(weight, backend)
+    weight = multiplied(weight, of(backend))
     centred = rows - rows.mean(0)
     found = Moments(rows.mean(0), (centred.T @ centred + (centred.T @ centred).T) / (2 * len(rows)))
     unit = ConvBN(weight, gamma=gamma, beta=beta, eps=1e-3)
-    got, suspect = moments_finalize(found, z, unit, scale, backend=backend)
+    got, suspect = moments_finalize(found, z, unit, scale, run=of(backend))
     y = rows @ weight.flatten(1).double().T
     mean, var = y.mean(0), (y - y.mean(0)).square().mean(0)
     # Of what is not suspect at most 11 bits of 53 cancel; a suspect's sums may be taken in the precision of the rows.
@@ -152,7 +153,7 @@ def check_direct(case: Second, backend: str) -> None:
     y, size = rows @ w.T, rows.abs() @ w.abs().T
     u = roundoff(dtype)
     off = (k + 4) * u * size
-    found = pointwise_direct_stats(z, weight, suspect, backend=backend)
+    found = pointwise_direct_stats(z, weight, suspect, run=of(backend))
     assert found.dtype == torch.float64
     assert found.shape == (2, c)
     mean, var = y.mean(0), y.var(0, correction=0)
@@ -166,7 +167,7 @@ def check_direct(case: Second, backend: str) -> None:
     n, (h, wd) = case.operand.n, case.operand.size
     dout, opened = values.image(n, c, h, wd, dtype=dtype), values.open(len(rows), c)
     signs, mean = pack_signs(opened), mean.to(statistics(dtype))
-    sums = pointwise_direct_sums(dout, signs, z, weight, mean, suspect, backend=backend)
+    sums = pointwise_direct_sums(dout, signs, z, weight, mean, suspect, run=of(backend))
     g = torch.where(opened, to_rows(dout).double(), 0)
     terms = g * (y - mean.double())
     limit = (g.abs() * off).sum(0) + (len(rows) + 8) * u * (g.abs() * (y.abs() + mean.double().abs())).sum(0)
@@ -228,7 +229,7 @@ def check_tail(case: Tail, backend: str) -> None:
             shortcut = Joined(y2=image, vectors2=vectors2)
             other, off = affine(to_rows(image).double(), vectors2)
     before = [t.clone() for t in given]
-    out, signs = pointwise_tail(main, shortcut, keep_signs=case.signs, backend=backend)
+    out, signs = pointwise_tail(main, shortcut, keep_signs=case.signs, run=of(backend))
     assert out.shape == shape
     assert out.dtype == dtype
     limit = slack + off + 4 * roundoff(dtype) * (total.abs() + other.abs())
@@ -286,14 +287,14 @@ def check_tail_back(case: TailBack, backend: str) -> None:
     given = [z.image, branch.weight, dout, signs]
     before = [t.clone() for t in given]
 
-    scaled = scaled_weight(branch, backend=backend)
+    scaled = scaled_weight(branch, run=of(backend))
     weight = branch.weight.flatten(1).double()
     a = v.scale[:, None] * weight
     within(scaled.double(), a, stored(a, 2 * u * a.abs(), scaled.dtype), "scaled_weight")
 
     fresh = Activation(z.image, z.vectors, z.stride)
     mean = None if found is None else found.mean
-    sums = pointwise_tail_backward_reduce(dout, signs, fresh, mean, None if case.reread else scaled, backend=backend)
+    sums = pointwise_tail_backward_reduce(dout, signs, fresh, mean, None if case.reread else scaled, run=of(backend))
     assert sums.total.dtype == sums.product.dtype == torch.float64
     centre = rows if mean is None else rows - mean
     within(sums.total, g.sum(0), (pixels + 4) * u * g.abs().sum(0), "reduce: sum g")
@@ -310,7 +311,7 @@ def check_tail_back(case: TailBack, backend: str) -> None:
 
     gamma, beta = (values.maybe(there, c, dtype=wide) for there in case.affine[:2])
     scale = values.maybe(case.affine[2], dtype=wide)
-    grads = pointwise_tail_backward_finalize(sums, found, branch, scaled, gamma, beta, scale, dout, signs, backend=backend)
+    grads = pointwise_tail_backward_finalize(sums, found, branch, scaled, gamma, beta, scale, dout, signs, run=of(backend))
     _hold_tail_gradients(grads, sums, found, branch, scaled, gamma, beta, scale, (g, y, rows), pixels)
 
     into, start = None, 0.0
@@ -321,7 +322,7 @@ def check_tail_back(case: TailBack, backend: str) -> None:
     fresh = Activation(z.image, z.vectors, z.stride)
     kept = None if sums.through is None else sums.through.clone()
     inflow = pointwise_tail_backward_apply(
-        dout, signs, fresh, scaled, kept, grads, inner=case.end == "inner", into=into, backend=backend
+        dout, signs, fresh, scaled, kept, grads, inner=case.end == "inner", into=into, run=of(backend)
     )
     base = through if sums.through is None else sums.through.double()
     terms, off = base.clone(), (c + 8) * u * (g.abs() @ scaled.double().abs())

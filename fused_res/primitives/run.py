@@ -1,0 +1,83 @@
+"""Who carries out the primitives: an object that each of them is given, and that alone says which kernel runs."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from fused_res import backends
+from fused_res.primitives.choice import Call, Choice, own_kernel, settled
+from fused_res.spec import ConvBN
+
+
+class Run:
+    """By the kernels of one backend, and by plain formulas where it has none."""
+
+    def __init__(self, backend: str) -> None:
+        """Raises ValueError for an unknown name, as soon as a kernel is looked up."""
+        self.backend = backend
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.backend!r})"
+
+    def find(self, primitive: str, device: torch.device) -> Callable | None:
+        """The backend's implementation of the primitive on this device, or None where the plain formula runs."""
+        # Nobody is asked for those that have none: torch.compile cannot follow that.
+        return None if self.backend == backends.LIBRARY else backends.load(self.backend).find(primitive, device)
+
+    def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> Callable | None:
+        """The backend's own kernel, to be called with the operands (the unit comes second), or None where the library runs.
+
+        Args:
+            operands: the arguments of the kernel's launcher but the unit.
+        """
+        if self.backend == backends.LIBRARY:
+            return None
+        call = Call(primitive, self.backend, unit, operands)
+        kernel, _ = own_kernel(call)
+        choice = None if kernel is None else self._choice(call)
+        if choice is None or not choice.own:
+            return None
+        return kernel if choice.config is None else functools.partial(kernel, config=choice.config)
+
+    def library(self) -> "Run":
+        """The same with the library's convolutions."""
+        return PLAIN
+
+    def _choice(self, call: Call) -> Choice:
+        return settled(call)
+
+
+of = functools.cache(Run)
+"""The run by a backend of this name: one and the same object each time."""
+
+PLAIN = of(backends.LIBRARY)
+"""By plain formulas alone, and the library's convolutions."""
+
+
+class Fixed(Run):
+    """One choice for every convolution that the backend's own kernel can run: what is being tried."""
+
+    def __init__(self, backend: str, choice: Choice) -> None:
+        super().__init__(backend)
+        self._fixed = choice
+
+    def _choice(self, call: Call) -> Choice:
+        return self._fixed
+
+
+class Recording(Run):
+    """By plain formulas, so that tensors without data will do; the convolutions that are asked for come into the list `calls`."""
+
+    def __init__(self, backend: str, calls: list[Call] | None = None) -> None:
+        super().__init__(backend)
+        self.calls: list[Call] = [] if calls is None else calls
+
+    def find(self, primitive: str, device: torch.device) -> None:
+        return None
+
+    def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> None:
+        self.calls.append(Call(primitive, self.backend, unit, operands))
+
+    def library(self) -> "Recording":
+        return Recording(backends.LIBRARY, self.calls)
