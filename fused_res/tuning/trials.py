@@ -40,8 +40,9 @@ _AHEAD = 1_000_000  # cycles that a GPU waits while the host enqueues
 
 
 class Candidate(NamedTuple):
-    """run: does the whole work once. results: what it gives, to be judged. Both on a draw of the data, 0 to `INPUTS` - 1, and results
-    on `ADVERSE`, too.
+    """run: does the whole work once. results: what it gives, to be judged.
+
+    Both on a draw of the data, 0 to `INPUTS` - 1; results also on `ADVERSE`.
     """
 
     run: Callable[[int], object]
