@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from fused_res.tuning import trials
-from fused_res.tuning.trials import INPUTS, LARGEST, Candidate, Errors, UnusableDeviceError, Verdict, errors, hold, limits, measure
+from fused_res.tuning.trials import (
+    ADVERSE,
+    INPUTS,
+    LARGEST,
+    Candidate,
+    Errors,
+    UnusableDeviceError,
+    Verdict,
+    errors,
+    hold,
+    limits,
+    measure,
+)
 
 CPU = torch.device("cpu")
 TRUTH = [torch.linspace(1, 2, 1000, dtype=torch.float64), torch.ones(7, 5, dtype=torch.float64)]
@@ -90,7 +102,22 @@ def test_one_that_is_right_once_does_not_win():
     verdict, _ = contest({"racy": candidate(race(1)), "b": candidate()}, {"library": 1.0, "racy": 0.1, "b": 0.5})
     assert verdict.winner == "b"
     assert "wrong" in verdict.rejected["racy"]
-    assert contest({"steady": candidate(race(2))}, {"library": 1.0, "steady": 0.1})[0].winner == "steady"
+    assert contest({"steady": candidate(race(3))}, {"library": 1.0, "steady": 0.1})[0].winner == "steady"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_that_loses_a_nan_or_an_infinity_never_wins(value):
+    def hit(tensors, i):
+        return [tensors[0].index_fill(0, torch.tensor(3), value), tensors[1]] if i == ADVERSE else tensors
+
+    def truth(i):
+        return hit(TRUTH, i)
+
+    keeps = Candidate(lambda i: None, lambda i: hit(right(), i))
+    spreads = Candidate(lambda i: None, lambda i: [found + 0 * found.sum() for found in hit(right(), i)])
+    verdict = held({"library": keeps, "keeps": keeps, "spreads": spreads, "loses": candidate()}, truth=truth)
+    assert verdict.rejected == {"loses": "wrong: result 0 has lost a NaN or an infinity"}
+    assert set(verdict.seconds) == {"library", "keeps", "spreads"}
 
 
 def test_right_is_measured_by_the_incumbents_errors_and_the_floor_of_the_dtype():

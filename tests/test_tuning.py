@@ -81,6 +81,9 @@ class Planted:
         spoil = self.spoil.get(config)
         if spoil == "crash":
             raise RuntimeError("no such instruction")
+        if spoil == "deaf":
+            image = found if isinstance(found, torch.Tensor) else found.image
+            image.nan_to_num_(0, 0, 0)
         if spoil == "wrong":
             image = found if isinstance(found, torch.Tensor) else found.image
             image[0, 0, 0, 0] += image.norm() / 100
@@ -208,7 +211,7 @@ def test_the_library_stays_where_nothing_is_faster(planted, timings):
     assert explain(block, x).rows[0].who_convolves() == "library (measured)"
 
 
-@pytest.mark.parametrize("spoil", ["wrong", "crash"])
+@pytest.mark.parametrize("spoil", ["wrong", "deaf", "crash"])
 def test_wrong_and_crashing_tiles_never_run_in_a_block(spoil, planted, timings):
     planted.spoil = {(32, 4): spoil, None: spoil}
     timings(**{"own": 0.1, "own (16, 4)": 0.8, "own (32, 4)": 0.1, "epilogue": 0.5})

@@ -8,9 +8,11 @@ Right is judged against a truth in float64, by the incumbent's own errors on the
   equally good candidates one has a largest error twice the other's only rarely.
 
 Both are asked of every result, on one draw of the data before the timing and on another after it: a kernel with a race may be
-right the first time. A third draw has a NaN and an infinity in it, and a candidate must not lose them: what is not finite in truth
-may not be finite in its results. One that is refused although it is right costs time alone. The incumbent always stands, so that
-the winner is never slower than it where it was measured.
+right the first time. A third draw has a NaN and an infinity in it, and a candidate must not lose them: what is finite neither in
+truth nor in the incumbent's results may not be finite in its own. (Products with padding, 0 * NaN, some libraries leave out.)
+
+One that is refused although it is right costs time alone. The incumbent always stands, so that the winner is never slower than it
+where it was measured.
 """
 
 import math
@@ -129,10 +131,10 @@ def _fault(results: Sequence[Tensor], incumbents: Sequence[Tensor], truth: Seque
     return None
 
 
-def _lost(results: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
+def _lost(results: Sequence[Tensor], incumbents: Sequence[Tensor], truth: Sequence[Tensor]) -> str | None:
     """Where a NaN or an infinity has been lost, or None where none has."""
-    for i, (result, true) in enumerate(zip(results, truth, strict=True)):
-        if (result.isfinite() & ~true.isfinite()).any():
+    for i, (result, incumbent, true) in enumerate(zip(results, incumbents, truth, strict=True)):
+        if (result.isfinite() & ~incumbent.isfinite() & ~true.isfinite()).any():
             return f"wrong: result {i} has lost a NaN or an infinity"
     return None
 
@@ -169,7 +171,7 @@ def hold(
         true = truth(draw)
         for name in names:
             results, reason = _attempt(lambda name=name: candidates[name].results(draw), device)
-            reason = reason or (_lost(results, true) if draw == ADVERSE else _fault(results, best, true))
+            reason = reason or (_lost(results, best, true) if draw == ADVERSE else _fault(results, best, true))
             if reason is not None:
                 rejected[name] = reason
         return [name for name in names if name not in rejected]
