@@ -59,6 +59,7 @@ def run(folder, *options, hang):
     return done, [(line.split()[0], line.split("::")[1].split()[0]) for line in summary]
 
 
+@pytest.mark.slow
 def test_each_costs_one_test(tmp_path):
     """With the plugin of `make gpu` that passes over what has passed: a worker that comes later must not pass over more."""
     pytest.importorskip("xdist")

@@ -435,7 +435,7 @@ def test_a_detector_without_torchvisions_operators_says_so(detect):
         detect.main(CPU)
 
 
-@pytest.mark.parametrize(("name", "trainable"), [("resnet18", 5), ("resnet18", 3), ("resnet50", 3)])
+@pytest.mark.parametrize(("name", "trainable"), [("resnet18", 5), pytest.param("resnet50", 3, marks=pytest.mark.slow)])
 def test_a_detectors_backbone_fused_is_the_original_over_three_steps(detect, name, trainable):
     """Outputs, losses, gradients and state, in float64, with frozen BNs and the first stages frozen or not."""
     results = []

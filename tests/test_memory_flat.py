@@ -43,7 +43,14 @@ def step(block, x, i):
     block(x).sum().backward()
 
 
-@pytest.mark.parametrize(("name", "level"), [("native", LEVELS[0]), ("native", LEVELS[-1]), ("reference", LEVELS[-1])])
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        ("native", LEVELS[-1]),
+        pytest.param("native", LEVELS[0], marks=pytest.mark.slow),
+        pytest.param("reference", LEVELS[-1], marks=pytest.mark.slow),
+    ],
+)
 def test_many_steps_leave_nothing_behind(name, level):
     reason = backends.supports(name, torch.device("cpu"), torch.float32)
     if reason is not None:

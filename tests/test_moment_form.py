@@ -262,12 +262,12 @@ def test_tf32_rounds_to_nearest_even(device, tf32, proven_interpreter):
     ties = torch.tensor([1 + 2.0**-11, 1 + 3 * 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 + 2.0**-23, 0.0, -0.0, 2.0**-126])
     special = torch.tensor([float("inf"), float("-inf"), torch.finfo(torch.float32).max])
     values = torch.cat((values, ties, special)).to(device)
-    got = multiplied(values, "triton")
+    got = multiplied(values, of("triton"))
     same(got[:-1], torch.cat((rounded(values[:-3]), special[:2].to(device))))
     assert got[-1] == float("inf")
     same(got.signbit(), values.signbit())
     nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32, device=device).view(torch.float32)
-    every(multiplied(nan, "triton").isnan())
+    every(multiplied(nan, of("triton")).isnan())
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["identity", "projection"])

@@ -67,6 +67,7 @@ def test_crashes_and_hangs_cost_one_test_each_and_what_passed_is_left_out(run, m
     assert run() == (0, [])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_has_written_what_it_found_and_the_next_runs_the_rest(run, monkeypatch, tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "fused_res.benchmarks.outcomes"]
     command += ["--outcomes", str(run.path), "test_planted.py", "-k", "passes"]

@@ -50,6 +50,7 @@ def check_blocks(capability, dtype, levels, cases):
     return {name for name, _ in kernels}
 
 
+@pytest.mark.slow
 def test_a_block_runs_with_little_shared_memory():
     kernels = check_blocks(86, "bfloat16", ["prologue"], ["resnet50.1.identity"])
     assert kernels >= {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_partial_kernel"}

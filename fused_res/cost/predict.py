@@ -57,11 +57,11 @@ def total(found: Iterable[Step], dtype: torch.dtype, gpu: Gpu, counts: Counts = 
     return sum(seconds(step, dtype, gpu, counts) for step in found)
 
 
-def level(geometry: Geometry, dtype: torch.dtype, gpu: Gpu, backward_too: bool = True) -> str:
+def level(geometry: Geometry, dtype: torch.dtype, gpu: Gpu, backward_too: bool = True, counts: Counts = SLOTS) -> str:
     """The level that takes the least time, if that is clearly less than the first one's."""
     block, _ = meta_block(geometry, dtype)
     names = list(dict.fromkeys(Level.of(name, block).name for name in LEVELS))
-    times = {name: total(steps(geometry, name, dtype, gpu.capability, backward_too), dtype, gpu) for name in names}
+    times = {name: total(steps(geometry, name, dtype, gpu.capability, backward_too), dtype, gpu, counts) for name in names}
     best = min(times, key=times.__getitem__)
     return best if times[best] < GAIN * times[LEVELS[0]] else LEVELS[0]
 
