@@ -18,7 +18,7 @@ from fused_res.primitives.pointwise_tail_backward import (
     pointwise_tail_backward_finalize,
     pointwise_tail_backward_reduce,
 )
-from fused_res.primitives.run import of
+from fused_res.primitives.run import PLAIN, of
 from fused_res.spec import ConvBN
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +66,7 @@ def test_moments_finalize(emulated, dtype, shape, inner, outer):
         found = moments(z, run=of("reference"))
         vectors, suspect = moments_finalize(found, z, unit, scale, run=of(emulated))
         wide = unit._replace(weight=unit.weight.double())
-        expected = plain_finalize(found, z, wide, scale, "reference")
+        expected = plain_finalize(found, z, wide, scale, PLAIN)
         same(suspect, expected.suspect)
         assert vectors.dtype == torch.float32
         size = expected.vectors.abs() + expected.vectors[3].abs() * expected.vectors[:2].abs().sum(0)
