@@ -14,7 +14,7 @@ import fused_res
 from blocks import image, make
 from fused_res import backends, folds, internals
 from fused_res.block import evaluation
-from fused_res.spec import pack
+from fused_res.block.packing import pack
 
 WHY = backends.supports("native", torch.device("cpu"), torch.float32)
 pytestmark = [
