@@ -9,7 +9,8 @@ CORE, POINTWISE = ("instruction", "plain"), ("fprop", "tail")
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INSTRUCTIONS = ("mma f32", "mma f16", "mma bf16", "matrices", "copies", "banks 4", "banks 8", "banks 16", "tf32")
 TILES = ("small", "large")
-ROWS = {"small": 64, "large": 128}
+ROWS = 64
+"""Of a tile that statistics are of."""
 
 
 def integers(*shape, low=-3, high=4, dtype=torch.bfloat16, seed=0):
@@ -79,7 +80,7 @@ def run_fprop(emulator, x, weight, v=None, stride=(1, 1), statistics=True, tile=
     """x [n, h, w, K], weight [C, K]: y [P, C], and partials [T, 2, C] or None."""
     pixels, channels = len(sampled(x, None, stride)), len(weight)
     y = torch.empty(pixels, channels, dtype=x.dtype)
-    partials = torch.empty(-(-pixels // ROWS[tile]), 2, channels) if statistics else None
+    partials = torch.empty(-(-pixels // ROWS), 2, channels) if statistics else None
     numbers = (NUMBERS[x.dtype], TILES.index(tile), *activation(x, stride), channels)
     outputs = [y] if partials is None else [y, partials]
     emulator.run("fprop", numbers, (x, v, weight, y, partials), outputs, **options)

@@ -108,18 +108,16 @@ __device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
   return {0, 0, 0, static_cast<int>(channel), left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>};
 }
 
-// All have the same 48 KiB of shared memory or less, which every GPU gives without being asked.
-using LargeTiling = Tiling<128, 128, 64, 3, 4>;
-/// For two accumulators, which would leave a large tile's threads no registers.
-using MiddleTiling = Tiling<64, 128, 64, 3, 4>;
+// Both take the 48 KiB of shared memory that every GPU gives without being asked, or less. Their rows are shared by as
+// many warps: no bit of a result, statistics included, depends on the tile.
+using LargeTiling = Tiling<64, 128, 64, 3, 4>;
 using SmallTiling = Tiling<64, 64, 64, 4, 4>;
 
-/// Which tile, from the shape alone: a large one where there are enough of them to fill a GPU of 144 multiprocessors
-/// twice.
 enum class Tile { kSmall, kLarge };
 
+/// From the shape alone: a large one where there are enough of them to fill a GPU of 144 multiprocessors twice.
 inline Tile default_tile(std::int64_t pixels, int channels) {
-  return channels > 64 && (pixels + 127) / 128 * ((channels + 127) / 128) >= 288 ? Tile::kLarge : Tile::kSmall;
+  return channels > 64 && tiles_of<LargeTiling>(pixels, channels) >= 288 ? Tile::kLarge : Tile::kSmall;
 }
 
 }  // namespace fused_res::cuda

@@ -21,6 +21,8 @@ struct Tiling {
   static constexpr int kWarps = kWarpsDown * kWarpsAcross, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = kRows / kWarpsDown;
   static constexpr int kTilesDown = kWarpRows / 16, kTilesAcross = kWarpColumns / 8;
+  /// Of a multiprocessor at once: 16 warps of 128 registers a thread.
+  static constexpr int kBlocks = 512 / kThreads;
   static_assert(kColumns % kWarpColumns == 0 && kWarpRows % 16 == 0 && kStages >= 2);
 
   /// The first row and column of the thread's warp.
@@ -243,30 +245,30 @@ struct Product {
     const int row = Tiling::warp_row(), column = Tiling::warp_column();
 #pragma unroll
     for (int step = 0; step < kDepth / (2 * kGroup<T>); ++step) {
-      std::uint32_t a[Tiling::kTilesDown][4], b[Tiling::kTilesAcross / 2][4];
-#pragma unroll
-      for (int i = 0; i < Tiling::kTilesDown; ++i) stage.first.load_first(a[i], row + 16 * i, step);
-#pragma unroll
-      for (int j = 0; j < Tiling::kTilesAcross / 2; ++j) stage.second.load_second(b[j], column + 16 * j, step);
-      if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (auto& words : a) {
-#pragma unroll
-          for (std::uint32_t& word : words) word = ptx::to_tf32(word);
-        }
-#pragma unroll
-        for (auto& words : b) {
-#pragma unroll
-          for (std::uint32_t& word : words) word = ptx::to_tf32(word);
-        }
-      }
+      std::uint32_t a[Tiling::kTilesDown][4];
 #pragma unroll
       for (int i = 0; i < Tiling::kTilesDown; ++i) {
+        stage.first.load_first(a[i], row + 16 * i, step);
+        as_multiplied(a[i]);
+      }
 #pragma unroll
-        for (int j = 0; j < Tiling::kTilesAcross; ++j) {
-          ptx::multiply<T>(sum.value[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      for (int j = 0; j < Tiling::kTilesAcross; j += 2) {
+        std::uint32_t b[4];
+        stage.second.load_second(b, column + 8 * j, step);
+        as_multiplied(b);
+#pragma unroll
+        for (int i = 0; i < Tiling::kTilesDown; ++i) {
+          ptx::multiply<T>(sum.value[i][j], a[i], b[0], b[1]);
+          ptx::multiply<T>(sum.value[i][j + 1], a[i], b[2], b[3]);
         }
       }
+    }
+  }
+
+  static __device__ __forceinline__ void as_multiplied(std::uint32_t (&words)[4]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (std::uint32_t& word : words) word = ptx::to_tf32(word);
     }
   }
 };
@@ -289,18 +291,20 @@ struct Groups {
   }
 
   /// Calls `finish(row in the block's tile, values, fetched)` in all lanes, with what `fetch(row)` has returned
-  /// earlier.
+  /// earlier: for several rows at once, so that their loads are on their way together.
   template <class Fetch, class Finish>
   static __device__ __forceinline__ void each(const Accumulators<Tiling>& sum, Memory& memory, Fetch fetch,
                                               Finish finish) {
+    using Fetched = decltype(fetch(0));
+    constexpr int kPasses = 16 / kDown, kAtOnce = 4;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     float* slab = memory.value[threadIdx.x / 32];
 #pragma unroll
     for (int i = 0; i < Tiling::kTilesDown; ++i) {
-      const int first = Tiling::warp_row() + 16 * i;
-      decltype(fetch(0)) fetched[16 / kDown];
+      const int first = Tiling::warp_row() + 16 * i + lane / kAcross;
+      Fetched fetched[kAtOnce];
 #pragma unroll
-      for (int p = 0; p < 16 / kDown; ++p) fetched[p] = fetch(first + p * kDown + lane / kAcross);
+      for (int p = 0; p < kAtOnce; ++p) fetched[p] = fetch(first + p * kDown);
       // What was there has been read.
       __syncwarp();
 #pragma unroll
@@ -313,18 +317,26 @@ struct Groups {
       }
       __syncwarp();
 #pragma unroll
-      for (int p = 0; p < 16 / kDown; ++p) {
-        const int row = p * kDown + lane / kAcross;
-        float value[kCount];
+      for (int batch = 0; batch < kPasses; batch += kAtOnce) {
+        if (batch > 0) {
 #pragma unroll
-        for (int q = 0; q < kCount / 4; ++q) {
-          const uint4 v = ptx::shared_load<uint4>(slab + place(row, lane % kAcross * kCount + 4 * q));
-          value[4 * q] = __uint_as_float(v.x);
-          value[4 * q + 1] = __uint_as_float(v.y);
-          value[4 * q + 2] = __uint_as_float(v.z);
-          value[4 * q + 3] = __uint_as_float(v.w);
+          for (int p = 0; p < kAtOnce; ++p) fetched[p] = fetch(first + (batch + p) * kDown);
         }
-        finish(first + row, value, fetched[p]);
+#pragma unroll
+        for (int p = 0; p < kAtOnce; ++p) {
+          const int row = (batch + p) * kDown;
+          float value[kCount];
+#pragma unroll
+          for (int q = 0; q < kCount / 4; ++q) {
+            const uint4 v =
+                ptx::shared_load<uint4>(slab + place(row + lane / kAcross, lane % kAcross * kCount + 4 * q));
+            value[4 * q] = __uint_as_float(v.x);
+            value[4 * q + 1] = __uint_as_float(v.y);
+            value[4 * q + 2] = __uint_as_float(v.z);
+            value[4 * q + 3] = __uint_as_float(v.w);
+          }
+          finish(first + row, value, fetched[p]);
+        }
       }
     }
   }

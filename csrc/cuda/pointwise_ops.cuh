@@ -1,0 +1,48 @@
+// What the operators of 1x1 convolutions share. Their kernels are compiled one format a file: pointwise_<format>.cu.
+#pragma once
+
+#include "operands.cuh"
+#include "pointwise_fprop.cuh"
+#include "pointwise_tail.cuh"
+
+namespace fused_res::cuda {
+
+extern template void pointwise_fprop<float>(const PointwiseFprop&, Tile, const Queue&);
+extern template void pointwise_fprop<Half>(const PointwiseFprop&, Tile, const Queue&);
+extern template void pointwise_fprop<BFloat16>(const PointwiseFprop&, Tile, const Queue&);
+extern template void pointwise_tail<float>(const PointwiseTail&, Tile, const Queue&);
+extern template void pointwise_tail<Half>(const PointwiseTail&, Tile, const Queue&);
+extern template void pointwise_tail<BFloat16>(const PointwiseTail&, Tile, const Queue&);
+
+/// Images [N, H, W, K] at a stride, and the BN and ReLU that are still to be applied.
+inline Activation activation(const char* name, const Tensor& image, const OptionalTensor& vectors, std::int64_t down,
+                             std::int64_t right) {
+  const Sampling sampling = sampling_of(name, image, down, right);
+  return activation_of(data(image), floats(vectors), image.size(0), channels_of(name, image), sampling);
+}
+
+/// The output channels of a weight [C, K], for which one launch has blocks enough.
+inline int product_channels(const char* name, const Tensor& weight, std::int64_t pixels) {
+  const std::int64_t most = std::numeric_limits<int>::max(),
+                     tiles = (pixels + SmallTiling::kRows - 1) / SmallTiling::kRows;
+  const std::int64_t channels = weight.size(0), across = channels / SmallTiling::kColumns + 1;
+  STD_TORCH_CHECK(channels < most - 1024 && weight.size(1) < most - 1024 && tiles <= most / across, name,
+                  ": too many channels, ", channels, " of ", weight.size(1), ", for ", pixels, " pixels");
+  return static_cast<int>(channels);
+}
+
+/// The instructions are those of Ampere.
+inline void check_multiplies(const Tensor& tensor) {
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  STD_TORCH_CHECK(major >= 8, "fused_res: products need a GPU of compute capability 8.0 or later");
+}
+
+template <class Run>
+void with_number(Number number, Run run) {
+  if (number == Number::kFloat) run(Type<float>{});
+  if (number == Number::kHalf) run(Type<Half>{});
+  if (number == Number::kBFloat16) run(Type<BFloat16>{});
+}
+
+}  // namespace fused_res::cuda

@@ -1,0 +1,282 @@
+"""The CUDA kernels of 1x1 convolutions, on the CPU under AddressSanitizer and UBSan with shuffled threads."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compare import every, same, within
+
+from fused_res.primitives import bn_finalize as finalize
+from fused_res.tolerance import MARGIN, floor
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
+    pytest.mark.slow,
+]
+
+
+def beside(name):
+    """A module of this folder, which is not on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda, products = beside("cuda_emulator"), beside("cuda_products")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = (BF16, F16, F32)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Image, stride, input and output channels: whole tiles in none of them; what 16-byte copies cannot take; single ones.
+SHAPES = [((1, 9, 10), (1, 1), 40, 72), ((2, 7, 5), (2, 3), 12, 21), ((1, 1, 3), (1, 2), 1, 1)]
+over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=["wide", "ragged", "single"])
+SHORTCUTS = ("none", "skip", "second", "projection")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    program = cuda.build(tmp_path_factory.mktemp("pointwise"), "cuda_pointwise", "-O0")
+    emulator = cuda.Emulator(program, products.POINTWISE)
+    yield emulator
+    emulator.close()
+
+
+def fprop_arguments(shape, dtype, make, activated=True):
+    size, stride, depth, channels = shape
+    whole = make is products.integers
+    x, weight = make(*size, depth, dtype=dtype), make(channels, depth, dtype=dtype, seed=1)
+    weight = weight.clamp(-1, 1) if whole else weight / depth**0.5
+    return x, weight.to(dtype), products.vectors(depth, whole=whole) if activated else None, stride
+
+
+def tail_arguments(shape, dtype, make, shortcut):
+    """The keywords of `run_tail` and `tail`; a projection has half as many channels, at the shape's stride."""
+    (n, h, w), (down, right), depth, channels = shape
+    whole = make is products.integers
+    small = (n, -(-h // down), -(-w // right))
+
+    def branch(size, depth, activated, seed):
+        weight = make(channels, depth, dtype=dtype, seed=seed + 1)
+        weight = (weight.clamp(-1, 1) if whole else weight / depth**0.5).to(dtype)
+        inner = products.vectors(depth, seed=seed, whole=whole) if activated else None
+        return make(*size, depth, dtype=dtype, seed=seed), inner, weight, products.vectors(channels, seed=seed + 2, whole=whole)
+
+    arguments = {"main": branch(small, depth, True, 0)}
+    other = make(small[0] * small[1] * small[2], channels, dtype=dtype, seed=7)
+    if shortcut == "skip":
+        arguments["skip"] = other
+    if shortcut == "second":
+        arguments |= {"y2": other, "vectors2": products.vectors(channels, seed=8, whole=whole)}
+    if shortcut == "projection":
+        arguments |= {"projection": branch((n, h, w), max(1, depth // 2), False, 9), "stride": (down, right)}
+    return arguments
+
+
+# Whole numbers
+
+
+@over_shapes
+@over_dtypes
+def test_fprop_of_whole_numbers_is_exact(emulator, dtype, shape):
+    for activated in (True, False):
+        x, weight, v, stride = fprop_arguments(shape, dtype, products.integers, activated)
+        y, partials = products.run_fprop(emulator, x, weight, v, stride)
+        expected = products.sampled(x, v, stride).double() @ weight.double().T
+        same(y, expected.to(dtype))
+        assert not emulator.conflicts
+        for tile, (mean, squares) in zip(y.double().split(products.ROWS), partials.double(), strict=True):
+            scale = tile.abs().amax(0) + 1
+            within(mean, tile.mean(0), 4 * 2.0**-24 * scale)
+            within(squares, (tile - tile.mean(0)).square().sum(0), 64 * 2.0**-23 * scale.square())
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@over_shapes
+@over_dtypes
+def test_tails_of_whole_numbers_are_exact(emulator, dtype, shape, shortcut):
+    arguments = tail_arguments(shape, dtype, products.integers, shortcut)
+    out, signs = products.run_tail(emulator, **arguments)
+    same(out, products.tail(**arguments)[0].to(dtype))
+    same(signs, products.signs_of(out))
+    assert not emulator.conflicts
+
+
+# Real numbers
+
+
+def error(got, truth):
+    return (got.double() - truth).norm() / truth.norm()
+
+
+@over_dtypes
+def test_fprop_is_within_the_rule(emulator, dtype):
+    x, weight, v, stride = fprop_arguments(SHAPES[0], dtype, products.real)
+    y, partials = products.run_fprop(emulator, x, weight, v, stride)
+    total = torch.addcmul(v[4].double(), x.double(), v[3].double())
+    truth = torch.where(total <= 0, 0, total).flatten(0, 2) @ weight.double().T
+    # Eager rounds BN's output and the ReLU's input to the dtype, the convolution's operands to TF32 where it does, and y.
+    rounded = torch.where(total.to(dtype) <= 0, 0, total.to(dtype)).flatten(0, 2)
+    eager = (products.multiplied(rounded) @ products.multiplied(weight).T).to(dtype)
+    assert error(y, truth) <= max(MARGIN * error(eager, truth), floor(dtype))
+    vectors = finalize.plain(partials, products.ROWS, len(y), None, None, 1e-5, None)
+    within(vectors[0], y.double().mean(0), 8 * 2.0**-24 * y.double().abs().mean(0))
+    var = y.double().var(0, correction=0)
+    within(vectors[1], var, 16 * 2.0**-24 * (var + y.double().square().mean(0) * 2.0**-10))
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@over_dtypes
+def test_tails_are_within_the_rule(emulator, dtype, shortcut):
+    """And every element within half an ulp, plus what a product's sum in float32 may lose."""
+    arguments = tail_arguments(SHAPES[0], dtype, products.real, shortcut)
+    out, signs = products.run_tail(emulator, **arguments)
+    expected, terms = products.tail(**arguments)
+    half_ulp = {BF16: 2.0**-8, F16: 2.0**-11, F32: 2.0**-24}[dtype]
+    within(out, expected, half_ulp * expected.abs() + 16 * 2.0**-23 * terms + (2.0**-25 if dtype == F16 else 0))
+    same(signs, products.signs_of(out))
+
+    def eager(branch, stride=(1, 1)):
+        z, v, weight, after = branch
+        y = (products.multiplied(products.sampled(z, v, stride)) @ products.multiplied(weight).T).to(dtype)
+        return (y.double() * after[3].double() + after[4].double()).to(dtype)
+
+    total = eager(arguments["main"])
+    if shortcut == "skip":
+        total = total + arguments["skip"]
+    if shortcut == "second":
+        v = arguments["vectors2"].double()
+        total = total + (arguments["y2"].double() * v[3] + v[4]).to(dtype)
+    if shortcut == "projection":
+        total = total + eager(arguments["projection"], arguments["stride"])
+    truth = products.tail(**arguments)[0]
+    assert error(out, truth) <= max(MARGIN * error(total.relu(), truth), floor(dtype))
+
+
+# Statistics
+
+
+def test_statistics_keep_the_digits_of_a_far_mean(emulator):
+    """y is a channel of x beside a constant of up to 4096. What is lost is what rounding a tile's mean may cost, and not its
+    square.
+    """
+    x, weight = torch.ones(1, 13, 10, 8), torch.zeros(8, 8)
+    x[..., 0] = products.real(1, 13, 10, dtype=F32)
+    weight[:, 0], weight[:, 1] = 1, torch.linspace(0, 4096, 8)
+    y, partials = products.run_fprop(emulator, x, weight)
+    vectors = finalize.plain(partials.double(), products.ROWS, len(y), None, None, 1e-5, None)
+    var, mean = torch.var_mean(y.double(), 0, correction=0)
+    within(vectors[1], var, 2.0**-24 * mean.abs() * var.sqrt() + 2.0**-20 * var)
+
+
+def test_statistics_of_a_constant_are_exact(emulator):
+    x, weight = torch.full((1, 10, 10, 8), 3, dtype=BF16), products.integers(24, 8)
+    y, partials = products.run_fprop(emulator, x, weight)
+    same(partials[:, 0], y[:2].float())
+    every(partials[:, 1] == 0)
+
+
+# What is not finite
+
+
+def test_nan_spoils_its_pixel_and_passes_the_relu(emulator):
+    arguments = tail_arguments(SHAPES[0], BF16, products.integers, "skip")
+    arguments["main"][0].view(-1, 40)[5, 3] = float("nan")
+    arguments["skip"][70, 11] = float("nan")
+    out, signs = products.run_tail(emulator, **arguments)
+    spoilt = torch.zeros(out.shape, dtype=torch.bool)
+    spoilt[5], spoilt[70, 11] = True, True
+    same(out.isnan(), spoilt)
+    same(signs, products.signs_of(out))
+    x, weight, v, stride = fprop_arguments(SHAPES[0], BF16, products.integers)
+    x.view(-1, 40)[66, 0] = float("nan")
+    y, partials = products.run_fprop(emulator, x, weight, v, stride)
+    every(y[66].isnan())
+    every(y[:66].isfinite())
+    every(partials[1].isnan())
+    every(partials[0].isfinite())
+
+
+# What holds for all
+
+
+def all_kernels(emulator, dtype, shape, **options):
+    x, weight, v, stride = fprop_arguments(shape, dtype, products.real)
+    y, partials = products.run_fprop(emulator, x, weight, v, stride, **options)
+    yield "y", y
+    yield "partials", partials
+    for shortcut in SHORTCUTS[1:]:
+        out, signs = products.run_tail(emulator, **tail_arguments(shape, dtype, products.real, shortcut), **options)
+        yield f"{shortcut}, out", out
+        yield f"{shortcut}, signs", signs
+
+
+@over_dtypes
+def test_alignment_tile_and_thread_order_change_no_bit(emulator, dtype):
+    runs = [dict(all_kernels(emulator, dtype, SHAPES[0], **o)) for o in ({}, {"tile": "large"}, {"shift": 1})]
+    for name, first in runs[0].items():
+        for other in runs[1:]:
+            same(first.view(torch.uint8), other[name].view(torch.uint8), name)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_an_overrun_shows(emulator, shift):
+    x, weight, v, stride = fprop_arguments(SHAPES[0], BF16, products.integers)
+    with pytest.raises(cuda.CrashError, match=r"AddressSanitizer: heap-buffer-overflow[\s\S]*READ of size"):
+        products.run_fprop(emulator, x, weight, v, stride, short=1, shift=shift)
+    with pytest.raises(cuda.CrashError, match="heap-buffer-overflow"):
+        products.run_tail(emulator, **tail_arguments(SHAPES[0], BF16, products.integers, "skip"), short=1, shift=shift)
+
+
+# Broken on purpose. Each step of 32 channels takes a wait and a barrier, and each product a barrier more.
+
+
+def breaks(run, right, tries=10, **fault):
+    """Whether a fault shows in some order of threads."""
+    for _ in range(tries):
+        try:
+            if not all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(run(**fault), right, strict=True)):
+                return True
+        except (RuntimeError, cuda.CrashError):
+            return True
+    return False
+
+
+def test_every_missing_barrier_and_wait_of_fprop_shows(emulator):
+    x, weight, v, stride = fprop_arguments(((1, 8, 8), (1, 1), 72, 64), BF16, products.real)
+
+    def run(**fault):
+        return products.run_fprop(emulator, x, weight, v, stride, **fault)
+
+    right, steps = run(), 3
+    assert not breaks(run, right, tries=2, skipped_barrier=steps + 3, skipped_wait=steps)
+    for barrier in range(steps + 3):  # of the loop, after it, and around the statistics
+        assert breaks(run, right, skipped_barrier=barrier), barrier
+    for wait in range(steps):
+        assert breaks(run, right, skipped_wait=wait), wait
+
+
+def test_every_missing_barrier_and_wait_of_a_projections_tail_shows(emulator):
+    arguments = tail_arguments(((1, 8, 8), (1, 1), 32, 64), BF16, products.real, "projection")
+
+    def run(**fault):
+        return products.run_tail(emulator, **arguments, **fault)
+
+    right, steps = run(), 1 + 1
+    assert not breaks(run, right, tries=2, skipped_barrier=steps + 2, skipped_wait=steps)
+    for barrier in range(steps + 2):
+        assert breaks(run, right, skipped_barrier=barrier), barrier
+    for wait in range(steps):
+        assert breaks(run, right, skipped_wait=wait), wait
+
+
+@pytest.mark.parametrize("fault", [{"early": True}, {"displaced": 8192}, {"swapped": True}, {"unswizzled": 1}, {"unswizzled": 2}])
+def test_other_faults_show_in_both_kernels(emulator, fault):
+    x, weight, v, stride = fprop_arguments(((1, 8, 8), (1, 1), 200, 64), BF16, products.real)
+    right = products.run_fprop(emulator, x, weight, v, stride)
+    assert breaks(lambda **f: products.run_fprop(emulator, x, weight, v, stride, **f), right, **fault)
+    arguments = tail_arguments(((1, 8, 8), (1, 1), 200, 64), BF16, products.real, "skip")
+    right = products.run_tail(emulator, **arguments)
+    assert breaks(lambda **f: products.run_tail(emulator, **arguments, **f), right, **fault)
