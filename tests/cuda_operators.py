@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import cuda_products
 import torch
 from cuda_emulator import Emulator, build, number
 
@@ -104,6 +105,46 @@ class Finalize:
         self.emulator.run("move_statistics", integers, buffers, [out for _, out in written])
         for buffer, out in written:
             buffer.copy_(out)
+
+    def close(self):
+        self.emulator.close()
+
+
+class Pointwise:
+    """1x1 `conv_fprop` and `pointwise_tail`."""
+
+    def __init__(self, folder):
+        self.emulator = Emulator(build(folder, "cuda_pointwise", "-O0"), cuda_products.POINTWISE)
+
+    def pointwise_fprop(self, x, x_vectors, down, right, weight, statistics, **options):
+        y, partials = cuda_products.run_fprop(self.emulator, x, weight, x_vectors, (down, right), statistics, **options)
+        return y, partials, cuda_products.ROWS
+
+    def pointwise_tail(
+        self,
+        z,
+        z_vectors,
+        down,
+        right,
+        weight,
+        vectors,
+        skip,
+        y2,
+        x,
+        x_vectors,
+        x_down,
+        x_right,
+        weight2,
+        vectors2,
+        keep_signs,
+        **options,
+    ):
+        main, side = (z, z_vectors, weight, vectors), None
+        if x is not None:
+            side, vectors2 = (x, x_vectors, weight2, vectors2), None
+        joins = {"skip": skip, "y2": y2, "vectors2": vectors2, "projection": side, "signs": keep_signs}
+        strides = {"main_stride": (down, right), "stride": (x_down, x_right)}
+        return cuda_products.run_tail(self.emulator, main, **joins, **strides, **options)
 
     def close(self):
         self.emulator.close()

@@ -88,16 +88,26 @@ def run_fprop(emulator, x, weight, v=None, stride=(1, 1), statistics=True, tile=
 
 
 def run_tail(
-    emulator, main, skip=None, y2=None, vectors2=None, projection=None, signs=True, stride=(1, 1), tile="small", **options
+    emulator,
+    main,
+    skip=None,
+    y2=None,
+    vectors2=None,
+    projection=None,
+    signs=True,
+    stride=(1, 1),
+    main_stride=(1, 1),
+    tile="small",
+    **options,
 ):
     """main, projection: image [n, h, w, K], its vectors or None, weight [C, K], vectors [5, C]; stride: the projection's."""
     z, channels = main[0], len(main[2])
-    pixels = len(z.view(-1, z.shape[-1]))
+    pixels = len(sampled(z, None, main_stride))
     out = torch.empty(pixels, channels, dtype=z.dtype)
     bits = torch.empty(pixels, sign_bytes(channels), dtype=torch.uint8) if signs else None
     side = (None,) * 4 if projection is None else projection
     other = (0, 1, 1, 1, 1, 1) if projection is None else activation(side[0], stride)
-    numbers = (NUMBERS[z.dtype], TILES.index(tile), *activation(z, (1, 1)), *other, channels)
+    numbers = (NUMBERS[z.dtype], TILES.index(tile), *activation(z, main_stride), *other, channels)
     buffers = (*main, *side, y2 if skip is None else skip, vectors2, out, bits)
     emulator.run("tail", numbers, buffers, [b for b in (out, bits) if b is not None], **options)
     return out, bits

@@ -41,8 +41,10 @@ def install(monkeypatch, operators, primitives=native.CUDA_CALLS):
         supports=lambda device, dtype: None,
         preference=lambda device: 0,
         level=lambda device, dtype, geometry: "moment",
+        declined=lambda primitive, unit, pixels: native.declined_on_gpu(primitive, unit),
         find=find,
     )
     load = backends.load
     monkeypatch.setattr(backends, "load", lambda name: module if name == NAME else load(name))
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, NAME))
     return NAME

@@ -1,14 +1,24 @@
 """The CUDA kernels of 1x1 convolutions, on the CPU under AddressSanitizer and UBSan with shuffled threads."""
 
-import importlib.util
 import shutil
-from pathlib import Path
 
+import cuda_emulator as cuda
+import cuda_operators
+import cuda_products as products
+import emulated_backend
 import pytest
 import torch
 from compare import every, same, within
+from moment_steps import check_tail
+from moment_steps import tail_arguments as tail_operands
+from pointwise import Draw
 
+from fused_res import Bottleneck, accuracy, backends, explain, use_backend
 from fused_res.primitives import bn_finalize as finalize
+from fused_res.primitives.choice import Choice, imposing
+from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.operands import Activation, Output
+from fused_res.spec import ConvBN
 from fused_res.tolerance import MARGIN, floor
 
 pytestmark = [
@@ -18,15 +28,6 @@ pytestmark = [
 ]
 
 
-def beside(name):
-    """A module of this folder, which is not on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda, products = beside("cuda_emulator"), beside("cuda_products")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, F16, F32)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,11 +38,21 @@ SHORTCUTS = ("none", "skip", "second", "projection")
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    program = cuda.build(tmp_path_factory.mktemp("pointwise"), "cuda_pointwise", "-O0")
-    emulator = cuda.Emulator(program, products.POINTWISE)
-    yield emulator
-    emulator.close()
+def operators(tmp_path_factory):
+    operators = cuda_operators.Pointwise(tmp_path_factory.mktemp("pointwise"))
+    yield operators
+    operators.close()
+
+
+@pytest.fixture
+def emulator(operators):
+    return operators.emulator
+
+
+@pytest.fixture
+def backend(monkeypatch, operators):
+    """`native` as on a GPU, of these kernels alone."""
+    return emulated_backend.install(monkeypatch, operators, ("conv_fprop", "pointwise_tail"))
 
 
 def fprop_arguments(shape, dtype, make, activated=True):
@@ -280,3 +291,75 @@ def test_other_faults_show_in_both_kernels(emulator, fault):
     arguments = tail_arguments(((1, 8, 8), (1, 1), 200, 64), BF16, products.real, "skip")
     right = products.run_tail(emulator, **arguments)
     assert breaks(lambda **f: products.run_tail(emulator, **arguments, **f), right, **fault)
+
+
+# As the primitives and blocks call them
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_the_primitive_of_the_tail_runs_on_its_kernel(backend, dtype):
+    for shortcut in ("skip", "second", "strided projection"):
+        check_tail(*tail_operands(Draw(33, "cpu"), (2, 5, 7), 33, 20, dtype, shortcut), backend)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_the_primitive_of_the_convolution_runs_on_its_kernels(backend, activated):
+    """With statistics, and with each of the ends that a block has in evaluation; strided."""
+    draw, shape = Draw(5, "cpu"), (2, 24, 5, 9)
+    x = Activation(draw.integers(*shape, dtype=BF16), draw.vectors(24) if activated else None)
+    unit = ConvBN(draw.integers(16, 24, 1, 1, low=-1, high=2, dtype=BF16), stride=(2, 2))
+    skip, vectors = draw.integers(2, 16, 3, 5, dtype=BF16), draw.vectors(16)
+    outputs = [Output(vectors), Output(vectors, skip), Output(vectors, y2=skip, vectors2=vectors), Output(vectors, relu=False)]
+    for output in [*outputs, Output(None, skip, relu=False), None]:
+        keywords = {"statistics": output is None, "output": output}
+        with imposing(Choice(True)):
+            got = conv_fprop(x, unit, **keywords, backend=backend)
+        expected = conv_fprop(x, unit, **keywords, backend="reference")
+        same(got.image, expected.image)
+        assert got.image.is_contiguous(memory_format=torch.channels_last)
+        if output is None:
+            means = [finalize.plain(found.partials, found.rows, 30, None, None, 1e-5, None) for found in (got, expected)]
+            within(means[0][:2], means[1][:2].double(), 2.0**-20 * (1 + means[1][:2].double().abs()))
+
+
+def small_block(seed):
+    generator = torch.Generator().manual_seed(seed)
+    block = accuracy.random_block(Bottleneck(32, 8), seed)
+    return block, *(torch.randn(2, 32, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+@pytest.mark.parametrize("level", ["prologue", "moment"])
+def test_a_block_on_these_kernels_is_as_accurate_as_eager(emulator, backend, level, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "own")
+    before = next(emulator.seeds)
+    verdicts = accuracy.judge(small_block, BF16, backend, level, seeds=range(2), sign_tolerance=0.1)
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, failed
+    assert next(emulator.seeds) > before + 2  # they have run
+
+
+@pytest.fixture
+def precision():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    yield conv
+    conv.fp32_precision = before
+
+
+def test_in_float32_without_tf32_convolutions_are_declined_by_name(backend, precision):
+    block = Bottleneck(16, 4).eval()
+    x = torch.randn(1, 16, 6, 6)
+    for setting, why in (("ieee", "no kernel for float32 without TF32"), ("tf32", "")):
+        precision.fp32_precision = setting
+        with use_backend(backend, "epilogue"):
+            found = explain(block, x).rows[0].convolutions
+        assert found[2].why == why
+        assert found[2].own == (not why)
+    assert backends.load(backend).declined("conv_dgrad", block.parts().main[2], 100) == "no kernel"
+
+
+def test_in_float32_the_tail_is_the_plain_formula(backend, emulator):
+    arguments = tail_operands(Draw(33, "cpu"), (2, 5, 7), 33, 20, F32, "skip")
+    before = next(emulator.seeds)
+    check_tail(*arguments, backend)
+    assert next(emulator.seeds) == before + 1

@@ -1,9 +1,9 @@
 """The instructions and the core of the CUDA kernels that multiply, on the CPU: against whole numbers, and broken on purpose."""
 
-import importlib.util
 import shutil
-from pathlib import Path
 
+import cuda_emulator as cuda
+import cuda_products as products
 import pytest
 import torch
 from compare import every, same, within
@@ -14,15 +14,6 @@ pytestmark = [
 ]
 
 
-def beside(name):
-    """A module of this folder, which is not on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda, products = beside("cuda_emulator"), beside("cuda_products")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 MAJORS = [(False, False), (False, True), (True, False), (True, True)]
 LANES, GROUP, MEMBER = torch.arange(32), torch.arange(32) // 4, torch.arange(32) % 4

@@ -14,6 +14,7 @@ from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Joined, Pointwise
+from fused_res.primitives.pointwise_tail import plain as plain_tail
 from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients
 from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
@@ -55,7 +56,10 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _tf32(image: Tensor) -> bool:
-    """Whether the products on the GPU round float32 to TF32; those of the plain formulas, which still run there, do not."""
+    """Whether the moment form's products on the GPU round float32 to TF32: all of its steps must, or none.
+
+    Those of the plain formulas, which run `moments` there, do not.
+    """
     return False
 
 
@@ -94,6 +98,8 @@ def _tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, 
 
 
 def pointwise_tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
+    if _on_gpu(main.z.image) and main.z.image.dtype == torch.float32 and not _tf32(main.z.image):
+        return plain_tail(main, shortcut, keep_signs, "native")
     out, signs = _tail(main, shortcut, keep_signs)
     n, _, h, w = main.z.image.shape
     return to_image(out, n, h, w), signs

@@ -40,7 +40,10 @@ _CALLS = (
     *_CONVOLUTIONS,
 )
 # Which of these have CUDA kernels.
-CUDA_CALLS = ("masked_add", "move_statistics", "moments_finalize", "pointwise_tail_backward_finalize")
+CUDA_CALLS = (
+    *("masked_add", "move_statistics", "moments_finalize", "pointwise_tail", "pointwise_tail_backward_finalize"),
+    "conv_fprop",
+)
 _FUNCTIONAL = (
     *PRIMITIVES,
     "moments",
@@ -208,16 +211,38 @@ def find(primitive: str, device: torch.device) -> Callable | None:
     return getattr(torch.ops.fused_res, primitive).default
 
 
-def takes(primitive: str, unit: ConvBN, pixels: int) -> bool:
-    """Convolutions are compiled for CPUs: 1x1 without padding as one product, going back unstrided only; and unstrided 3x3.
+def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
+    """Why the backend's convolution does not run this unit over so many pixels, or None where it does.
+
+    On a CPU it runs 1x1 without padding as one product, going back unstrided only, and unstrided 3x3. On a GPU it runs forward 1x1
+    without padding, in tensor cores, which do not multiply float32 as IEEE 754 has it.
 
     With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there.
     """
-    if pixels <= 16 or not unit.weight.is_cpu or unit.weight.dtype not in (torch.float32, torch.float64) or unit.groups != 1:
-        return False
-    if unit.is_pointwise():
-        return primitive != "conv_dgrad" or not unit.is_strided()
-    return _is_filtered(unit)
+    weight = unit.weight
+    if pixels <= 16 or unit.groups != 1:
+        return "no kernel"
+    if not weight.is_cpu:
+        old = torch.cuda.get_device_capability(weight.device) < (8, 0)
+        return "no kernel before compute capability 8.0" if old else declined_on_gpu(primitive, unit)
+    if weight.dtype not in (torch.float32, torch.float64):
+        return "no kernel"
+    taken = unit.is_pointwise() and (primitive != "conv_dgrad" or not unit.is_strided())
+    return None if taken or _is_filtered(unit) else "no kernel"
+
+
+def declined_on_gpu(primitive: str, unit: ConvBN) -> str | None:
+    """The same of the CUDA kernels, on a GPU that has the instructions."""
+    if primitive != "conv_fprop" or not unit.is_pointwise():
+        return "no kernel"
+    return None if multiplies(unit.weight.dtype) else "no kernel for float32 without TF32"
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the products on a GPU take this dtype: 16 bits, and float32 where torch's convolutions may round it to TF32."""
+    if dtype == torch.float32:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
@@ -227,7 +252,11 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
     every size of ResNet's that was measured, at batch 1 and 8, with AVX2. So were prepared 1x1 weights, or as fast; the library has
     a pass for the ReLU beside. With AVX-512, where that has not been measured, 1x1 weights go by the rule for those that are not
     prepared.
+
+    On a GPU nothing has been measured; there it runs 1x1 ones only, which memory binds, and Triton's paid on an H200.
     """
+    if not unit.weight.is_cpu:
+        return True
     if primitive == "conv_bn_act":
         if _is_filtered(unit):
             return min(unit.weight.shape[:2]) >= 32

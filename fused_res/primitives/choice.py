@@ -64,10 +64,10 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
     if call.unit.groups != 1:
         return None, "grouped"
     backend = backends.load(call.backend)
-    takes = getattr(backend, "takes", None)
-    taken = takes is None or takes(call.primitive, call.unit, call.operands[0].pixels)
-    kernel = backend.find(call.primitive, call.unit.weight.device) if taken else None
-    return kernel, "" if kernel is not None else "no kernel"
+    declined = getattr(backend, "declined", None)
+    why = None if declined is None else declined(call.primitive, call.unit, call.operands[0].pixels)
+    kernel = backend.find(call.primitive, call.unit.weight.device) if why is None else None
+    return kernel, "" if kernel is not None else why or "no kernel"
 
 
 def choose(call: Call) -> Choice:

@@ -42,8 +42,11 @@ def who(unit: ConvBN, place: Place, run: Run) -> Choice:
     kernels = backends.load(run.backend)
     if unit.groups != 1:
         return Choice(False, why="grouped")
-    if kernels.find("conv_bn_act", unit.weight.device) is None or not kernels.takes("conv_bn_act", unit, n * down * right):
+    if kernels.find("conv_bn_act", unit.weight.device) is None:
         return Choice(False, why="no kernel")
+    why = kernels.declined("conv_bn_act", unit, n * down * right)
+    if why is not None:
+        return Choice(False, why=why)
     if not place.relu:
         return Choice(False, why="no ReLU")
     asked = settings.convolutions()
