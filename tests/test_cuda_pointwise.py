@@ -15,9 +15,10 @@ from pointwise import Draw
 
 from fused_res import Bottleneck, accuracy, backends, explain, use_backend
 from fused_res.primitives import bn_finalize as finalize
-from fused_res.primitives.choice import Choice, imposing
+from fused_res.primitives.choice import Choice
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.operands import Activation, Output
+from fused_res.primitives.run import PLAIN, Fixed
 from fused_res.spec import ConvBN
 from fused_res.tolerance import MARGIN, floor
 
@@ -312,9 +313,8 @@ def test_the_primitive_of_the_convolution_runs_on_its_kernels(backend, activated
     outputs = [Output(vectors), Output(vectors, skip), Output(vectors, y2=skip, vectors2=vectors), Output(vectors, relu=False)]
     for output in [*outputs, Output(None, skip, relu=False), None]:
         keywords = {"statistics": output is None, "output": output}
-        with imposing(Choice(True)):
-            got = conv_fprop(x, unit, **keywords, backend=backend)
-        expected = conv_fprop(x, unit, **keywords, backend="reference")
+        got = conv_fprop(x, unit, **keywords, run=Fixed(backend, Choice(True)))
+        expected = conv_fprop(x, unit, **keywords, run=PLAIN)
         same(got.image, expected.image)
         assert got.image.is_contiguous(memory_format=torch.channels_last)
         if output is None:

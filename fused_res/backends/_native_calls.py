@@ -99,7 +99,7 @@ def _tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, 
 
 def pointwise_tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
     if _on_gpu(main.z.image) and main.z.image.dtype == torch.float32 and not _tf32(main.z.image):
-        return plain_tail(main, shortcut, keep_signs, "native")
+        return plain_tail(main, shortcut, keep_signs, _RUN)
     out, signs = _tail(main, shortcut, keep_signs)
     n, _, h, w = main.z.image.shape
     return to_image(out, n, h, w), signs
