@@ -249,9 +249,9 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
     """Whether a convolution that it takes, with something fused into it, is no slower than the library's and what that leaves.
 
     Prepared 3x3 filters need no pixels to pay for their transforms: with 32 channels and more F(2x2, 3x3) was the faster one at
-    every size of ResNet's that was measured, at batch 1 and 8, with AVX2. So were prepared 1x1 weights, or as fast; the library has
-    a pass for the ReLU beside. With AVX-512, where that has not been measured, 1x1 weights go by the rule for those that are not
-    prepared.
+    every size of ResNet's that was measured, at batch 1 and 8, with AVX2. Prepared 1x1 weights go by the rule for those that are
+    not prepared; with AVX2 wider ones pay, too, where they make more channels than they read: the library's ReLU is a pass of its
+    own.
 
     On a GPU nothing has been measured; there it runs 1x1 ones only, which memory binds, and Triton's paid on an H200.
     """
@@ -260,5 +260,7 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
     if primitive == "conv_bn_act":
         if _is_filtered(unit):
             return min(unit.weight.shape[:2]) >= 32
-        return torch.backends.cpu.get_cpu_capability() == "AVX2" or _pays(tuple(unit.weight.shape), pixels)
+        out, channels = unit.weight.shape[:2]
+        widens = out > channels and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        return widens or _pays(tuple(unit.weight.shape), pixels)
     return unit.weight.dtype != torch.float32 or _pays(tuple(unit.weight.shape), pixels)

@@ -60,13 +60,16 @@ def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spa
     steps = list(unit.padding), list(unit.stride), list(unit.dilation), unit.groups
     order, alone, added, onto = internals.fused_convolution()
     weight = order(weight, *steps, list(shape))
+    one_pixel = unit.output_size(*shape[2:]) == (1, 1)
 
     def step(x: Tensor, skip: Tensor | None) -> Tensor:
         if skip is None:
             y = alone(x, weight, shift, *steps, "none", [], "")
         else:
             last = weight, shift, *steps, "add", 1.0, None, [], ""
-            y = onto(skip, x, *last) if spare else added(x, skip, *last)
+            if one_pixel and not spare:  # torch 2.10's oneDNN refuses to add images of one pixel, but not onto them
+                skip = skip.clone()
+            y = onto(skip, x, *last) if spare or one_pixel else added(x, skip, *last)
         y = nhwc(y)
         return y.relu_() if relu else y
 
