@@ -148,3 +148,20 @@ class Pointwise:
 
     def close(self):
         self.emulator.close()
+
+
+class Moments:
+    """`moments`, of TF32 where z is float32."""
+
+    def __init__(self, folder):
+        self.emulator = Emulator(build(folder, "cuda_moments", "-O0"), ("moments",))
+
+    def moments(self, z, z_vectors, down, right, **options):
+        channels = z.shape[-1]
+        mean, covariance = (torch.empty(*shape, dtype=torch.float64) for shape in ((channels,), (channels, channels)))
+        numbers = (number(z), *z.shape, down, right)
+        self.emulator.run("moments", numbers, (z, z_vectors, mean, covariance), (mean, covariance), **options)
+        return mean, covariance
+
+    def close(self):
+        self.emulator.close()

@@ -10,6 +10,7 @@ from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.conv_fprop import Convolved, finished
 from fused_res.primitives.moments import SUSPECT, Moments
+from fused_res.primitives.moments import plain as plain_moments
 from fused_res.primitives.move_statistics import Move
 from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
@@ -63,7 +64,14 @@ def _tf32(image: Tensor) -> bool:
     return False
 
 
+def _formula(image: Tensor) -> bool:
+    """Whether the GPU's tensor cores may not multiply it: float32 that is not to be rounded."""
+    return _on_gpu(image) and image.dtype == torch.float32 and not _tf32(image)
+
+
 def moments(z: Activation) -> tuple[Tensor, Tensor]:
+    if _formula(z.image):
+        return plain_moments(z, _RUN)
     return torch.ops.fused_res.moments(*_activation(z))
 
 
@@ -98,7 +106,7 @@ def _tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, 
 
 
 def pointwise_tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple[Tensor, Tensor | None]:
-    if _on_gpu(main.z.image) and main.z.image.dtype == torch.float32 and not _tf32(main.z.image):
+    if _formula(main.z.image):
         return plain_tail(main, shortcut, keep_signs, _RUN)
     out, signs = _tail(main, shortcut, keep_signs)
     n, _, h, w = main.z.image.shape

@@ -41,9 +41,11 @@ _CALLS = (
 )
 # Which of these have CUDA kernels.
 CUDA_CALLS = (
-    *("masked_add", "move_statistics", "moments_finalize", "pointwise_tail", "pointwise_tail_backward_finalize"),
+    *("masked_add", "move_statistics", "moments", "moments_finalize", "pointwise_tail", "pointwise_tail_backward_finalize"),
     "conv_fprop",
 )
+# Which of these multiply in tensor cores, with instructions of compute capability 8.0.
+_MULTIPLYING = ("moments", "pointwise_tail", "conv_fprop")
 _FUNCTIONAL = (
     *PRIMITIVES,
     "moments",
@@ -201,9 +203,15 @@ def _pays(weight: tuple[int, ...], pixels: int) -> bool:
     return out * channels <= (2**16 if kernel == [1, 1] else 1024 * pixels)
 
 
+def _before_ampere(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
 @functools.cache
 def find(primitive: str, device: torch.device) -> Callable | None:
     if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
+        return None
+    if device.type == "cuda" and primitive in _MULTIPLYING and _before_ampere(device):
         return None
     load()
     if primitive in _CALLS:
@@ -223,7 +231,7 @@ def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
     if pixels <= 16 or unit.groups != 1:
         return "no kernel"
     if not weight.is_cpu:
-        old = torch.cuda.get_device_capability(weight.device) < (8, 0)
+        old = _before_ampere(weight.device)
         return "no kernel before compute capability 8.0" if old else declined_on_gpu(primitive, unit)
     if weight.dtype not in (torch.float32, torch.float64):
         return "no kernel"
