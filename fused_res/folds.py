@@ -16,7 +16,7 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -29,7 +29,9 @@ from fused_res import internals
 T = TypeVar("T")
 
 _MOST = 4
-"""Sizes of images for which a block keeps what it has prepared: the library orders weights for one size each."""
+"""Heights and widths of images for which a block keeps what it has prepared: the library orders weights for one size each."""
+_MOST_CALLS = 64
+"""Calls, of any batch size, for which it is remembered which of these is theirs."""
 _ENOUGH = 2
 """Times that something was prepared for nothing, after which weights without an owner are taken to be others at every call."""
 _lock = threading.RLock()
@@ -66,7 +68,8 @@ class _Fold:
     def __init__(self, key: object, owner: object | None, tensors: Sequence[Tensor]) -> None:
         self.owner = None if owner is None else weakref.ref(owner, lambda _: _folds.pop(key, None))
         self.used = False
-        self.made: dict[tuple, tuple[object, object]] | None = {} if all(map(_is_followed, tensors)) else None
+        self.made: dict[tuple, object] | None = {} if all(map(_is_followed, tensors)) else None
+        self.calls: dict[tuple, tuple[object, object]] = {}
         self.sources = [_Source.of(tensor) for tensor in tensors] if self.made is not None else []
         self.refused = tensors if self.made is None else []
         self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
@@ -80,6 +83,16 @@ class _Fold:
             return all(source.holds(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
         found = zip(self.sources, self.values, tensors, strict=True)
         return all(source.holds(tensor) or _are_alike(values, tensor) for source, values, tensor in found)
+
+    def keep(self, key: tuple, found: tuple[object, object], which: tuple) -> None:
+        """Keep what was made for a call and its kind, and let go of what goes beyond the bounds."""
+        if which not in self.made and len(self.made) >= _MOST:
+            self.made.pop(next(iter(self.made)))
+            self.calls.clear()
+        if len(self.calls) >= _MOST_CALLS:
+            self.calls.clear()
+        self.made[which] = found[1]
+        self.calls[key] = found
 
     def is_left(self) -> bool:
         """Whether it is nobody's, and nobody else has one of its tensors any more, so that it cannot be asked for again."""
@@ -117,7 +130,7 @@ def _sweep() -> None:
     for key, fold in list(_folds.items()):
         if fold.is_left():
             _folds.pop(key, None)
-            for call, _ in [] if fold.used or fold.made is None else list(fold.made.values()):
+            for call, _ in [] if fold.used else list(fold.calls.values()):
                 _wasted[id(call)] = call, _wasted.get(id(call), (call, 0))[1] + 1
 
 
@@ -132,13 +145,21 @@ def _is_followed(tensor: Tensor) -> bool:
     return not (tensor.is_inference() or tensor.is_shared() or internals.is_sharded(tensor))
 
 
-def find(owner: object | None, tensors: Sequence[Tensor], call: object, switches: tuple, make: Callable[[], T]) -> T | None:
-    """What `make()` returns, or has returned for the same call while none of the tensors has changed.
+def find(
+    owner: object | None,
+    tensors: Sequence[Tensor],
+    call: object,
+    switches: tuple,
+    kind: Callable[[], Hashable],
+    make: Callable[[], T],
+) -> T | None:
+    """What `make()` returns, or has returned for a call of the same kind while none of the tensors has changed.
 
     Args:
         owner: whose it is; it goes with that. None: it is that of the weights among the tensors, and goes with them.
         tensors: all tensors that it follows from, plain ones.
-        call: what else it follows from, the same object for all calls that are alike, and torch's switches.
+        call: the same object for all calls that are alike; with `switches`, torch's, all else that the kind follows from.
+        kind: asked once for such calls. Calls of one kind share what was made.
 
     Returns:
         None where nothing may be kept for these tensors, or the weights are others at every call.
@@ -158,19 +179,18 @@ def find(owner: object | None, tensors: Sequence[Tensor], call: object, switches
     if fold.made is None:
         return None
     key = id(call), switches
-    found = fold.made.get(key)
+    found = fold.calls.get(key)
     if found is not None:
         fold.used = True
         return found[1]
     with _lock:  # threads that start together prepare it once
-        found = fold.made.get(key)
+        found = fold.calls.get(key)
         if found is None:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-                found = call, make()
+                which = switches, kind()
+                found = call, fold.made[which] if which in fold.made else make()
             if fold.holds(tensors):  # else somebody has written meanwhile
-                while len(fold.made) >= _MOST:
-                    fold.made.pop(next(iter(fold.made)))
-                fold.made[key] = found
+                fold.keep(key, found, which)
     return found[1]
 
 

@@ -333,6 +333,33 @@ def test_it_is_freed_with_the_block_and_bounded():
     assert weight() is None
 
 
+@pytest.mark.parametrize("kind", ["identity", "projection", "bottleneck"])
+def test_batches_of_all_sizes_share_what_is_prepared(kind, monkeypatch):
+    block = served(kind)
+    made, prepare = [], evaluation.prepare
+    monkeypatch.setattr(evaluation, "prepare", lambda *a: made.append(a[2]) or prepare(*a))
+    with torch.no_grad():
+        expected = [fresh(block, image(block, n, dtype=torch.float32)) for n in range(1, 9)]
+        made.clear()
+        for _ in range(2):
+            for n in (3, 8, 1, 2, 4, 5, 6, 7):
+                torch.testing.assert_close(block(image(block, n, dtype=torch.float32)), expected[n - 1])
+    assert len(made) <= 2  # with so few pixels that a kernel of ours declines, another one
+    fold = folds._folds[id(block)]
+    assert len(fold.calls) == 8
+    assert len({id(call) for call, _ in fold.calls.values()}) == 8
+
+
+def test_calls_of_more_sizes_than_are_remembered_stay_right(monkeypatch):
+    monkeypatch.setattr(folds, "_MOST_CALLS", 3)
+    block = served()
+    with torch.no_grad():
+        for n in (1, 2, 3, 4, 5, 1, 4):
+            x = image(block, n, dtype=torch.float32)
+            torch.testing.assert_close(block(x), fresh(block, x))
+    assert len(folds._folds[id(block)].calls) <= 3
+
+
 def test_the_weights_that_were_replaced_are_let_go_at_the_next_call():
     block = served()
     x = image(block, dtype=torch.float32)

@@ -24,5 +24,5 @@ def with_dtype(block: Block, dtype: torch.dtype) -> Block:
 
 
 def present(block: Block) -> list[Tensor]:
-    """The tensors of its units that reach the operator, as `fused_res.spec.pack` lists them."""
+    """The tensors of its units that reach the operator, as `fused_res.block.packing.pack` lists them."""
     return [tensor for unit in block.units() for tensor in tensors_of(unit) if tensor is not None]

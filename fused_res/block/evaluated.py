@@ -4,7 +4,7 @@ Graphs of torch.compile and exported programs call the operator. It gets the mod
 finds what was prepared before, which follows every change of them as it does for a block that is called by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,10 @@ def evaluated(
     def make() -> evaluation.Evaluation | None:
         return evaluation.prepare(block, residual_scale, tuple(x.shape), call.dtype, call.backend)
 
-    found = folds.find(owner, sources, call, program.switches(x.device.type), make)
+    def kind() -> Hashable:
+        return evaluation.kind(block, tuple(x.shape), call.dtype, call.backend)
+
+    found = folds.find(owner, sources, call, program.switches(x.device.type), kind, make)
     if found is None:
         return None
     out = evaluation.evaluate(found, as_dtype(x, call.dtype), as_dtype(skip, call.dtype))

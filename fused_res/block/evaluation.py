@@ -3,18 +3,20 @@
 `fused_res.folds` keeps what is prepared here for as long as the block's tensors stay as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fused_res import internals
+from fused_res.block.casting import with_dtype
 from fused_res.block.forward import running
+from fused_res.block.packing import pack
 from fused_res.block.pool import pooled
 from fused_res.layout import nhwc
 from fused_res.primitives import library
-from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act
+from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act, who
 from fused_res.primitives.run import of
 from fused_res.spec import Block, ConvBN
 
@@ -37,6 +39,17 @@ def places(block: Block, shape: tuple[int, ...]) -> Iterator[tuple[ConvBN, Place
     if projected:
         size = shape[2:] if block.pool is None else block.pool.output_size(*shape[2:])
         yield block.projection, Place((n, shape[1], *size), relu=False)
+
+
+def kind(block: Block, shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> Hashable:
+    """What is prepared for x of this shape, beside the tensors: batches of all sizes share it where the same kernels run.
+
+    Nothing in it depends on the number of images but who runs a convolution: oneDNN's order of a weight was as fast for any other.
+    """
+    _, spec, eps = pack(block)
+    cast = with_dtype(block, arithmetic(dtype))
+    own = tuple([who(unit, place, of(backend)).own for unit, place in places(cast, shape)])
+    return tuple(spec), tuple(eps), shape[1:], dtype, backend, own
 
 
 def prepare(
