@@ -18,7 +18,7 @@ from fused_res.functional import residual_block_with_saved
 from fused_res.planner import LEVELS, use_backend
 from fused_res.primitives.bn_act import unpack_signs
 from fused_res.primitives.bn_finalize import Vectors
-from fused_res.spec import AvgPool, Block, ConvBN
+from fused_res.spec import FORMS, POST_ACTIVATION, AvgPool, Block, ConvBN
 from fused_res.tolerance import floor, scatter
 from fuzz.draws import DTYPES, Scope, Target, Values, flags, seeds, shifted
 
@@ -44,7 +44,7 @@ class Unit(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """shortcut: identity, projection, pooled, given or broadcast. precision: pure, mixed (BN in float32) or autocast.
+    """shortcut: identity, projection, pooled, given, broadcast or none. precision: pure, mixed (BN in float32) or autocast.
 
     frozen: bits over x, the given shortcut, the residual scale and the units' tensors. own: whether the backend's own convolutions
     run wherever they can.
@@ -67,6 +67,7 @@ class Whole(NamedTuple):
     level: str
     own: bool
     seed: int
+    form: str = POST_ACTIVATION
 
     def sizes(self) -> list[tuple[int, int]]:
         found = [self.size]
@@ -80,7 +81,9 @@ class Whole(NamedTuple):
 
 
 def _pixels(case: Whole) -> int:
-    return min(case.n * h * w for h, w in case.sizes()[1:])
+    """The fewest different ones that a BN normalises: of an expanded x all images are alike."""
+    sizes, n = case.sizes(), 1 if case.x_layout == "expanded" else case.n
+    return min(n * h * w for h, w in (sizes[:-1] if FORMS[case.form].preactivated else sizes[1:]))
 
 
 def _possible(case: Whole) -> bool:
@@ -116,8 +119,11 @@ def _cases(scope: Scope):
             keeps = live if draw(st.integers(0, 3)) else draw(there)
             return Unit(out, (kernel, kernel), (stride, stride), pads, (dilation, dilation), groups, mode[i], keeps, draw(momentum))
 
+        form = draw(st.sampled_from((POST_ACTIVATION, POST_ACTIVATION, *FORMS)))
         shortcut = draw(st.sampled_from(("identity", "projection", "pooled", "given", "broadcast")))
-        if shape == "any":
+        if not FORMS[form].skip:
+            shortcut = "none"
+        elif shape == "any":
             shortcut = shortcut if shortcut in ("given", "broadcast") else "given"
         out = channels if shortcut == "identity" else draw(widths)
         if shortcut == "identity":
@@ -150,7 +156,7 @@ def _cases(scope: Scope):
             shortcut,
             projection,
             pool,
-            draw(flags),
+            draw(flags) and shortcut != "none",
             draw(layouts),
             draw(layouts),
             draw(st.sampled_from(("contiguous", "channels_last", "sliced"))),
@@ -158,6 +164,7 @@ def _cases(scope: Scope):
             draw(st.sampled_from(LEVELS)),
             draw(flags),
             draw(seeds),
+            form,
         )
 
     return draw_case().filter(_possible)
@@ -201,18 +208,20 @@ def problem(case: Whole, seed: int) -> Problem:
     def uniform(there, count, low, high):
         return torch.rand(count, generator=values.generator, dtype=torch.float64) * (high - low) + low if there else None
 
+    preactivated = FORMS[case.form].preactivated
+
     def unit(u: Unit, channels: int) -> ConvBN:
         fan_in = channels // u.groups * u.kernel[0] * u.kernel[1]
         weight = values.wide(u.out, channels // u.groups, *u.kernel) * (2 / fan_in) ** 0.5
         bias, gamma, beta, tracked = u.there
-        tracked = tracked or not u.training
+        tracked, normalised = tracked or not u.training, channels if preactivated else u.out
         return ConvBN(
             weight,
             uniform(bias, u.out, -0.5, 0.5),
-            uniform(gamma, u.out, 0.5, 1.5),
-            uniform(beta, u.out, -0.5, 0.5),
-            uniform(tracked, u.out, -0.5, 0.5),
-            uniform(tracked, u.out, 0.5, 1.5),
+            uniform(gamma, normalised, 0.5, 1.5),
+            uniform(beta, normalised, -0.5, 0.5),
+            uniform(tracked, normalised, -0.5, 0.5),
+            uniform(tracked, normalised, 0.5, 1.5),
             torch.tensor(3) if tracked else None,
             u.stride,
             u.padding,
@@ -233,10 +242,13 @@ def problem(case: Whole, seed: int) -> Problem:
         main.append(unit(u, channels))
         channels = u.out
     projection = None if case.projection is None else unit(case.projection, case.channels)
+    if projection is not None and preactivated:  # a convolution alone
+        projection = projection._replace(**dict.fromkeys(ConvBN._fields[2:7]), training=False)
     _, k, _h, w = case.out
     skip = {"given": lambda: values.wide(*case.out), "broadcast": lambda: values.wide(k, 1, w)}.get(case.shortcut, lambda: None)()
     scale = values.wide() if case.scaled else None
-    return Problem(x, skip, scale, Block(main, projection, case.pool, skip is not None), image(case.dout_layout, *case.out))
+    block = Block(main, projection, case.pool, skip is not None, case.form)
+    return Problem(x, skip, scale, block, image(case.dout_layout, *case.out))
 
 
 def _as(case: Whole, p: Problem, dtype: torch.dtype, x_layout: str, dout_layout: str) -> Problem:
@@ -252,7 +264,9 @@ def _as(case: Whole, p: Problem, dtype: torch.dtype, x_layout: str, dout_layout:
         return laid(tensor.to(to, copy=True), layout).detach().requires_grad_(not frozen)
 
     of_skip = x_layout if p.skip is not None and p.skip.dim() == 4 and x_layout != "expanded" else "contiguous"
-    x, skip = leaf(p.x, outer, x_layout), leaf(p.skip, outer, of_skip)
+    # A block whose first BN would take x in float32 under autocast runs unfused (docs/limits.md).
+    of_images = dtype if FORMS[case.form].preactivated else outer
+    x, skip = leaf(p.x, of_images, x_layout), leaf(p.skip, of_images, of_skip)
     scale = leaf(p.scale, inner)
 
     def unit(u):
@@ -322,14 +336,23 @@ def _plain(case: Whole, p: Problem, dtype: torch.dtype, force: list[Tensor] | No
         inputs.append(total.detach())
         return torch.where(opened, total, 0)
 
-    units = [lambda t, unit=unit: reference.conv_bn(t, unit) for unit in p.block.main]
+    preactivated = FORMS[case.form].preactivated
     shortcut = None
     if p.skip is not None:
         shortcut = lambda _: p.skip  # noqa: E731
     elif p.block.projection is not None:
-        shortcut = lambda t: reference.conv_bn(reference.pooled(t, p.block.pool), p.block.projection)  # noqa: E731
+        project = reference._conv if preactivated else reference.conv_bn
+        shortcut = lambda t: project(reference.pooled(t, p.block.pool), p.block.projection)  # noqa: E731
     with _autocast(case, dtype):
-        out = reference.compose(p.x, units, shortcut, p.scale, relu)
+        if preactivated:
+            pairs = [
+                (lambda t, unit=unit: relu(reference._bn(t, unit)), lambda t, unit=unit: reference._conv(t, unit))
+                for unit in p.block.main
+            ]
+            out = reference.compose_preactivated(p.x, pairs, shortcut, p.scale)
+        else:
+            units = [lambda t, unit=unit: reference.conv_bn(t, unit) for unit in p.block.main]
+            out = reference.compose(p.x, units, shortcut, p.scale, relu, form=case.form)
     return _finish(p, out, signs, inputs)
 
 
@@ -339,23 +362,26 @@ def _fused(case: Whole, p: Problem, dtype: torch.dtype, backend: str) -> tuple[R
     who = mock.patch.dict(os.environ, FUSED_RES_CONVOLUTIONS="own" if case.own else "auto")
     with use_backend(backend, case.level), who:
         with _autocast(case, dtype):
-            out, saved = residual_block_with_saved(p.x, p.block.main, shortcut, pool=p.block.pool, residual_scale=p.scale)
+            ends = {"pool": p.block.pool, "residual_scale": p.scale, "form": case.form}
+            out, saved = residual_block_with_saved(p.x, p.block.main, shortcut, **ends)
         # Read first: the backward may free what the graph holds.
         signs = _signs(case, p, out, saved) if out.requires_grad else []
         return _finish(p, out, signs, []), bool(signs)
 
 
 def _signs(case: Whole, p: Problem, out: Tensor, saved: list[Tensor]) -> list[Tensor]:
-    kept, found, size = Saved.from_list(saved, p.block, case.level), [], case.size
-    for i, unit in enumerate(p.block.main):
-        size = unit.output_size(*size)
-        if i == len(p.block.main) - 1:
-            rows = unpack_signs(kept.signs, out.shape[1])
-        else:
-            v, y = Vectors(*kept.vectors[i]), kept.ys[i]
-            rows = ~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0)
-        found.append(rows.view(case.n, *size, -1).permute(0, 3, 1, 2))
-    return found
+    """Of all ReLUs, in their order."""
+    kept, form, sizes = Saved.from_list(saved, p.block, case.level), FORMS[case.form], case.sizes()
+    inner = list(zip(sizes[1:-1], kept.ys, strict=False))
+    if form.preactivated:
+        inner.insert(0, (case.size, p.x.detach().permute(0, 2, 3, 1).reshape(-1, case.channels)))
+    found = []
+    for (size, y), vectors in zip(inner, kept.vectors, strict=False):
+        v = Vectors(*vectors)
+        found.append((size, ~(torch.addcmul(v.shift, y.to(v.scale.dtype), v.scale) <= 0)))
+    if form.relu:
+        found.append((sizes[-1], unpack_signs(kept.signs, out.shape[1])))
+    return [rows.view(case.n, *size, -1).permute(0, 3, 1, 2) for size, rows in found]
 
 
 def _truth(case: Whole, p: Problem, signs: list[Tensor] | None) -> Result:
@@ -478,7 +504,9 @@ def check(case: Whole, backend: str) -> None:
         [step for size, step in zip(t.shape, t.stride(), strict=True) if size > 1]
         for t in (run.tensors["out"], eager.tensors["out"])
     ]
-    assert steps[0] == steps[1], f"out: strides {steps[0]}, eager {steps[1]}"
+    # Images with batch and channels innermost are channels_last to some of eager's kernels, and not to others, if there is but one.
+    if not (FORMS[case.form].preactivated and case.x_layout == "outside in"):
+        assert steps[0] == steps[1], f"out: strides {steps[0]}, eager {steps[1]}"
     if case.seed % 4 == 0:
         again, _ = _fused(case, _as(case, p, dtype, case.x_layout, case.dout_layout), dtype, backend)
         for name, got in run.tensors.items():
