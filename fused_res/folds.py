@@ -34,6 +34,8 @@ _MOST_CALLS = 64
 """Calls, of any batch size, for which it is remembered which of these is theirs."""
 _ENOUGH = 2
 """Times that something was prepared for nothing, after which weights without an owner are taken to be others at every call."""
+_PATIENCE = 64
+"""Such calls after which it is tried once more: the weights may be there to stay by now."""
 _lock = threading.RLock()
 
 
@@ -108,8 +110,21 @@ def _are_alike(values: Tensor | None, tensor: Tensor) -> bool:
 
 _folds: dict[int | tuple[int, ...], _Fold] = {}
 """By the owner's identity, or where there is none by those of the weights, which live as long as the fold."""
-_wasted: dict[int, tuple[object, int]] = {}
-"""By the identity of a call: the call, and how often what was prepared for it was let go without having been used again."""
+_wasted: dict[int, "_Waste"] = {}
+"""By the identity of a call: what was prepared for it and let go without having been used again."""
+
+
+class _Waste:
+    """The call itself, how often that was, and how many calls have been refused since."""
+
+    def __init__(self, call: object) -> None:
+        self.call, self.times, self.refused = call, 0, 0
+
+    def refuses(self) -> bool:
+        if self.times < _ENOUGH:
+            return False
+        self.refused = (self.refused + 1) % _PATIENCE
+        return self.refused > 0
 
 
 @functools.cache
@@ -131,7 +146,7 @@ def _sweep() -> None:
         if fold.is_left():
             _folds.pop(key, None)
             for call, _ in [] if fold.used else list(fold.calls.values()):
-                _wasted[id(call)] = call, _wasted.get(id(call), (call, 0))[1] + 1
+                _wasted.setdefault(id(call), _Waste(call)).times += 1
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -172,7 +187,8 @@ def find(
             if fold is None or not fold.holds(tensors):
                 if owner is None:
                     _sweep()
-                    if _wasted.get(id(call), (call, 0))[1] >= _ENOUGH or not all(map(_is_followed, tensors)):
+                    waste = _wasted.get(id(call))
+                    if (waste is not None and waste.refuses()) or not all(map(_is_followed, tensors)):
                         return None
                 _watch()
                 fold = _folds[whose] = _Fold(whose, owner, tensors)
@@ -181,7 +197,9 @@ def find(
     key = id(call), switches
     found = fold.calls.get(key)
     if found is not None:
-        fold.used = True
+        if not fold.used:
+            fold.used = True
+            _wasted.pop(id(call), None)
         return found[1]
     with _lock:  # threads that start together prepare it once
         found = fold.calls.get(key)
@@ -220,6 +238,7 @@ def refresh(model: nn.Module | None = None) -> None:
     """
     if model is None:
         _folds.clear()
+        _wasted.clear()
         return
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module or None, got {type(model).__name__}")

@@ -29,10 +29,8 @@ def nothing_kept():
     """Nothing is kept before or after, so that what is found there is the test's own."""
     gc.collect()
     folds.refresh()
-    folds._wasted.clear()
     yield
     folds.refresh()
-    folds._wasted.clear()
 
 
 @pytest.fixture
@@ -222,6 +220,25 @@ def test_tensors_that_are_others_at_every_call_are_not_prepared_for_long(prepare
     assert len(prepared) == folds._ENOUGH
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
+
+
+def test_weights_that_stay_are_prepared_in_the_end_where_others_did_not(prepared, monkeypatch):
+    monkeypatch.setattr(folds, "_PATIENCE", 4)
+    block, (given, spec, eps) = served(), pack(served().parts())
+    x = image(block, dtype=torch.float32)
+
+    def call(tensors):
+        return torch.ops.fused_res.block_evaluation(x, None, None, tensors, spec, eps, torch.float32, "epilogue", "auto")
+
+    with torch.no_grad():
+        expected = call([t.detach().clone() for t in given])
+        for _ in range(3):
+            torch.testing.assert_close(call([t.detach().clone() for t in given]), expected)
+        assert len(prepared) == folds._ENOUGH
+        for _ in range(8):
+            torch.testing.assert_close(call(given), expected)
+    assert len(prepared) == folds._ENOUGH + 1
+    assert not folds._wasted
 
 
 def test_vectors_may_be_others_at_every_call_and_their_values_are_followed(prepared):

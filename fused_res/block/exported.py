@@ -39,8 +39,8 @@ def block_exported(
 ) -> Tensor:
     """The block as one operator of an exported program, on its own tensors.
 
-    Of `norms`, its BNs, those that take the batch's statistics give them to `settle`. Whether anything is
-    kept for backward is decided when the program runs.
+    Of `norms`, its BNs, those that take the batch's statistics give them to `settle`. Whether anything is kept for backward is
+    decided when the program runs.
     """
     numbers = call.spec, call.eps, call.dtype, call.evaluates, call.level, call.backend
     out, statistics = torch.ops.fused_res.block(x, skip, residual_scale, tensors, *numbers)
