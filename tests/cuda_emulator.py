@@ -1,5 +1,6 @@
 """Runs of the CUDA kernels on the CPU, under AddressSanitizer and UBSan, in another process: the client of cuda_serving.h."""
 
+import hashlib
 import itertools
 import os
 import shutil
@@ -33,14 +34,37 @@ class CrashError(Exception):
     """The process died; the message is what it had to say."""
 
 
+def _key(command: list) -> str:
+    """Of all that the program is made of."""
+    sources = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "tests").glob("*.h")])
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
+    digest = hashlib.sha256(version + " ".join(map(str, command[1:])).encode())
+    for source in [*sources, command[-1]]:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build(folder: Path, name: str = "cuda_kernels", *flags: str) -> Path:
-    """Compiles tests/NAME.cpp, which serves kernels."""
-    program = folder / name
+    """Compiles tests/NAME.cpp, which serves kernels, in a folder of the caller's; or finds it among those of the same sources."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     source = ROOT / "tests" / f"{name}.cpp"
-    command = [compiler, *FLAGS, *SANITIZERS, *flags, "-I", ROOT / "tests", "-I", ROOT / "csrc" / "cuda", source, "-o", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [compiler, *FLAGS, *SANITIZERS, *flags, "-I", ROOT / "tests", "-I", ROOT / "csrc" / "cuda", source]
+    kept = ROOT / "build" / "emulated" / f"{name}-{_key(command)}"
+    if kept.is_file():
+        return kept
+    program = folder / name
+    done = subprocess.run([*command, "-o", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if not os.access(ROOT, os.W_OK):
+        return program
+    # Tests in other processes may be doing the same: whoever is last leaves a whole file.
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for older in kept.parent.glob(f"{name}-*"):
+        if not older.name.startswith(kept.name):
+            older.unlink(missing_ok=True)
+    copy = kept.with_suffix(f".{os.getpid()}")
+    shutil.copy2(program, copy)
+    copy.replace(kept)
     return program
 
 

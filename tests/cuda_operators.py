@@ -1,7 +1,9 @@
 """The compiled operators as they run on a GPU, by their kernels on the CPU: what torch.ops.fused_res has, less the checks."""
 
+from collections import Counter
 from types import SimpleNamespace
 
+import cuda_emulator
 import cuda_products
 import torch
 from cuda_emulator import Emulator, build, number
@@ -165,3 +167,124 @@ class Moments:
 
     def close(self):
         self.emulator.close()
+
+
+class TailBackward:
+    """The passes of `pointwise_tail_backward`, of TF32 where z is float32."""
+
+    def __init__(self, folder):
+        self.emulator = Emulator(build(folder, "cuda_tail_backward", "-O0"), ("reduce", "apply"))
+
+    def pointwise_tail_backward_reduce(self, dout, signs, z, z_vectors, down, right, mean, scaled, **options):
+        channels, inner = dout.shape[1], z.shape[-1]
+        total, product = (torch.empty(*shape, dtype=torch.float64) for shape in ((channels,), (channels, inner)))
+        through = None
+        if scaled is not None and max(channels, inner) <= 64 and z.dtype != torch.float32:
+            through = torch.empty(len(dout), inner, dtype=z.dtype)
+        outputs = [t for t in (total, product, through) if t is not None]
+        numbers = (number(z), channels, *z.shape, down, right)
+        buffers = (dout, signs, z, z_vectors, scaled, through, mean, total, product)
+        self.emulator.run("reduce", numbers, buffers, outputs, **options)
+        return total, product, through
+
+    def pointwise_tail_backward_apply(
+        self,
+        dz,
+        through,
+        dout,
+        signs,
+        z,
+        z_vectors,
+        down,
+        right,
+        scaled,
+        mean,
+        quadratic,
+        constant,
+        inner,
+        joins,
+        **options,
+    ):
+        """In place: the kernel writes to other memory, which is copied back."""
+        rows, channels = dout.shape
+        out, partials = torch.empty_like(dz), torch.empty(-(-rows // 64), 2, z.shape[-1]) if inner else None
+        numbers = (number(z), channels, *z.shape, down, right, dz.numel() * dz.element_size())
+        before = dz if joins else None
+        if joins:
+            through = None
+        buffers = (dout, signs, z, z_vectors, scaled, mean, quadratic, constant, through, before, out, partials)
+        self.emulator.run("apply", numbers, buffers, [t for t in (out, partials) if t is not None], **options)
+        dz.copy_(out)
+        return partials
+
+    def close(self):
+        self.emulator.close()
+
+
+class Normalisation:
+    """The steps of BN, ReLU and shortcut that go over activations."""
+
+    def __init__(self, folder):
+        self.emulator = Emulator(build(folder))
+
+    def bn_stats(self, y):
+        tiles = torch.empty(2, dtype=torch.int64)
+        self.emulator.run("row_tiles", tuple(y.shape), (tiles,), (tiles,))
+        rows = int(tiles[1])
+        return cuda_emulator.run_stats(self.emulator, y, rows), rows
+
+    def bn_finalize(self, partials, rows, pixels, gamma, beta, eps, residual_scale):
+        assert eps == 1e-5, "which the program takes for granted"
+        tiles, _, channels = partials.shape
+        vectors, parameters = torch.empty(5, channels), (gamma, beta, residual_scale)
+        numbers = (*map(number, parameters), tiles, rows, pixels - rows * (tiles - 1), pixels, channels)
+        self.emulator.run("bn_finalize", numbers, (partials, *parameters, vectors), (vectors,))
+        return vectors
+
+    def bn_act(self, y, vectors, skip, y2, vectors2, keep_signs, relu=True):
+        assert relu
+        return cuda_emulator.run_act(self.emulator, y, vectors, skip, y2, vectors2, keep_signs)
+
+    def bn_act_backward_reduce(self, dout, y, vectors, signs, y2, vectors2):
+        tiles = torch.empty(2, dtype=torch.int64)
+        self.emulator.run("row_tiles", tuple(y.shape), (tiles,), (tiles,))
+        return cuda_emulator.run_reduce(self.emulator, dout, y, vectors, signs, y2, vectors2, int(tiles[1]))
+
+    def bn_act_backward_finalize(self, partials, row, pixels, vectors, gamma, beta, residual_scale, training):
+        tiles, sums, channels = partials.shape
+        out, parameters = torch.empty(7, channels), (gamma, beta, residual_scale)
+        numbers = (*map(number, parameters), tiles, pixels, sums, row, channels, training)
+        self.emulator.run("bn_act_backward_finalize", numbers, (partials, vectors, *parameters, out), (out,))
+        return out
+
+    def bn_act_backward_apply(self, dout, y, vectors, c, signs, training, y2, c2, training2, keep_masked):
+        return cuda_emulator.run_apply(self.emulator, dout, y, vectors, c, signs, training, y2, c2, training2, keep_masked)
+
+    @property
+    def masked_add(self):
+        return SimpleNamespace(default=self._masked_add)
+
+    def _masked_add(self, dx, image, signs, down, right):
+        dx.copy_(cuda_emulator.run_add(self.emulator, dx, image, signs, (down, right)))
+
+    def close(self):
+        self.emulator.close()
+
+
+class Together:
+    """All that several of these have; each names its operators. `calls`: how often each was asked for."""
+
+    def __init__(self, *parts):
+        self._parts = parts
+        self.calls = Counter()
+
+    def __getattr__(self, name):
+        part = next((part for part in self._parts if hasattr(type(part), name)), None)
+        if part is None:
+            raise AttributeError(name)
+        self.calls[name] += 1
+        return getattr(part, name)
+
+    def close(self):
+        for part in self._parts:
+            part.close()

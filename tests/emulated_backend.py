@@ -35,7 +35,9 @@ def install(monkeypatch, operators, primitives=native.CUDA_CALLS):
     calls = _calls(operators)
 
     def find(primitive, device):
-        return getattr(calls, primitive) if primitive in primitives else None
+        if primitive not in primitives:
+            return None
+        return getattr(operators if primitive in native.PRIMITIVES else calls, primitive)
 
     module = SimpleNamespace(
         supports=lambda device, dtype: None,

@@ -1,25 +1,141 @@
 """Tuning, end to end, on a CPU: real trials of planted kernels with planted timings."""
 
+import functools
 import json
+import os
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 from compare import every, same
 from torch.utils.checkpoint import checkpoint
-from tuning_plants import geometry_of, level_of, own_tiles
 
 from blocks import assert_same, eager, image, make, step
-from fused_res import backends, explain, plans, use_backend
+from fused_res import AvgPool, backends, explain, plans, use_backend
+from fused_res.block.dry_run import convolutions
+from fused_res.block.levels import LEVELS
+from fused_res.geometry import Convolution, Geometry, numbers_of
+from fused_res.layout import nhwc
 from fused_res.primitives import operands as operand_kinds
+from fused_res.primitives.choice import Choice, own_kernel
+from fused_res.primitives.conv_dgrad import conv_dgrad
+from fused_res.primitives.conv_fprop import conv_fprop
+from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.operands import Activation
+from fused_res.primitives.run import PLAIN
 from fused_res.tuning import files, tuner
-from fused_res.tuning.convolutions import LIBRARY
-from fused_res.tuning.levels import distinct
+from fused_res.tuning.convolutions import LIBRARY, comparable, perform, truth, try_convolution, variants
+from fused_res.tuning.levels import distinct, draw, try_levels
+from fused_res.tuning.synthetic import operands
+from fused_res.tuning.trials import errors
 
 CPU = torch.device("cpu")
 
 
-pytest_plugins = ("tuning_plants",)
-pytestmark = pytest.mark.usefixtures("nothing_known")
+@pytest.fixture(autouse=True)
+def _nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuner, "_known", {})
+    monkeypatch.setattr(files, "_warned", set())
+    monkeypatch.setenv("FUSED_RES_CACHE", str(tmp_path / "cache"))
+    with plans.afresh():
+        yield
+
+
+class Planted:
+    """A backend of plain formulas with convolutions of its own in two tiles, each of which may be made wrong, or crash."""
+
+    def __init__(self):
+        self.calls, self.spoil = [], {}
+
+    def supports(self, device, dtype):
+        return None
+
+    def preference(self, device):
+        return 9
+
+    def level(self, device, dtype, geometry):
+        return "bn_act"
+
+    def tiles(self, primitive, weight, pixels, operands):
+        return [(16, 4), (32, 4)]
+
+    def tile(self, pixels, warps):
+        return pixels, warps
+
+    def find(self, primitive, device):
+        return getattr(self, primitive, None)
+
+    def conv_fprop(self, x, unit, statistics, output, *, config=None):
+        return self.spoilt(config, conv_fprop(x, unit, statistics=statistics, output=output, run=PLAIN))
+
+    def conv_dgrad(self, dy, like, unit, inner, add, *, config=None):
+        return self.spoilt(config, conv_dgrad(dy, like, unit, inner=inner, add=add, run=PLAIN))
+
+    def conv_wgrad(self, dy, x, unit, *, config=None):
+        return self.spoilt(config, conv_wgrad(dy, x, unit, run=PLAIN))
+
+    def spoilt(self, config, found):
+        self.calls.append(config)
+        spoil = self.spoil.get(config)
+        if spoil == "crash":
+            raise RuntimeError("no such instruction")
+        if spoil == "deaf":
+            image = found if isinstance(found, torch.Tensor) else found.image
+            image.nan_to_num_(0, 0, 0)
+        if spoil == "wrong":
+            image = found if isinstance(found, torch.Tensor) else found.image
+            image[0, 0, 0, 0] += image.norm() / 100
+        return found
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    backend, load = Planted(), backends.load
+    monkeypatch.setattr(backends, "load", lambda name: backend if name == "planted" else load(name))
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "planted"))
+    return backend
+
+
+class Timings:
+    """Planted timings: by the name of a candidate, of two that run together the sum, 1 for the rest; notes what was asked."""
+
+    def __init__(self, **seconds):
+        self.seconds, self.asked = seconds, []
+
+    def __call__(self, runs, device, queued):
+        self.asked.append(list(runs))
+        for run in runs.values():
+            run(0)
+            run(1)
+        return {name: sum(self.seconds.get(part, 1.0) for part in name.split(" + ")) for name in runs}
+
+
+@pytest.fixture
+def timings(monkeypatch):
+    monkeypatch.setenv("FUSED_RES_TUNE", "1")
+
+    def install(**seconds):
+        found = Timings(**seconds)
+        monkeypatch.setattr(tuner, "measure", found)
+        return found
+
+    return install
+
+
+def geometry_of(block, x):
+    return Geometry.from_numbers(numbers_of(x, block.parts()))
+
+
+def level_of(block, x):
+    return explain(block, x).rows[0].level
+
+
+def own_tiles(planted):
+    """The tiles that the planted backend's kernels ran with since the last time, "-" for none of them."""
+    found, planted.calls = planted.calls, []
+    return set(found) or "-"
 
 
 def test_without_the_variable_nothing_is_measured(planted, timings, monkeypatch):
@@ -164,6 +280,202 @@ def test_a_wrong_level_never_runs(timings, monkeypatch):
     assert level_of(block, x) == "moment"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_relu_hides_in_one_draw_it_shows_in_the_other(dtype):
+    block = make("bottleneck", dtype)
+    seen = 0
+    for call in asked_by(block, image(block, 3, 8, dtype), "reference", dtype):
+        draws = [operands(call, CPU, seed).operands for seed in (0, 1)]
+        for first, second in zip(*draws, strict=True):
+            if isinstance(first, Activation) and first.vectors is not None:
+                opened = [a.values(PLAIN) > 0 for a in (first, second)]
+                same(opened[0], ~opened[1])
+                seen += 1
+    assert seen >= 4
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_gradient_said_to_be_masked_that_is_not_is_found_wrong(masks, planted, monkeypatch):
+    """It would be taken at its word."""
+    block = make("bottleneck", torch.float32)
+    calls = asked_by(block, image(block, 3, 8, torch.float32), "planted", torch.float32)
+    call = next(call for call in calls if call.primitive == "conv_dgrad" and call.operands[2] is not None)
+
+    def dgrad(dy, like, unit, inner, add, *, config=None):
+        found = conv_dgrad(dy, like, unit, inner=inner, run=PLAIN)
+        open_ = inner.values(PLAIN) > 0 if masks else 1
+        return found._replace(image=nhwc(found.image * open_), masked=True)
+
+    monkeypatch.setattr(planted, "conv_dgrad", dgrad)
+    choice, verdict = try_convolution(call, CPU, lambda runs, *_: {n: 1.0 - (n != LIBRARY) / 2 for n in runs})
+    assert choice.own == masks
+    assert set(verdict.rejected) == (set() if masks else {"own", "own (16, 4)", "own (32, 4)"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("pool", [None, AvgPool((2, 2), (2, 2))], ids=["identity", "pooled"])
+def test_every_level_of_the_plain_formulas_is_found_right(pool, frozen, dtype):
+    """The judge has no false alarms: errors of fewer channels than these have no meaningful ratio."""
+
+    def convolution(out, into, size, stride=1, training=True):
+        return Convolution((out, into, size, size), (stride, stride), (size // 2, size // 2), (1, 1), 1, training)
+
+    stride, into = (1, 128) if pool is None else (2, 64)
+    main = (convolution(32, into, 1), convolution(32, 32, 3, stride, not frozen), convolution(128, 32, 1))
+    geometry = Geometry(main, None if pool is None else convolution(128, 64, 1), pool, False, (2, 8, 8))
+    _, verdict = try_levels(geometry, "reference", dtype, CPU, lambda runs, *_: dict.fromkeys(runs, 1.0))
+    assert verdict.rejected == {}
+    assert list(verdict.seconds) == list(LEVELS)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_level_off_by_a_little_is_found_wrong(seed):
+    geometry = geometry_of(make("bottleneck", torch.float32), image(make("bottleneck"), 4, 9, torch.float32))
+    problem = draw(geometry, torch.float32, CPU, seed)
+    state, wide = problem.state("reference"), problem.wide()
+    expected = wide.results("bn_act", "reference", wide.state("reference", state))
+    for level in LEVELS:
+        found = problem.results(level, "reference", state)
+        assert len(found) == len(expected) == 1 + 2 * 3 + 1 + 3 * 3
+        assert max(errors(*pair).largest for pair in zip(found, expected, strict=True)) < 1e-5
+    for i, result in enumerate(found):
+        assert errors(result * (1 + 1e-4), expected[i]).l2 > 5e-5
+
+
+def asked_by(block, x, backend, dtype):
+    calls = {}
+    for level in LEVELS[1:]:
+        for _, call in convolutions(x, None, block.parts(), level, backend, block.training):
+            for variant in variants(call):
+                calls.setdefault(variant.key(), variant)
+    return list(calls.values())
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype", "kind"),
+    [
+        pytest.param(True, torch.float32, "pooled", id="train-float32"),
+        pytest.param(False, torch.bfloat16, "pooled", id="eval-bfloat16"),
+        pytest.param(False, torch.bfloat16, "projection", id="eval-bfloat16-3x3", marks=pytest.mark.long),
+        pytest.param(True, torch.bfloat16, "pooled", id="train-bfloat16", marks=pytest.mark.long),
+        pytest.param(True, torch.bfloat16, "projection", id="train-bfloat16-3x3", marks=pytest.mark.long),
+        pytest.param(False, torch.float32, "pooled", id="eval-float32", marks=pytest.mark.long),
+    ],
+)
+def test_triton_convolutions_pass_the_trial_in_the_interpreter(training, dtype, kind, proven_interpreter):
+    """Every convolution that some level of the block asks for, with every tile: the judge has no false alarms."""
+    pytest.importorskip("triton")
+    seen = 0
+    block = make(kind, dtype).train(training)
+    for call in asked_by(block, image(block, 2, 6, dtype), "triton", dtype):
+        if own_kernel(call)[0] is not None:
+            choice, verdict = try_convolution(call, CPU, lambda runs, *_: {n: 1.0 - (n != LIBRARY) / 2 for n in runs})
+            assert choice.own
+            assert verdict.rejected == {}
+            assert len(verdict.seconds) >= 3
+            seen += 1
+    assert seen >= 4
+
+
+@pytest.mark.parametrize("kind", ["pooled", "identity"])
+def test_the_truth_is_what_the_library_gives_but_for_rounding(kind):
+    block = make(kind, torch.float32)
+    for call in asked_by(block, image(block, 3, 8, torch.float32), "reference", torch.float32):
+        problem = operands(call, CPU, 0)
+        found, expected = comparable(problem, perform(problem, Choice(False))), truth(problem)
+        assert [t.dtype for t in expected] == [torch.float64] * len(found)
+        assert max(errors(*pair).largest for pair in zip(found, expected, strict=True)) < 1e-5, call.key()
+
+
+def test_a_masked_gradient_is_tried_too():
+    block = make("bottleneck", torch.float32)
+    kinds = {call.fused[0] for call in asked_by(block, image(block, 3, 8, torch.float32), "reference", torch.float32)}
+    assert {"relu bn", "masked bn", "signs bn"} <= kinds
+
+
+# What is kept, and where nothing is tried.
+
+
+def other_process():
+    """As if started anew."""
+    tuner._known.clear()
+    return plans.afresh()
+
+
+def test_another_process_finds_what_was_found(planted, timings):
+    first = timings(**{"own (32, 4)": 0.5, "epilogue": 0.5})
+    block = make("bottleneck", torch.float32)
+    x = image(block, dtype=torch.float32)
+    assert level_of(block, x) == "epilogue"
+    assert first.asked
+    with other_process():
+        second = timings()
+        planted.calls = []
+        step(block, x)
+        assert not second.asked
+        assert own_tiles(planted) == {(32, 4)}
+        assert level_of(block, x) == "epilogue"
+    with other_process():
+        third = timings()
+        assert level_of(block, x[:2]) == "bn_act"
+        assert third.asked
+
+
+def test_other_versions_and_switches_are_measured_anew(timings, monkeypatch):
+    block = make("identity", torch.float32)
+    x = image(block, dtype=torch.float32)
+    timings(prologue=0.5)
+    assert level_of(block, x) == "prologue"
+    changes = (
+        lambda: monkeypatch.setattr(tuner, "_files_of", lambda *_: files.PlanFiles({"torch": "2.99"})),
+        lambda: torch.use_deterministic_algorithms(True),
+    )
+    try:
+        for change in changes:
+            change()
+            with other_process():
+                found = timings(epilogue=0.5)
+                assert level_of(block, x) == "epilogue"
+                assert found.asked
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_identity_names_device_versions_and_sources():
+    found = tuner.identity(CPU)
+    assert {"fused_res", "torch", "triton", "cuda", "cudnn", "source", "library", "device"} <= set(found)
+    assert tuner._files(CPU).identity["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("value", ['"nonsense"', '{"own": 1, "config": null}', '{"own": true, "config": [1, 2, 3]}', "3", "[]"])
+def test_values_that_mean_nothing_are_measured_anew(value, planted, timings):
+    timings(**{"own (32, 4)": 0.5, "epilogue": 0.5})
+    block = make("identity", torch.float32)
+    x = image(block, dtype=torch.float32)
+    assert level_of(block, x) == "epilogue"
+    for path in files.root().rglob("*.json"):
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps(document | {"value": json.loads(value)}))
+    with other_process():
+        found = timings(**{"own (32, 4)": 0.5, "prologue": 0.5})
+        with pytest.warns(UserWarning, match="ignored"):
+            assert level_of(block, x) == "prologue"
+        assert len(found.asked) > 1
+
+
+def test_without_a_cache_tuning_works_within_the_process(timings, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_CACHE", "")
+    found = timings(prologue=0.5)
+    block = make("identity", torch.float32)
+    x = image(block, dtype=torch.float32)
+    assert level_of(block, x) == "prologue"
+    asked = len(found.asked)
+    with plans.afresh():
+        assert level_of(block, x) == "prologue"
+    assert len(found.asked) == asked
+
+
 def test_a_forced_level_has_its_convolutions_tried_and_no_other(planted, timings):
     found = timings(**{"own (32, 4)": 0.5})
     block = make("bottleneck", torch.float32)
@@ -282,3 +594,41 @@ def test_memory_that_does_not_suffice_is_a_warning(timings, monkeypatch):
     x = image(block, dtype=torch.float32)
     with pytest.warns(UserWarning, match="not tuned: out of memory"):
         every(block(x).isfinite())
+
+
+def test_threads_tune_a_block_once(timings):
+    found = timings(prologue=0.5)
+    block = make("identity", torch.float32)
+    x, levels = image(block, dtype=torch.float32), []
+    threads = [threading.Thread(target=lambda: levels.append(level_of(block, x))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert levels == ["prologue"] * 4
+    assert sum(names[0] == "bn_act" for names in found.asked) == 1
+
+
+PROCESS = """
+import sys, torch
+from fused_res import BasicBlock, explain
+from fused_res.tuning import tuner
+torch.set_num_threads(1)
+fast = sys.argv[1]
+tuner.measure = lambda runs, device, queued: {name: 0.5 if name == fast else 1.0 for name in runs}
+print(explain(BasicBlock(8, 8), torch.randn(2, 8, 6, 6)).rows[0].level)
+"""
+
+
+def test_processes_that_tune_at_once_each_finish_and_later_ones_agree():
+    environment = os.environ | {"FUSED_RES_TUNE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    start = functools.partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = [start([sys.executable, "-c", PROCESS, level]) for level in ("prologue", "epilogue", "prologue")]
+    outputs = [process.communicate(timeout=300) for process in first]
+    assert [process.returncode for process in first] == [0] * 3, outputs
+    levels = [stdout.strip() for stdout, _ in outputs]
+    assert set(levels) <= {"prologue", "epilogue"}
+    later = start([sys.executable, "-W", "error::UserWarning", "-c", PROCESS, "none"])
+    stdout, stderr = later.communicate(timeout=300)
+    assert stdout.strip() in levels, stderr

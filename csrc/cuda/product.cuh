@@ -183,6 +183,43 @@ struct Accumulators {
   float value[Tiling::kTilesDown][Tiling::kTilesAcross][4] = {};
 };
 
+/// Goes through steps whose copies are under way kStages - 1 steps before: copy(stage, step) begins them, fetch(step)
+/// loads what else the step needs, arrive(stage, step) sees what the thread itself has copied, and use(stage, step)
+/// what all have. All threads must come here. What was in the memory before must have been read; afterwards it has
+/// been.
+template <int kStages, class Stage, class Copy, class Fetch, class Arrive, class Use>
+__device__ __forceinline__ void pipelined(Stage (&stages)[kStages], int steps, Copy copy, Fetch fetch, Arrive arrive,
+                                          Use use) {
+  constexpr int kAhead = kStages - 1;
+#pragma unroll
+  for (int step = 0; step < kAhead; ++step) {
+    if (step < steps) copy(stages[step], step);
+    ptx::commit_copies();
+  }
+  int read = 0, write = kAhead;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    fetch(step);
+    ptx::wait_copies<kAhead - 1>();
+    arrive(stages[read], step);
+    // Now all of this stage is there, and all have read the one that the next copies overwrite.
+    __syncthreads();
+    if (step + kAhead < steps) copy(stages[write], step + kAhead);
+    ptx::commit_copies();
+    use(stages[read], step);
+    read = read + 1 == kStages ? 0 : read + 1;
+    write = write + 1 == kStages ? 0 : write + 1;
+  }
+  // The groups that are left are empty.
+  __syncthreads();
+}
+
+/// Nothing that is done with a stage beside the product.
+struct NothingBeside {
+  template <class Stage>
+  __device__ __forceinline__ void operator()(const Stage&, int) const {}
+};
+
 /// first x second, each in memory as its Major says. kWide: both can be copied in 16 bytes.
 template <class T, class Tiling, Major kFirst, Major kSecond, bool kWide>
 struct Product {
@@ -199,45 +236,32 @@ struct Product {
   };
 
   /// Adds the product to `sum`, of rows from `row` of the first operand on and of columns from `column` of the second
-  /// on. All threads must come here. What was in the memory before must have been read; afterwards it has been.
-  template <class FirstPrologue, class SecondPrologue>
+  /// on; beside(stage, step) sees every stage, too. Threads and memory as for `pipelined`.
+  template <class FirstPrologue, class SecondPrologue, class Beside = NothingBeside>
   static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, Memory& memory, const Lines<T>& first,
                                              std::int64_t row, const FirstPrologue& first_prologue,
                                              const Lines<T>& second, std::int64_t column,
-                                             const SecondPrologue& second_prologue, Range depth) {
+                                             const SecondPrologue& second_prologue, Range depth, Beside beside = {}) {
     Feed<T, First, kFirst, Tiling::kThreads, kWide, FirstPrologue> a(first, row, depth, first_prologue);
     Feed<T, Second, kSecond, Tiling::kThreads, kWide, SecondPrologue> b(second, column, depth, second_prologue);
-    const int steps = static_cast<int>((depth.end - depth.begin + kDepth - 1) / kDepth);
-    constexpr int kAhead = Tiling::kStages - 1;
-#pragma unroll
-    for (int step = 0; step < kAhead; ++step) {
-      if (step < steps) {
-        a.copy(memory.stage[step].first, step);
-        b.copy(memory.stage[step].second, step);
-      }
-      ptx::commit_copies();
-    }
-    int read = 0, write = kAhead;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      a.fetch(step);
-      b.fetch(step);
-      ptx::wait_copies<kAhead - 1>();
-      a.apply(memory.stage[read].first, step);
-      b.apply(memory.stage[read].second, step);
-      // Now all of this stage is there, and all have read the one that the next copies overwrite.
-      __syncthreads();
-      if (step + kAhead < steps) {
-        a.copy(memory.stage[write].first, step + kAhead);
-        b.copy(memory.stage[write].second, step + kAhead);
-      }
-      ptx::commit_copies();
-      multiply(sum, memory.stage[read]);
-      read = read + 1 == Tiling::kStages ? 0 : read + 1;
-      write = write + 1 == Tiling::kStages ? 0 : write + 1;
-    }
-    // The groups that are left are empty.
-    __syncthreads();
+    pipelined(
+        memory.stage, static_cast<int>((depth.end - depth.begin + kDepth - 1) / kDepth),
+        [&](Stage& stage, int step) {
+          a.copy(stage.first, step);
+          b.copy(stage.second, step);
+        },
+        [&](int step) {
+          a.fetch(step);
+          b.fetch(step);
+        },
+        [&](Stage& stage, int step) {
+          a.apply(stage.first, step);
+          b.apply(stage.second, step);
+        },
+        [&](const Stage& stage, int step) {
+          multiply(sum, stage);
+          beside(stage, step);
+        });
   }
 
  private:

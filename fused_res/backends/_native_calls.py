@@ -6,6 +6,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from fused_res.backends import native
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.conv_dgrad import Inflow
 from fused_res.primitives.conv_fprop import Convolved, finished
@@ -16,7 +17,7 @@ from fused_res.primitives.operands import Activation, Addend, Gradient, Output
 from fused_res.primitives.pointwise_direct import pointwise_direct_stats, pointwise_direct_sums
 from fused_res.primitives.pointwise_tail import Joined, Pointwise
 from fused_res.primitives.pointwise_tail import plain as plain_tail
-from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients
+from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients, plain_apply, plain_reduce
 from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
@@ -57,16 +58,24 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _tf32(image: Tensor) -> bool:
-    """Whether the moment form's products on the GPU round float32 to TF32: all of its steps must, or none.
-
-    Those of the plain formulas, which run `moments` there, do not.
-    """
-    return False
+    """Whether the moment form's products on the GPU round float32 to TF32: all of its steps do, or none."""
+    wide = image.dtype == torch.float32 and _on_gpu(image)
+    return wide and native.multiplies(torch.float32) and not native.before_ampere(image.device)
 
 
 def _formula(image: Tensor) -> bool:
     """Whether the GPU's tensor cores may not multiply it: float32 that is not to be rounded."""
     return _on_gpu(image) and image.dtype == torch.float32 and not _tf32(image)
+
+
+def multiplied(weight: Tensor) -> Tensor:
+    if not _tf32(weight):
+        return weight
+    return torch.ops.fused_res.scaled_weight(_matrix(weight), None, True).view_as(weight)
+
+
+def scaled_weight(branch: Pointwise) -> Tensor:
+    return torch.ops.fused_res.scaled_weight(_matrix(branch.weight), branch.vectors, _tf32(branch.weight))
 
 
 def moments(z: Activation) -> tuple[Tensor, Tensor]:
@@ -116,6 +125,8 @@ def pointwise_tail(main: Pointwise, shortcut: Joined, keep_signs: bool) -> tuple
 def pointwise_tail_backward_reduce(
     dout: Tensor, signs: Tensor, z: Activation, mean: Tensor | None, scaled: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    if _formula(z.image):
+        return plain_reduce(dout, signs, z, mean, _RUN)
     return torch.ops.fused_res.pointwise_tail_backward_reduce(to_rows(dout), signs, *_activation(z), mean, scaled)
 
 
@@ -160,6 +171,8 @@ def pointwise_tail_backward_apply(
     inner: bool,
     into: Tensor | None,
 ) -> Inflow:
+    if _formula(z.image):
+        return plain_apply(dout, signs, z, scaled, gradients, inner, into, _RUN)
     rows = to_rows(dout)
     if into is not None:
         dz = into.permute(0, 2, 3, 1)
@@ -183,7 +196,7 @@ def pointwise_tail_backward_apply(
     if into is not None:
         return Inflow(into)
     n, _, h, w = dout.shape
-    return Inflow(to_image(dz, n, h, w), partials)
+    return Inflow(to_image(dz, n, h, w), partials, inner and _on_gpu(dout))
 
 
 def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[int, int]) -> None:

@@ -41,11 +41,11 @@ _CALLS = (
 )
 # Which of these have CUDA kernels.
 CUDA_CALLS = (
-    *("masked_add", "move_statistics", "moments", "moments_finalize", "pointwise_tail", "pointwise_tail_backward_finalize"),
-    "conv_fprop",
+    *("masked_add", "move_statistics", "multiplied", "scaled_weight", "moments", "moments_finalize", "pointwise_tail"),
+    *("pointwise_tail_backward_reduce", "pointwise_tail_backward_finalize", "pointwise_tail_backward_apply", "conv_fprop"),
 )
 # Which of these multiply in tensor cores, with instructions of compute capability 8.0.
-_MULTIPLYING = ("moments", "pointwise_tail", "conv_fprop")
+_MULTIPLYING = (*("moments", "pointwise_tail", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply", "conv_fprop"),)
 _FUNCTIONAL = (
     *PRIMITIVES,
     "moments",
@@ -203,20 +203,21 @@ def _pays(weight: tuple[int, ...], pixels: int) -> bool:
     return out * channels <= (2**16 if kernel == [1, 1] else 1024 * pixels)
 
 
-def _before_ampere(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) < (8, 0)
+def before_ampere(device: torch.device) -> bool:
+    """Whether this is a GPU without the tensor cores that the kernels multiply in."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 @functools.cache
 def find(primitive: str, device: torch.device) -> Callable | None:
     if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
         return None
-    if device.type == "cuda" and primitive in _MULTIPLYING and _before_ampere(device):
+    if primitive in _MULTIPLYING and before_ampere(device):
         return None
     load()
-    if primitive in _CALLS:
-        return getattr(importlib.import_module("fused_res.backends._native_calls"), primitive)
-    return getattr(torch.ops.fused_res, primitive).default
+    if primitive in PRIMITIVES:
+        return getattr(torch.ops.fused_res, primitive).default
+    return getattr(importlib.import_module("fused_res.backends._native_calls"), primitive)
 
 
 def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
@@ -231,7 +232,7 @@ def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
     if pixels <= 16 or unit.groups != 1:
         return "no kernel"
     if not weight.is_cpu:
-        old = _before_ampere(weight.device)
+        old = before_ampere(weight.device)
         return "no kernel before compute capability 8.0" if old else declined_on_gpu(primitive, unit)
     if weight.dtype not in (torch.float32, torch.float64):
         return "no kernel"

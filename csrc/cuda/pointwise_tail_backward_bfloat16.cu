@@ -1,0 +1,9 @@
+// The kernels of `pointwise_tail_backward` in bfloat16.
+#include "pointwise_tail_backward.cuh"
+
+namespace fused_res::cuda {
+
+template void pointwise_tail_backward_reduce<BFloat16>(const TailReduce&, const TailSums&, const Queue&);
+template void pointwise_tail_backward_apply<BFloat16>(const TailApply&, const Queue&);
+
+}  // namespace fused_res::cuda

@@ -1,0 +1,9 @@
+// The kernels of `pointwise_tail_backward` in float32, as TF32.
+#include "pointwise_tail_backward.cuh"
+
+namespace fused_res::cuda {
+
+template void pointwise_tail_backward_reduce<float>(const TailReduce&, const TailSums&, const Queue&);
+template void pointwise_tail_backward_apply<float>(const TailApply&, const Queue&);
+
+}  // namespace fused_res::cuda

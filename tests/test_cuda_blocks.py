@@ -1,0 +1,89 @@
+"""Whole blocks at level `moment` through the CUDA kernels as they run on the CPU: `native` as on a GPU, with no Triton."""
+
+import shutil
+
+import cuda_operators
+import emulated_backend
+import pytest
+import torch
+
+from fused_res import Bottleneck, accuracy
+from fused_res.backends import native
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+PARTS = (
+    cuda_operators.Normalisation,
+    cuda_operators.Finalize,
+    cuda_operators.Pointwise,
+    cuda_operators.Moments,
+    cuda_operators.TailBackward,
+)
+# What a Bottleneck at this level does beside its 3x3 convolution and its first one's way back.
+STEPS = {
+    *("pointwise_fprop", "bn_finalize", "bn_stats", "moments", "moments_finalize_direct", "pointwise_tail", "move_statistics"),
+    *("scaled_weight", "pointwise_tail_backward_reduce", "pointwise_tail_backward_finalize_direct"),
+    *("pointwise_tail_backward_apply", "bn_act_backward_finalize"),
+}
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
+    operators = cuda_operators.Together(*(part(tmp_path_factory.mktemp("emulator")) for part in PARTS))
+    yield operators
+    operators.close()
+
+
+@pytest.fixture
+def backend(monkeypatch, operators):
+    """The convolutions that it has are its own; float32 is TF32."""
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "own")
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "tf32"
+    operators.calls.clear()
+    yield emulated_backend.install(monkeypatch, operators, native.PRIMITIVES + native.CUDA_CALLS)
+    conv.fp32_precision = before
+
+
+def drawn(inplanes, planes, shape, stride=1):
+    """Makes a block, its input and the incoming gradient from a seed."""
+
+    def make(seed):
+        generator = torch.Generator().manual_seed(seed)
+        block = accuracy.random_block(Bottleneck(inplanes, planes, stride), seed)
+        n, h, w = shape
+        sizes = (n, inplanes, h, w), (n, 4 * planes, -(-h // stride), -(-w // stride))
+        return block, *(torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+
+    return make
+
+
+def check(make, dtype, backend, operators, seeds=1):
+    verdicts = accuracy.judge(make, dtype, backend, "moment", seeds=range(seeds), sign_tolerance=0.1)
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, failed
+    asked = set(operators.calls)
+    assert asked >= STEPS, STEPS - asked
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(BF16, marks=pytest.mark.slow), *(pytest.param(d, marks=pytest.mark.long) for d in (F16, F32))], ids=str
+)
+def test_a_small_block_is_as_accurate_as_eager(backend, operators, dtype):
+    check(drawn(32, 8, (2, 5, 7)), dtype, backend, operators)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize(("inplanes", "stride"), [(64, 1), (256, 1)], ids=["first", "others"])
+def test_stage_1_of_resnet_50_cut_to_a_few_tiles(backend, operators, dtype, inplanes, stride):
+    check(drawn(inplanes, 64, (1, 10, 15), stride), dtype, backend, operators)
+
+
+@pytest.mark.long
+def test_a_strided_projection(backend, operators):
+    check(drawn(24, 8, (2, 6, 9), 2), BF16, backend, operators)
