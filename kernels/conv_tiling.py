@@ -106,6 +106,9 @@ def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: An
     and x.
     """
     shared, results = limits(weight.device)
+    if direction == "dgrad" and weight.dtype == torch.float32 and weight.shape[2] * weight.shape[3] > 1:
+        # On the way through taps, IEEE sums and what becomes of them leave registers for no more.
+        results = min(results, 32) if dot_precision(weight) == "ieee" else results
 
     def fits(config: Config) -> bool:
         p, k, c, warps, _ = config

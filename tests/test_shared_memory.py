@@ -20,7 +20,7 @@ from fused_res.primitives.operands import Activation
 pytest.importorskip("triton")
 
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient
-from fused_res.kernels.conv_tiling import configurations
+from fused_res.kernels.conv_tiling import Config, configurations
 from fused_res.kernels.tiling import compiling_for
 from fused_res.primitives.run import of
 
@@ -108,6 +108,20 @@ def test_tiles_to_try_fit(direction):
             image = case.x if direction == "dgrad" else case.dy
             assert all_ == configurations(direction, dtype, image.numel() // image.shape[1], case.unit.weight.shape)
     assert left_out > 0 or direction == "fprop"
+
+
+def test_a_filters_gradients_in_ieee_float32_leave_registers():
+    """With more than 32 sums a thread they went through local memory in the loop (`make aot ARGS=--tiles`)."""
+    filters = [case for case in meta_cases(torch.float32) if case.unit.weight.shape[2] > 1]
+    precisions, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
+    most = {}
+    try:
+        for precisions.fp32_precision in ("ieee", "tf32"):
+            tiles = [Config(*tile) for case in filters for tile in fitting("dgrad", case, 90)]
+            most[precisions.fp32_precision] = max(c.block_p * c.block_c / (32 * c.warps) for c in tiles)
+    finally:
+        precisions.fp32_precision = before
+    assert most["ieee"] <= 32 < most["tf32"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -6,6 +6,9 @@
 
 namespace fused_res::cpu::FUSED_RES_VARIANT {
 
+// Bytes of a matrix that are still near when the next block of rows is multiplied by it.
+constexpr int64_t kStays = 256 * 1024;
+
 // Multiplies blocks of rows of an operand by stretches of columns of a matrix; a block is read once for all stretches.
 template <class T>
 class Multiplier {
@@ -24,7 +27,9 @@ class Multiplier {
     first_ = first;
     const int64_t depth = factors_.left.channels;
     const A* right = static_cast<const A*>(factors_.right) + from * depth;
-    multiply<V>(n, depth, whole_panels<V>(columns), block_.rows, block_.row, right, to, to_row, add, ahead);
+    const int64_t whole = whole_panels<V>(columns);
+    const A* next = whole * depth * static_cast<int64_t>(sizeof(A)) > kStays ? right : nullptr;
+    multiply<V>(n, depth, whole, block_.rows, block_.row, right, to, to_row, add, ahead, next);
   }
 
  private:
