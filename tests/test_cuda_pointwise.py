@@ -358,7 +358,8 @@ def test_in_float32_without_tf32_convolutions_are_declined_by_name(backend, prec
     assert backends.load(backend).declined("conv_dgrad", block.parts().main[2], 100) == "no kernel"
 
 
-def test_in_float32_the_tail_is_the_plain_formula(backend, emulator):
+def test_in_float32_without_tf32_the_tail_is_the_plain_formula(backend, emulator, precision):
+    precision.fp32_precision = "ieee"
     arguments = tail_operands(Draw(33, "cpu"), (2, 5, 7), 33, 20, F32, "skip")
     before = next(emulator.seeds)
     check_tail(*arguments, backend)
