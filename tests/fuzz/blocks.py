@@ -479,7 +479,23 @@ def _check_float64(case: Whole, backend: str) -> None:
         assert (got - want).norm() <= limit, f"{name}: off by {(got - want).norm():.2e} of {want.norm():.2e}, limit {limit:.2e}"
 
 
+def _library_is_sound(case: Whole) -> bool:
+    """Whether torch has no known fault in the case's convolutions.
+
+    Without AVX-512 the oneDNN of torch 2.13 writes past the end of its memory in some float32 gradients of weights: of strided 1x1
+    convolutions of fewer than 8 channels on channels_last images.
+    """
+    channels = [case.channels, *(unit.out for unit in case.main)]
+    units = [*zip(case.main, channels, strict=False), *([] if case.projection is None else [(case.projection, case.channels)])]
+    return not any(unit.kernel == (1, 1) and unit.stride != (1, 1) and c // unit.groups < 8 for unit, c in units)
+
+
 def check(case: Whole, backend: str) -> None:
+    with nullcontext() if _library_is_sound(case) else torch.backends.mkldnn.flags(enabled=False):
+        _check(case, backend)
+
+
+def _check(case: Whole, backend: str) -> None:
     dtype = DTYPES[case.dtype]
     p = problem(case, case.seed)
     mine = _as(case, p, dtype, case.x_layout, case.dout_layout)
