@@ -17,7 +17,7 @@ CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
-	@echo "make serving evaluation beside ONNX Runtime, OpenVINO and torch.compile, in about 1.5 hours; when cut off, the same goes on"
+	@echo "make serving evaluation beside ONNX Runtime, OpenVINO and torch.compile, in about two hours; when cut off, the same goes on"
 	@echo "make test    the tests (sets itself up)"
 	@echo "make test-slow   the few long ones, which CI runs too"
 	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
