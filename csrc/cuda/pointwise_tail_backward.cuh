@@ -133,8 +133,8 @@ struct Through {
   }
 };
 
-/// Channels by inner channels of a block.
-using TallTiling = Tiling<128, 64, 64, 3, 4>;
+/// Channels by inner channels of a block. As many threads share a line as of the small one: so many parts has a sum.
+using TallTiling = Tiling<128, 64, 64, 3, 8>;
 
 struct NoThrough {
   struct Second {};
