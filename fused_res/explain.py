@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fused_res import planner
 from fused_res.block.casting import with_dtype
-from fused_res.block.dry_run import convolutions, saved_bytes
+from fused_res.block.dry_run import by_formula, convolutions, saved_bytes
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
 from fused_res.fusible import Fusible
@@ -51,6 +51,8 @@ class Row:
     forward and, in training, in a backward to everything. `measured`: whether tuning found the level. `decided`: who gave it,
     "forced" by `use_backend` or `fuse`, "measured", "shipped" (a plan that came with the package), "model" or "rule".
 
+    `formulas`: on a GPU, the steps beside convolutions for which `native` has no kernel, each with the reason.
+
     `saved_bytes` and `eager_saved_bytes`: what this call would keep for a backward to everything, without parameters and output,
     fused and through the child modules; None where it runs unfused or in evaluation mode.
     """
@@ -69,6 +71,7 @@ class Row:
     saved_bytes: int | None = None
     eager_saved_bytes: int | None = None
     decided: str | None = None
+    formulas: tuple[str, ...] = ()
 
     def who_convolves(self) -> str:
         """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
@@ -107,7 +110,8 @@ class Explanation:
             what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
             level = f"{row.level} ({row.decided})" if row.decided in _SAID else row.level or "-"
             saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}/{row.eager_saved_bytes / 1e6:.1f} MB"
-            lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, saved, row.reason or ""))
+            why = "; ".join([*([row.reason] if row.reason else []), *row.formulas])
+            lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, saved, why))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -136,7 +140,9 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     who = planner.RULE if compiled else planner.who_decided(x, parts, level=block._fused_res_level)
     measured = who == planner.MEASURED
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
-    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved, who)
+    steps = by_formula(x, block._scale(), parts, level, backend, block.training)
+    formulas = tuple(f"{step}: {why}" for step, why in steps.items())
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved, who, formulas)
 
 
 def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> tuple[Convolution, ...]:

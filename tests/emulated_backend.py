@@ -44,6 +44,7 @@ def install(monkeypatch, operators, primitives=native.CUDA_CALLS):
         preference=lambda device: 0,
         level=lambda device, dtype, geometry: "moment",
         declined=lambda primitive, unit, pixels: native.declined_on_gpu(primitive, unit),
+        formula=lambda primitive, device, dtype: native.formula_on_gpu(primitive, dtype),
         find=find,
     )
     load = backends.load

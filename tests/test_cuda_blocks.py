@@ -7,7 +7,7 @@ import emulated_backend
 import pytest
 import torch
 
-from fused_res import Bottleneck, accuracy
+from fused_res import Bottleneck, accuracy, explain, use_backend
 from fused_res.backends import native
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,7 +54,11 @@ def drawn(inplanes, planes, shape, stride=1):
 
     def make(seed):
         generator = torch.Generator().manual_seed(seed)
-        block = accuracy.random_block(Bottleneck(inplanes, planes, stride), seed)
+        projection = None
+        if stride != 1 or inplanes != 4 * planes:
+            convolution = torch.nn.Conv2d(inplanes, 4 * planes, 1, stride, bias=False)
+            projection = torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(4 * planes))
+        block = accuracy.random_block(Bottleneck(inplanes, planes, stride, projection), seed)
         n, h, w = shape
         sizes = (n, inplanes, h, w), (n, 4 * planes, -(-h // stride), -(-w // stride))
         return block, *(torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
@@ -64,7 +68,8 @@ def drawn(inplanes, planes, shape, stride=1):
 
 def check(make, dtype, backend, operators, seeds=1):
     verdicts = accuracy.judge(make, dtype, backend, "moment", seeds=range(seeds), sign_tolerance=0.1)
-    failed = [v for v in verdicts if not v.passed]
+    # Eager is not TF32 on a CPU: a value, and each of the few factors that it has passed, keeps 11 bits.
+    failed = [v for v in verdicts if not (v.error <= 2.0**-9 if dtype == F32 else v.passed)]
     assert not failed, failed
     asked = set(operators.calls)
     assert asked >= STEPS, STEPS - asked
@@ -79,11 +84,40 @@ def test_a_small_block_is_as_accurate_as_eager(backend, operators, dtype):
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
-@pytest.mark.parametrize(("inplanes", "stride"), [(64, 1), (256, 1)], ids=["first", "others"])
-def test_stage_1_of_resnet_50_cut_to_a_few_tiles(backend, operators, dtype, inplanes, stride):
-    check(drawn(inplanes, 64, (1, 10, 15), stride), dtype, backend, operators)
+@pytest.mark.parametrize("inplanes", [64, 256], ids=["first", "others"])
+def test_stage_1_of_resnet_50_cut_to_a_few_tiles(backend, operators, dtype, inplanes):
+    check(drawn(inplanes, 64, (1, 10, 15)), dtype, backend, operators)
 
 
 @pytest.mark.long
 def test_a_strided_projection(backend, operators):
     check(drawn(24, 8, (2, 6, 9), 2), BF16, backend, operators)
+
+
+@pytest.mark.parametrize(("precision", "missing"), [("tf32", False), ("ieee", True)], ids=["tf32", "ieee"])
+def test_explain_names_every_step_without_a_kernel(monkeypatch, precision, missing):
+    """At level `moment` none is missing in training but what tensor cores do not multiply; no kernel is run for that."""
+    backend = emulated_backend.install(monkeypatch, None, native.PRIMITIVES + native.CUDA_CALLS)
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, precision
+    multiplied = "moments", "pointwise_tail", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply"
+    try:
+        for dtype in (F32, BF16):
+            block, x = Bottleneck(32, 8).to(dtype), torch.randn(2, 32, 5, 7, dtype=dtype)
+            with use_backend(backend, "moment"):
+                (row,) = _explained(block, x)
+            wanted = multiplied if missing and dtype == F32 else ()
+            assert row.formulas == tuple(f"{step}: no kernel for float32 without TF32" for step in wanted)
+        with use_backend(backend, "moment"):
+            (row,) = _explained(block.eval(), x)
+        assert row.formulas == ("bn_running: no kernel",)
+    finally:
+        conv.fp32_precision = before
+
+
+def _explained(block, x):
+    """The rows of `explain`, which runs the block by formulas here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_res.primitives.run.Run.find", lambda run, primitive, device: None)
+        patch.setattr("fused_res.primitives.run.Run.convolution", lambda run, primitive, unit, *operands: None)
+        return explain(block, x).rows

@@ -117,3 +117,48 @@ def test_no_finalize_kernel_touches_local_memory(tmp_path, arch):
     for function in functions:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
         assert int(re.search(r"Used (\d+) registers", function)[1]) <= 128, function
+
+
+# Kernels that multiply beside those of 1x1 convolutions: formats and tilings, 16 bytes at a time or not.
+PASSES = {
+    "moments": ({"moments": 3 * 3, "moments_merge": 1}, "moments", "const MomentTiles&, const MomentsResult&"),
+    "reduce": (
+        {"pointwise_tail_backward_reduce": 3 * 3, "pointwise_tail_backward_merge": 1},
+        "pointwise_tail_backward_reduce",
+        "const TailReduce&, const TailSums&",
+    ),
+    "apply": ({"pointwise_tail_backward_apply": 3 * 3}, "pointwise_tail_backward_apply", "const TailApply&"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("passes", PASSES)
+def test_no_pass_of_the_moment_form_touches_local_memory(tmp_path, passes, arch):
+    """Two blocks of 128 threads are resident at least, or one of 256."""
+    kernels, function, arguments = PASSES[passes]
+    header = "moments" if passes == "moments" else "pointwise_tail_backward"
+    lines = [f"template void {function}<{number}>({arguments}, const Queue&);" for number in ("float", "Half", "BFloat16")]
+    source = tmp_path / "passes.cu"
+    source.write_text("\n".join([f'#include "{header}.cuh"', "namespace fused_res::cuda {", *lines, "}"]))
+    command = [
+        NVCC,
+        "-cubin",
+        f"-arch={arch}",
+        "-std=c++17",
+        "-O3",
+        "-Xptxas=-v",
+        "-Werror=all-warnings",
+        "--expt-relaxed-constexpr",
+    ]
+    command += [f"-I{ROOT / 'csrc' / 'cuda'}", source, "-o", tmp_path / "passes.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    functions = done.stderr.split("Compiling entry function '")[1:]
+    names = [kernel_of(function)[0] for function in functions]
+    found = {name: names.count(name) for name in names}
+    assert kernels.items() <= found.items(), found
+    for function in functions:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
+        assert int(re.search(r"Used (\d+) registers", function)[1]) <= 255, function
+        assert int((re.search(r"(\d+) bytes smem", function) or [0, 0])[1]) <= 48 * 1024, function

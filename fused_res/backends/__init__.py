@@ -9,14 +9,15 @@ A backend module has four functions:
 - `find(primitive, device) -> Callable | None`: its implementation of a primitive of `fused_res.primitives` on this device, or None
   where it has none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have six more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find` has
-`conv_bn_act`, whose weights are prepared; None for `level`'s. `watching(call) -> AbstractContextManager`: inside, a launch of a
-kernel that is none of torch's operators is handed to `call`, with what launches it again. `declined(primitive, unit, pixels) ->
-str | None`: why its convolution of that kind does not run this unit over so many pixels, in a few words for `explain`, or None
-where it does; without it, all of them run. `pays(primitive, unit, pixels) -> bool`: whether, with something fused into it, it is
-faster than the library's and the passes that it leaves; without it, it is taken to be. `tiles(primitive, weight, pixels,
-operands)`: the tiles of its convolution that are worth trying and that the weight's device can run, and `tile(*numbers)`: one of
-them from its numbers.
+It may have seven more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find`
+has `conv_bn_act`, whose weights are prepared; None for `level`'s. `watching(call) -> AbstractContextManager`: inside, a launch
+of a kernel that is none of torch's operators is handed to `call`, with what launches it again. `declined(primitive, unit,
+pixels) -> str | None`: why its convolution of that kind does not run this unit over so many pixels, in a few words for
+`explain`, or None where it does; without it, all of them run. `formula(primitive, device, dtype) -> str | None`: likewise why a
+step beside convolutions runs by its plain formula; without it, `explain` says nothing of them. `pays(primitive, unit, pixels) ->
+bool`: whether, with something fused into it, it is faster than the library's and the passes that it leaves; without it, it is
+taken to be. `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth trying and that the
+weight's device can run, and `tile(*numbers)`: one of them from its numbers.
 """
 
 import functools

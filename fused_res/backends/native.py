@@ -247,6 +247,23 @@ def declined_on_gpu(primitive: str, unit: ConvBN) -> str | None:
     return None if multiplies(unit.weight.dtype) else "no kernel for float32 without TF32"
 
 
+def formula(primitive: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a step beside convolutions runs by its plain formula on a GPU, or None where it has a kernel, and on a CPU."""
+    if device.type != "cuda":
+        return None
+    if primitive in _MULTIPLYING and before_ampere(device):
+        return "no kernel before compute capability 8.0"
+    return formula_on_gpu(primitive, dtype)
+
+
+def formula_on_gpu(primitive: str, dtype: torch.dtype) -> str | None:
+    """The same on a GPU that has the instructions."""
+    if primitive not in PRIMITIVES + CUDA_CALLS:
+        return "no kernel"
+    declined = primitive in _MULTIPLYING and not multiplies(dtype)
+    return "no kernel for float32 without TF32" if declined else None
+
+
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether the products on a GPU take this dtype: 16 bits, and float32 where torch's convolutions may round it to TF32."""
     if dtype == torch.float32:

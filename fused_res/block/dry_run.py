@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_res import backends
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.packing import pack, unpack
@@ -35,6 +36,22 @@ def _bare(block: Block) -> Block:
     return block._replace(main=[_without_data(unit) for unit in block.main], projection=_without_data(block.projection))
 
 
+def _recorded(
+    x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool
+) -> tuple[Recording, Block]:
+    """What is asked for, and the block without data for which that is."""
+    image, scale, bare = _meta(x), _meta(residual_scale), _bare(block)
+    skip = image.new_empty(block.output_shape(x)) if block.given else None
+    run = Recording(backend)
+    with torch.no_grad():
+        out, saved = forward(image, skip, scale, bare, level, training, run)
+        if training:
+            tensors, spec, eps = pack(bare)
+            needs = Gradients(True, skip is not None, scale is not None, unpack([True] * len(tensors), spec, eps))
+            backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, run)
+    return run, bare
+
+
 def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> list[Asked]:
     """The convolutions of a forward and, if `training`, of a backward to everything, in order.
 
@@ -45,18 +62,27 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     Returns:
         The calls, with the block's own weights.
     """
-    image, scale, bare = _meta(x), _meta(residual_scale), _bare(block)
-    skip = image.new_empty(block.output_shape(x)) if block.given else None
-    run = Recording(backend)
-    with torch.no_grad():
-        out, saved = forward(image, skip, scale, bare, level, training, run)
-        if training:
-            tensors, spec, eps = pack(bare)
-            needs = Gradients(True, skip is not None, scale is not None, unpack([True] * len(tensors), spec, eps))
-            backward(out, image, scale, bare, Saved.from_list(saved, bare, level), needs, level, run)
+    run, bare = _recorded(x, residual_scale, block, level, backend, training)
     units = {id(unit.weight): i for i, unit in enumerate(bare.units())}
     numbered = ((units[id(call.unit.weight)], call) for call in run.calls)
     return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]
+
+
+# Primitives that the plain formulas of others ask for, and their kernels do without.
+_INSIDE = {"pointwise_direct_stats": "moments_finalize", "pointwise_direct_sums": "pointwise_tail_backward_finalize"}
+
+
+def by_formula(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> dict[str, str]:
+    """The steps beside convolutions that run by plain formulas because the backend has no kernel for x, and why.
+
+    Empty for a backend that does not say (`fused_res.backends`). Arguments: as of `convolutions`.
+    """
+    declined = getattr(backends.load(backend), "formula", None)
+    if declined is None:
+        return {}
+    run, _ = _recorded(x, residual_scale, block, level, backend, training)
+    reasons = {step: declined(step, x.device, x.dtype) for step in dict.fromkeys(run.steps)}
+    return {step: why for step, why in reasons.items() if why is not None and reasons.get(_INSIDE.get(step, step)) is not None}
 
 
 def saved_bytes(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, frozen: Sequence[bool]) -> tuple[int, int]:

@@ -67,17 +67,21 @@ class Fixed(Run):
 
 
 class Recording(Run):
-    """By plain formulas, so that tensors without data will do; the convolutions that are asked for come into the list `calls`."""
+    """By plain formulas, so that tensors without data will do; what is asked for is noted.
 
-    def __init__(self, backend: str, calls: list[Call] | None = None) -> None:
+    `calls` are the convolutions, `steps` the names of the other primitives, those inside of plain formulas too, in order.
+    """
+
+    def __init__(self, backend: str, calls: list[Call] | None = None, steps: list[str] | None = None) -> None:
         super().__init__(backend)
         self.calls: list[Call] = [] if calls is None else calls
+        self.steps: list[str] = [] if steps is None else steps
 
     def find(self, primitive: str, device: torch.device) -> None:
-        return None
+        self.steps.append(primitive)
 
     def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> None:
         self.calls.append(Call(primitive, self.backend, unit, operands))
 
     def library(self) -> "Recording":
-        return Recording(backends.LIBRARY, self.calls)
+        return Recording(backends.LIBRARY, self.calls, self.steps)
