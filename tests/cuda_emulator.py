@@ -90,7 +90,7 @@ class Emulator:
             integers: in the order in which the program reads them.
             buffers: tensors or None likewise; those among `outputs` are sent as their size only.
             outputs: the tensors to fill, which must be among the buffers.
-            shift: distance of all buffers from 16-byte alignment, in their elements.
+            shift: distance of the buffers from 16-byte alignment, in their elements: of all of them, or of those by number.
             short: elements by which the memory of the first buffer is too small.
             faults: to plant, see cuda_on_cpu.h.
         """
@@ -106,7 +106,8 @@ class Emulator:
             output = any(buffer is other for other in outputs)
             assert buffer.is_contiguous()
             size = (buffer.numel() - (short if i == 0 else 0)) * buffer.element_size()
-            request += struct.pack("=3q", size, shift * buffer.element_size(), output)
+            away = shift if isinstance(shift, int) else shift.get(i, 0)
+            request += struct.pack("=3q", size, away * buffer.element_size(), output)
             if not output:
                 request += buffer.reshape(-1).view(torch.uint8).numpy().tobytes()[:size]
         if self.process is None:

@@ -274,6 +274,11 @@ T __ldg(const T* from) {
   return *from;
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 inline float __fdividef(float a, float b) { return a / b; }
 
 inline float __uint_as_float(std::uint32_t bits) {

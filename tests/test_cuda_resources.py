@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_res.benchmarks import native_kernels
+
 ROOT = Path(__file__).parents[1]
 STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "masked_add")
 # The kernels are the same: one is enough for every day.
@@ -162,3 +164,57 @@ def test_no_pass_of_the_moment_form_touches_local_memory(tmp_path, passes, arch)
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
         assert int(re.search(r"Used (\d+) registers", function)[1]) <= 255, function
         assert int((re.search(r"(\d+) bytes smem", function) or [0, 0])[1]) <= 48 * 1024, function
+
+
+# The kernels that multiply, one format a file: of each (wide or not, projection) its tiles.
+PRODUCTS = {("pointwise_fprop", True): 2, ("pointwise_fprop", False): 1, ("pointwise_tail", True): 3, ("pointwise_tail", False): 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("number", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
+def test_kernels_that_multiply_keep_to_registers_and_use_their_instructions(tmp_path, number, arch):
+    """No local memory; registers for as many blocks as are meant to be resident; copies of 16 bytes, asynchronous where wide."""
+    cubin = tmp_path / "pointwise.cubin"
+    command = [NVCC, "-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings"]
+    command += [f"-I{ROOT / 'csrc' / 'cuda'}", ROOT / "csrc" / "cuda" / f"pointwise_{number}.cu", "-o", cubin]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    def named(function):
+        return kernel_of(function)[0], re.search(r"Tiling\w*?EEELb([01])E", function)[1] == "1"
+
+    functions = done.stderr.split("Compiling entry function '")[1:]
+    names = [named(function.split("'")[0]) for function in functions]
+    assert {name: names.count(name) for name in names} == PRODUCTS
+    for function in functions:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
+        registers, shared = (int(re.search(rf"(\d+) {unit}", function)[1]) for unit in ("registers", "bytes smem"))
+        assert registers <= (168 if named(function.split("'")[0])[1] else 255), function
+        assert shared <= 48 * 1024
+    if CUOBJDUMP is None:
+        return
+    listing = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    product = {"float32": "HMMA.1688.F32.TF32", "bfloat16": "HMMA.16816.F32.BF16"}[number]
+    for function in listing.split("Function : ")[1:]:
+        name = named(function.split()[0])
+        accesses = re.findall(r"\b((?:LD|ST|LDG|STG|LDL|STL|LDGSTS|LDSM)\b[.\w]*)", function)
+        kinds = {a.split(".")[0] for a in accesses}
+        assert kinds <= {"LDG", "STG", "LDGSTS", "LDSM"}, (name, kinds)
+        assert {h.rstrip(".") for h in re.findall(r"\bHMMA[.\w]*", function)} == {product}, name
+        assert all(".128" in a for a in accesses if a.startswith("LDGSTS")), name
+        assert ("LDGSTS" in kinds) == name[1], name
+        # Two floats of a vector, the signs, and statistics are less; activations in 16 bits never are.
+        assert not name[1] or not [a for a in accesses if ".U16" in a], name
+
+
+def test_the_page_of_the_kernels_that_multiply_has_what_was_compiled():
+    """A line for each kernel and architecture, none with local memory; the page's table is made of them."""
+    lines = native_kernels.read(ROOT / "docs" / "native.csv")
+    kinds = {(line.kernel, line.tile, line.format) for line in lines}
+    assert {(*kind, arch) for kind in kinds for arch in native_kernels.ARCHS} == {
+        (line.kernel, line.tile, line.format, line.arch) for line in lines
+    }
+    assert not any(line.local for line in lines)
+    assert {line.format for line in lines} == {"TF32", "float16", "bfloat16"}
+    assert native_kernels.rendered(lines) in (ROOT / "docs" / "native.md").read_text()

@@ -43,12 +43,7 @@ struct Pixels {
   /// Where a sampled pixel's channels begin.
   __device__ __forceinline__ std::int64_t start(std::int64_t pixel) const {
     if (sampling.down == 1 && sampling.right == 1) return pixel * channels;
-    // Division in 64 bits is a call, around which registers would go to memory.
-    const unsigned row = static_cast<unsigned>(pixel), image = row / static_cast<unsigned>(sampling.area);
-    const unsigned left = row - image * sampling.area, line = left / static_cast<unsigned>(sampling.width);
-    return (image * sampling.image_area + std::int64_t{line} * sampling.down * sampling.image_width +
-            std::int64_t{left - line * sampling.width} * sampling.right) *
-           channels;
+    return sampled_row(sampling, static_cast<unsigned>(pixel)) * channels;
   }
 
   /// Channel k of the pixel that begins there, as a product multiplies it.

@@ -59,6 +59,25 @@ __device__ __forceinline__ float get(const Pack& pack, int j) {
   }
 }
 
+/// Two floats rounded to T, the first in the lower half of a word.
+template <class T>
+__device__ __forceinline__ std::uint32_t narrow_pair(float low, float high) {
+  return narrow<T>(low).bits | static_cast<std::uint32_t>(narrow<T>(high).bits) << 16;
+}
+#ifdef __CUDACC__
+// One instruction each, where the GPU has it.
+template <>
+__device__ __forceinline__ std::uint32_t narrow_pair<BFloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return __bfloat16_as_ushort(pair.x) | static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+}
+template <>
+__device__ __forceinline__ std::uint32_t narrow_pair<Half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return __half_as_ushort(__low2half(pair)) | static_cast<std::uint32_t>(__half_as_ushort(__high2half(pair))) << 16;
+}
+#endif
+
 /// Float values, rounded to T.
 template <class T>
 __device__ __forceinline__ Pack pack(const float (&value)[kGroup<T>]) {
@@ -68,8 +87,7 @@ __device__ __forceinline__ Pack pack(const float (&value)[kGroup<T>]) {
     if constexpr (sizeof(T) == 4) {
       result.word[i] = __float_as_uint(value[i]);
     } else {
-      result.word[i] = narrow<T>(value[2 * i]).bits | static_cast<std::uint32_t>(narrow<T>(value[2 * i + 1]).bits)
-                                                          << 16;
+      result.word[i] = narrow_pair<T>(value[2 * i], value[2 * i + 1]);
     }
   }
   return result;
@@ -113,7 +131,8 @@ template <class T, bool kWide>
 __device__ __forceinline__ void store(T* to, const Pack& value, int valid) {
   if constexpr (kWide) {
     if (valid > 0) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]);
+      // By name: nvcc has been seen to make four stores of an assignment.
+      __stwb(reinterpret_cast<uint4*>(to), make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
     }
   } else {
 #pragma unroll

@@ -28,12 +28,14 @@ struct Panel {
   alignas(16) std::uint32_t word[kLines * kChunks * 4];
 
   /// Where a chunk is.
-  __device__ __forceinline__ void* at(int line, int chunk) { return word + 4 * place(line, chunk); }
-  __device__ __forceinline__ const void* at(int line, int chunk) const { return word + 4 * place(line, chunk); }
+  __device__ __forceinline__ void* at(unsigned line, unsigned chunk) { return word + 4 * place(line, chunk); }
+  __device__ __forceinline__ const void* at(unsigned line, unsigned chunk) const {
+    return word + 4 * place(line, chunk);
+  }
 
   /// As a first factor: rows from `row` on, a multiple of 16, over the step-th two chunks of the depth.
-  __device__ __forceinline__ void load_first(std::uint32_t (&to)[4], int row, int step) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  __device__ __forceinline__ void load_first(std::uint32_t (&to)[4], unsigned row, unsigned step) const {
+    const unsigned lane = threadIdx.x % 32;
     if constexpr (kMajor == Major::kDepth) {
       ptx::load_matrices(to, at(row + lane % 16, 2 * step + lane / 16));
     } else if constexpr (kSingles) {
@@ -45,8 +47,8 @@ struct Panel {
   }
 
   /// As a second factor: two words of 8 columns from `column` on, a multiple of 16, and two of the next 8.
-  __device__ __forceinline__ void load_second(std::uint32_t (&to)[4], int column, int step) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+  __device__ __forceinline__ void load_second(std::uint32_t (&to)[4], unsigned column, unsigned step) const {
+    const unsigned lane = threadIdx.x % 32;
     if constexpr (kMajor == Major::kDepth) {
       ptx::load_matrices(to, at(column + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
     } else if constexpr (kSingles) {
@@ -58,13 +60,16 @@ struct Panel {
   }
 
  private:
-  static __device__ __forceinline__ int place(int line, int chunk) {
+  static __device__ __forceinline__ unsigned place(unsigned line, unsigned chunk) {
     // Of single elements lanes read 8 of each of 4 lines, two chunks.
-    const int turn = kSingles ? line % 4 * 2 : kChunks >= 8 ? line % 8 : kChunks == 4 ? line / 2 % 4 : line / 4 % 2;
+    const unsigned turn = kSingles       ? line % 4 * 2
+                          : kChunks >= 8 ? line % 8
+                          : kChunks == 4 ? line / 2 % 4
+                                         : line / 4 % 2;
     return line * kChunks + (chunk ^ turn);
   }
 
-  __device__ __forceinline__ std::uint32_t single(int line, int element) const {
+  __device__ __forceinline__ std::uint32_t single(unsigned line, unsigned element) const {
     return ptx::shared_load<std::uint32_t>(word + 4 * place(line, element / 4) + element % 4);
   }
 };

@@ -108,10 +108,14 @@ __device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
   return {0, 0, 0, static_cast<int>(channel), left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>};
 }
 
-// Both take the 48 KiB of shared memory that every GPU gives without being asked, or less. Their rows are shared by as
-// many warps: no bit of a result, statistics included, depends on the tile.
+// All take the 48 KiB of shared memory that every GPU gives without being asked, or less. Rows are shared by as many
+// warps in a small tile as in a large one: no bit of a result, statistics included, depends on that.
 using LargeTiling = Tiling<64, 128, 64, 3, 4>;
 using SmallTiling = Tiling<64, 64, 64, 4, 4>;
+/// Of warps with twice the rows, which issue fewer instructions for each result and leave no registers for a second
+/// one.
+using LargeForwardTiling = Tiling<64, 128, 64, 3, 2>;
+using SmallForwardTiling = Tiling<64, 64, 64, 4, 2>;
 
 enum class Tile { kSmall, kLarge };
 

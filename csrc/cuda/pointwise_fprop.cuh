@@ -39,9 +39,9 @@ struct ColumnMoments {
 
   /// A warp's own. All its lanes must come.
   static __device__ __forceinline__ void note(const Accumulators<Tiling>& values, Memory& memory, int left) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = Tiling::warp_row() / Tiling::kWarpRows;
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = Tiling::warp_row() / Tiling::kWarpRows;
     const int count = rows_of(warp, left);
-    const float weight = count > 0 ? 1.f / static_cast<float>(count) : 0.f;
+    const float weight = count > 0 ? __fdividef(1.f, static_cast<float>(count)) : 0.f;
 #pragma unroll
     for (int j = 0; j < Tiling::kTilesAcross; ++j) {
       float mean[2] = {}, squares[2] = {};
@@ -76,7 +76,7 @@ struct ColumnMoments {
   /// A column's, of all warps, after a barrier.
   static __device__ __forceinline__ Moments<1> merged(const Memory& memory, int column, int left) {
     Moments<1> moments{};
-#pragma unroll
+#pragma unroll 1
     for (int warp = 0; warp < Tiling::kWarpsDown; ++warp) {
       const float mean = ptx::shared_load<float>(&memory.mean[warp][column]);
       const float squares = ptx::shared_load<float>(&memory.squares[warp][column]);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWide ? Tiling::kBlocks : 1)
   Groups<T, Tiling>::each(
       sum, memory.groups, [](int) { return 0; },
       [&](int row, const float (&value)[kGroup<T>], int) {
-        store<T, kWide>(y + row * C, pack<T>(value), row < tile.left ? at.valid : 0);
+        store<T, kWide>(y + row * a.channels, pack<T>(value), row < tile.left ? at.valid : 0);
       });
 
   if (a.partials == nullptr) return;
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWide ? Tiling::kBlocks : 1)
 }
 
 /// Rows of the tiles that the statistics are of.
-constexpr int kFpropRows = SmallTiling::kRows;
-static_assert(kFpropRows == LargeTiling::kRows);
+constexpr int kFpropRows = SmallForwardTiling::kRows;
+static_assert(kFpropRows == LargeForwardTiling::kRows);
 
 template <class T>
 void pointwise_fprop(const PointwiseFprop& a, Tile tile, const Queue& queue) {
@@ -148,11 +148,11 @@ void pointwise_fprop(const PointwiseFprop& a, Tile tile, const Queue& queue) {
   const bool wide =
       moves_wide(a.x.channels, kGroup<T>, {a.x.image, a.x.vectors, a.weight, a.y}) && a.channels % kGroup<T> == 0;
   if (!wide) {
-    with(Type<SmallTiling>{}, std::false_type{});
+    with(Type<SmallForwardTiling>{}, std::false_type{});
   } else if (tile == Tile::kSmall) {
-    with(Type<SmallTiling>{}, std::true_type{});
+    with(Type<SmallForwardTiling>{}, std::true_type{});
   } else {
-    with(Type<LargeTiling>{}, std::true_type{});
+    with(Type<LargeForwardTiling>{}, std::true_type{});
   }
 }
 

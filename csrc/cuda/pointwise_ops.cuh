@@ -18,16 +18,21 @@ extern template void pointwise_tail<BFloat16>(const PointwiseTail&, Tile, const 
 inline Activation activation(const char* name, const Tensor& image, const OptionalTensor& vectors, std::int64_t down,
                              std::int64_t right) {
   const Sampling sampling = sampling_of(name, image, down, right);
-  return activation_of(data(image), floats(vectors), image.size(0), channels_of(name, image), sampling);
+  const Activation a = activation_of(data(image), floats(vectors), image.size(0), channels_of(name, image), sampling);
+  STD_TORCH_CHECK(!a.sampled || a.pixels <= std::numeric_limits<int>::max(), name,
+                  ": expected fewer than 2^31 pixels at a stride, got ", a.pixels);
+  return a;
 }
 
-/// The output channels of a weight [C, K], for which one launch has blocks enough.
+/// The output channels of a weight [C, K]: few enough for offsets within a tile in 32 bits, and for the blocks of a
+/// launch.
 inline int product_channels(const char* name, const Tensor& weight, std::int64_t pixels) {
-  const std::int64_t most = std::numeric_limits<int>::max(),
-                     tiles = (pixels + SmallTiling::kRows - 1) / SmallTiling::kRows;
   const std::int64_t channels = weight.size(0), across = channels / SmallTiling::kColumns + 1;
-  STD_TORCH_CHECK(channels < most - 1024 && weight.size(1) < most - 1024 && tiles <= most / across, name,
-                  ": too many channels, ", channels, " of ", weight.size(1), ", for ", pixels, " pixels");
+  const std::int64_t tiles = (pixels + SmallTiling::kRows - 1) / SmallTiling::kRows;
+  STD_TORCH_CHECK(channels < 1 << 24 && weight.size(1) < 1 << 24, name, ": expected fewer than 2^24 channels, got ",
+                  channels, " of ", weight.size(1));
+  STD_TORCH_CHECK(tiles <= std::numeric_limits<int>::max() / across, name, ": too many channels, ", channels, ", for ",
+                  pixels, " pixels");
   return static_cast<int>(channels);
 }
 

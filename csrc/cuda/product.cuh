@@ -21,20 +21,20 @@ struct Tiling {
   static constexpr int kWarps = kWarpsDown * kWarpsAcross, kThreads = 32 * kWarps;
   static constexpr int kWarpRows = kRows / kWarpsDown;
   static constexpr int kTilesDown = kWarpRows / 16, kTilesAcross = kWarpColumns / 8;
-  /// Of a multiprocessor at once: 16 warps of 128 registers a thread.
-  static constexpr int kBlocks = 512 / kThreads;
+  /// Of a multiprocessor at once: 16 warps of 128 registers a thread, or of 64 results 12 warps of 168.
+  static constexpr int kBlocks = (kTilesDown == 1 ? 512 : 384) / kThreads;
   static_assert(kColumns % kWarpColumns == 0 && kWarpRows % 16 == 0 && kStages >= 2);
 
   /// The first row and column of the thread's warp.
   static __device__ __forceinline__ int warp_row() {
-    return static_cast<int>(threadIdx.x) / 32 / kWarpsAcross * kWarpRows;
+    return static_cast<int>(threadIdx.x / 32 / kWarpsAcross) * kWarpRows;
   }
   static __device__ __forceinline__ int warp_column() {
-    return static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * kWarpColumns;
+    return static_cast<int>(threadIdx.x / 32 % kWarpsAcross) * kWarpColumns;
   }
 };
 
-/// A matrix in memory, of `count` lines; of images at a stride, the sampled pixels are its lines.
+/// A matrix in memory, of `count` lines; of images at a stride, the sampled pixels are its lines, fewer than 2^31.
 template <class T>
 struct Lines {
   const T* data;
@@ -44,7 +44,7 @@ struct Lines {
   Sampling sampling;
 
   __device__ __forceinline__ const T* at(std::int64_t line) const {
-    return data + (sampled ? source_row<Sample::kSome>(sampling, line) : line) * columns;
+    return data + (sampled ? sampled_row(sampling, static_cast<unsigned>(line)) : line) * columns;
   }
 };
 
@@ -75,13 +75,15 @@ class Feed {
         prologue_(prologue),
         first_(first),
         depth_(depth),
-        line_(static_cast<int>(threadIdx.x) / Panel::kChunks),
-        chunk_(static_cast<int>(threadIdx.x) % Panel::kChunks) {
+        line_(static_cast<int>(threadIdx.x / Panel::kChunks)),
+        chunk_(static_cast<int>(threadIdx.x % Panel::kChunks)) {
     if constexpr (kMajor == Major::kDepth) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         const std::int64_t line = first + line_ + i * kDown;
-        start_[i] = line < lines.count ? lines.at(line) : nullptr;
+        const bool there = line < lines.count;
+        there_ |= static_cast<unsigned>(there) << i;
+        start_[i] = there ? lines.at(line) : lines.data;
       }
     }
   }
@@ -90,9 +92,8 @@ class Feed {
     const int channel = channel_of(step), valid = valid_at(channel);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const T* from = line_at(i, step);
-      const bool inside = from != nullptr && valid > 0;
-      from = inside ? from + channel : lines_.data;
+      const bool inside = is_there(i, step) && valid > 0;
+      const T* from = start(i, step, inside) + channel;
       void* to = panel.at(line_ + i * kDown, chunk_);
       if constexpr (kWide) {
         ptx::copy_async(to, from, inside);
@@ -111,8 +112,7 @@ class Feed {
       column_ = prologue_.template column<kWide>(channel, valid);
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
-        const bool inside = line_at(i, step) != nullptr;
-        piece_[i] = prologue_.piece(line_number(i, step), channel, inside ? valid : 0);
+        piece_[i] = prologue_.piece(line_number(i, step), channel, is_there(i, step) ? valid : 0);
       }
     }
   }
@@ -126,7 +126,7 @@ class Feed {
         void* at = panel.at(line_ + i * kDown, chunk_);
         const uint4 v = ptx::shared_load<uint4>(at);
         Pack value = {{v.x, v.y, v.z, v.w}};
-        if (line_at(i, step) != nullptr) value = prologue_.apply(column_, piece_[i], value);
+        if (is_there(i, step)) value = prologue_.apply(column_, piece_[i], value);
         ptx::shared_store(at, make_uint4(value.word[0], value.word[1], value.word[2], value.word[3]));
       }
     }
@@ -139,20 +139,23 @@ class Feed {
   }
 
   __device__ __forceinline__ int valid_at(int channel) const {
-    const std::int64_t end = kMajor == Major::kDepth ? depth_.end : lines_.columns;
-    const std::int64_t left = end - channel;
-    return left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>;
+    const int left = (kMajor == Major::kDepth ? static_cast<int>(depth_.end) : lines_.columns) - channel;
+    return left <= 0 ? 0 : left < kGroup<T> ? left : kGroup<T>;
   }
 
   __device__ __forceinline__ std::int64_t line_number(int i, int step) const {
     return (kMajor == Major::kDepth ? first_ : depth_.begin + std::int64_t{step} * kDepth) + line_ + i * kDown;
   }
 
-  /// Null beyond the last line.
-  __device__ __forceinline__ const T* line_at(int i, int step) const {
+  __device__ __forceinline__ bool is_there(int i, int step) const {
+    if constexpr (kMajor == Major::kDepth) return there_ >> i & 1u;
+    return line_number(i, step) < depth_.end;
+  }
+
+  /// Where a line begins, or any where nothing is read.
+  __device__ __forceinline__ const T* start(int i, int step, bool inside) const {
     if constexpr (kMajor == Major::kDepth) return start_[i];
-    const std::int64_t line = line_number(i, step);
-    return line < depth_.end ? lines_.at(line) : nullptr;
+    return inside ? lines_.at(line_number(i, step)) : lines_.data;
   }
 
   struct Nothing {};
@@ -173,6 +176,7 @@ class Feed {
   Range depth_;
   int line_, chunk_;
   const T* start_[kMajor == Major::kDepth ? kPieces : 1];
+  unsigned there_ = 0;
   typename State<Prologue, Prologue::kActive>::Column column_;
   typename State<Prologue, Prologue::kActive>::Piece piece_[kPieces];
 };
@@ -311,7 +315,7 @@ struct Groups {
 
   /// The lane's column in the block's tile.
   static __device__ __forceinline__ int column() {
-    return Tiling::warp_column() + static_cast<int>(threadIdx.x) % kAcross * kCount;
+    return Tiling::warp_column() + static_cast<int>(threadIdx.x % kAcross) * kCount;
   }
 
   /// Calls `finish(row in the block's tile, values, fetched)` in all lanes, with what `fetch(row)` has returned
@@ -321,11 +325,11 @@ struct Groups {
                                               Finish finish) {
     using Fetched = decltype(fetch(0));
     constexpr int kPasses = 16 / kDown, kAtOnce = 4;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const unsigned lane = threadIdx.x % 32;
     float* slab = memory.value[threadIdx.x / 32];
 #pragma unroll
     for (int i = 0; i < Tiling::kTilesDown; ++i) {
-      const int first = Tiling::warp_row() + 16 * i + lane / kAcross;
+      const int first = Tiling::warp_row() + 16 * i + static_cast<int>(lane / kAcross);
       Fetched fetched[kAtOnce];
 #pragma unroll
       for (int p = 0; p < kAtOnce; ++p) fetched[p] = fetch(first + p * kDown);
@@ -366,7 +370,7 @@ struct Groups {
   }
 
  private:
-  static __device__ __forceinline__ int place(int row, int column) {
+  static __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
     return row * kPitch + (column / 4 ^ column / 32 % 2) * 4 + column % 4;
   }
 };
