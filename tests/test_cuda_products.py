@@ -129,7 +129,7 @@ def expected(first, second, v=None, depth=None, again=False):
 @pytest.mark.parametrize(("dtype", "majors"), [*((BF16, m) for m in MAJORS), (F32, MAJORS[0]), (F32, MAJORS[3])], ids=str)
 def test_products_of_whole_numbers_are_exact(emulator, majors, dtype):
     """Whichever way the operands lie in memory, over all of the depth or a part of it, added up twice; no bank conflict."""
-    for rows, columns, full, depth, again in ((72, 80, 136, None, False), (8, 16, 8, None, True), (64, 64, 400, (64, 336), False)):
+    for rows, columns, full, depth, again in ((72, 80, 136, None, False), (8, 16, 8, None, True), (64, 64, 144, (32, 112), False)):
         first, second = (products.integers(n, full, dtype=dtype, seed=n) for n in (rows, columns))
         got = products.run_plain(emulator, first, second, majors, depth=depth, again=again)
         same(got.double(), expected(first, second, depth=depth, again=again))
@@ -168,7 +168,7 @@ def test_products_of_real_numbers_are_within_float32(emulator, dtype):
 
 
 def test_thread_order_changes_no_bit(emulator):
-    first, second, v = products.real(70, 200), products.real(24, 200, seed=1), products.vectors(200)
+    first, second, v = products.real(40, 136), products.real(24, 136, seed=1), products.vectors(136)
     runs = [products.run_plain(emulator, first, second, v=v) for _ in range(3)]
     same(runs[0], runs[1])
     same(runs[0], runs[2])
