@@ -1,32 +1,17 @@
 // The passes of `pointwise_tail_backward` on the CPU; tests/test_cuda_tail_backward.py is the client.
 #include "ptx_on_cpu.h"
 //
-#include "cuda_serving.h"
+#include "cuda_serving_pixels.h"
 #include "pointwise_tail_backward.cuh"
 
 namespace {
 
 using namespace fused_res::cuda;
+using cuda_serving::activation;
 using cuda_serving::Request;
-
-Activation activation(Request& r) {
-  const std::int64_t n = r.integer();
-  const int height = static_cast<int>(r.integer()), width = static_cast<int>(r.integer());
-  const int channels = static_cast<int>(r.integer()), down = static_cast<int>(r.integer());
-  const int right = static_cast<int>(r.integer()), pixels = (width + right - 1) / right;
-  const Sampling sampling{
-      std::int64_t{height} * width, width, (height + down - 1) / down * pixels, pixels, down, right};
-  const void* image = r.buffer<void>();
-  return activation_of(image, r.buffer<float>(), n, channels, sampling);
-}
+using cuda_serving::scratch;
 
 Incoming incoming(Request& r) { return {r.buffer<void>(), r.buffer<std::uint8_t>(), static_cast<int>(r.integer())}; }
-
-std::unique_ptr<float[]> memory(std::int64_t count) {
-  std::unique_ptr<float[]> made(new float[count]);
-  std::memset(made.get(), 0xff, count * sizeof(float));
-  return made;
-}
 
 void serve_reduce(Request& r) {
   const Number number = r.number();
@@ -34,8 +19,8 @@ void serve_reduce(Request& r) {
   const Activation z = activation(r);
   const std::int64_t C = g.channels, K = z.channels;
   const Tiles tiles = tail_reduce_tiles(z.pixels, C, K);
-  const auto starts = memory(tiles.count * K), totals = memory(tiles.count * 2 * C);
-  const auto products = memory(tiles.count * C * K);
+  const auto starts = scratch(tiles.count * K), totals = scratch(tiles.count * 2 * C);
+  const auto products = scratch(tiles.count * C * K);
   const void* scaled = r.buffer<void>();
   void* through = r.buffer<void>();
   const TailReduce a{g, z, scaled, through, starts.get(), totals.get(), products.get(), tiles.rows};
