@@ -99,13 +99,11 @@ unsigned moment_pairs(int channels) {
 }
 
 /// Of a multiprocessor at once, in the registers that there are.
-template <class T, class Tiling, bool kWide>
-constexpr int kMomentBlocks = !kWide || Tiling::kThreads > 128 ? 1
-                              : sizeof(T) == 4                 ? 2
-                                                               : 3;
+template <class Tiling, bool kWide>
+constexpr int kMomentBlocks = kWide && Tiling::kThreads == 128 ? 2 : 1;
 
 template <class T, class Tiling, bool kWide>
-__global__ void __launch_bounds__(Tiling::kThreads, (kMomentBlocks<T, Tiling, kWide>)) moments_kernel(MomentTiles a) {
+__global__ void __launch_bounds__(Tiling::kThreads, (kMomentBlocks<Tiling, kWide>)) moments_kernel(MomentTiles a) {
   using Pivots = Pivots<T, Tiling, kWide, 7, 7>;
   using Sums = ColumnSums<T, Tiling::kThreads>;
   using Result = Groups<float, Tiling>;
