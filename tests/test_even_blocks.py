@@ -66,7 +66,7 @@ def step(made, size, dtype, device):
 @pytest.mark.parametrize(
     ("projection", "level", "dtype"),
     [
-        pytest.param(False, "prologue", torch.float32, id="identity, prologue"),
+        pytest.param(False, "prologue", torch.float32, id="identity, prologue", marks=pytest.mark.slow),
         pytest.param(False, "moment", torch.bfloat16, id="identity, moment"),
         pytest.param(True, "moment", torch.bfloat16, id="projection, moment", marks=pytest.mark.slow),
     ],
