@@ -74,7 +74,7 @@ def _side(operand: Any, rows: int, columns: int, itemsize: int, stages: int) -> 
     """Shared memory of one side of the product, of which a step takes [rows, columns]: an operand, or None for the weight.
 
     What it follows from is copied ahead, for every step but the one at work. What is computed from that passes through shared
-    memory once more.
+    memory once more, unless nothing is masked.
     """
     images, bits, vectors = 1, 0, 0
     if getattr(operand, "coefficients", None) is not None:

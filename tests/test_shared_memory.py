@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,11 +77,16 @@ def test_every_block_runs_on_every_gpu(capability, dtype):
 )
 @pytest.mark.timeout(1200)
 def test_shared_memory_is_known_from_the_tile(dtype):
-    """What compiled kernels take is what is said of their tiles, or a little less."""
+    """What compiled kernels take is what is said of their tiles, or a little less: those whose blocks are all full may keep what
+    they compute of an operand in registers."""
     rows = fake_gpu("tiles", 86, dtype)
     assert {row["direction"] for row in rows} == set(DIRECTIONS)
     for row in rows:
-        assert 0.9 * row["told"] <= row["shared"] <= row["told"], row
+        n, c, h, w, k, *filter_ = map(int, re.findall(r"\d+", row["at"]))
+        block_p, block_k, block_c = row["config"][:3]
+        full = filter_ == [1, 1, 1] and n * h * w % block_p == k % block_k == c % block_c == 0 and row["direction"] != "wgrad"
+        spared = full * block_p * (block_c if row["direction"] == "fprop" else block_k) * getattr(torch, dtype).itemsize
+        assert any(0.9 * row["told"] <= row["shared"] + size <= row["told"] for size in {0, spared}), row
 
 
 def operands(direction, case):
