@@ -2,9 +2,8 @@
 
 Seen are all changes that PyTorch counts (in-place operations, `load_state_dict`, …), steps of optimizers, which PyTorch does not
 count where they are fused, other tensors in the place of those that were there, and other memory behind them (`.data = …`,
-`Module.to`). What PyTorch does not count, nobody can see:
-writes through `.data`, through `detach().numpy()` and other views of the memory from outside, and by collectives of
-`torch.distributed`. After those call `refresh`.
+`Module.to`). What PyTorch does not count, nobody can see: writes through `.data`, through `detach().numpy()` and other views of the
+memory from outside, and by collectives of `torch.distributed`. After those call `refresh`.
 
 What a block has prepared goes with the block. Compiled graphs and exported programs know of no block: what is prepared for these is
 found by the weights, and goes when nobody else holds one of them. The vectors beside these may be others there at every call, since
