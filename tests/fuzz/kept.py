@@ -1,7 +1,7 @@
 """Failures that were found once, as hypothesis shrank them: they are held for ever."""
 
 from fused_res.spec import AvgPool
-from fuzz.blocks import Unit, Whole
+from fuzz.block_cases import Unit, Whole
 
 _POINTWISE = Unit(2, (1, 1), (1, 1), (0, 0), (1, 1), 1, True, (False, True, True, True), 0.1)
 _FILTER = _POINTWISE._replace(kernel=(3, 3), padding=(1, 1))
