@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +33,8 @@ class Convolution:
     The direction is `conv_fprop`, `conv_dgrad` or `conv_wgrad`, or `conv_bn_act` in evaluation.
 
     `own` is true for a kernel of the backend, with the tile `config` (None: its default), and false for the library; `why` says
-    why: "measured" where tuning found it, "" for the rule.
+    why: "measured" where tuning found it, "" for the rule. `lender` names another backend whose kernel it is, where tuning found
+    that to be the fastest, or is "".
     """
 
     unit: str
@@ -40,6 +42,7 @@ class Convolution:
     own: bool
     config: tuple[int, ...] | None
     why: str
+    lender: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ class Row:
     formulas: tuple[str, ...] = ()
 
     def who_convolves(self) -> str:
-        """For each unit, in order: "own", "library", how many of its directions are own, or "moment"; once, if all are alike."""
+        """For each unit, in order: "own", "library", the name of the backend that lends the kernel, how many of its directions are
+        such, or "moment"; once, if all are alike.
+        """
         if self.level is None:
             return "-"
         words = [_who([c for c in self.convolutions if c.unit == unit]) for unit in self.units]
@@ -83,10 +88,13 @@ class Row:
 
 def _who(convolutions: list[Convolution]) -> str:
     """The convolutions of one unit in a word or two."""
-    own = sum(c.own for c in convolutions)
     if not convolutions:
         return "moment"
-    word = "library" if not own else "own" if own == len(convolutions) else f"own {own} of {len(convolutions)}"
+    own = Counter(c.lender or "own" for c in convolutions if c.own)
+    if own.total() == len(convolutions) and len(own) == 1:
+        word = next(iter(own))
+    else:
+        word = " and ".join(f"{name} {count}" for name, count in own.items()) + f" of {len(convolutions)}" if own else "library"
     why = ", ".join(dict.fromkeys(c.why for c in convolutions if c.own == bool(own) and c.why))
     return f"{word} ({why})" if why else word
 
@@ -136,7 +144,7 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):
         choice = choose(call)
-        run.append(Convolution(units[unit], call.primitive, choice.own, choice.config, choice.why))
+        run.append(Convolution(units[unit], call.primitive, *choice))
     who = planner.RULE if compiled else planner.who_decided(x, parts, level=block._fused_res_level)
     measured = who == planner.MEASURED
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)

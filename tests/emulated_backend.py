@@ -45,6 +45,7 @@ def install(monkeypatch, operators, primitives=native.CUDA_CALLS):
         level=lambda device, dtype, geometry: "moment",
         declined=lambda primitive, unit, pixels: native.declined_on_gpu(primitive, unit),
         formula=lambda primitive, device, dtype: native.formula_on_gpu(primitive, dtype),
+        lends=lambda device: True,
         find=find,
     )
     load = backends.load

@@ -12,16 +12,19 @@ from compare import every, same, within
 from moment_steps import check_tail
 from moment_steps import tail_arguments as tail_operands
 from pointwise import Draw
+from tuning_plants import Timings
 
 from fused_res import Bottleneck, accuracy, backends, explain, use_backend
 from fused_res.primitives import bn_finalize as finalize
-from fused_res.primitives.choice import Choice
+from fused_res.primitives.choice import Call, Choice
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.operands import Activation, Output
 from fused_res.primitives.run import PLAIN, Fixed
 from fused_res.spec import ConvBN
 from fused_res.tolerance import MARGIN, floor
+from fused_res.tuning.convolutions import try_convolution
 
+pytest_plugins = ("tuning_plants",)
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed"),
@@ -330,6 +333,19 @@ def test_the_primitive_of_the_convolution_runs_on_its_kernels(backend, activated
         if output is None:
             means = [finalize.plain(found.partials, found.rows, 30, None, None, 1e-5, None) for found in (got, expected)]
             within(means[0][:2], means[1][:2].double(), 2.0**-20 * (1 + means[1][:2].double().abs()))
+
+
+def test_tuning_finds_the_kernels_right_beside_another_backends(planted, backend, emulator):
+    """On all draws of the data, the one with a NaN and an infinity, too, for a block in training and its end in evaluation."""
+    draw, fastest = Draw(5, "cpu"), Timings(**{backend: 0.1})
+    x, v = draw.integers(2, 24, 5, 9, dtype=BF16), draw.vectors(24)
+    unit = ConvBN(draw.integers(16, 24, 1, 1, dtype=BF16), stride=(2, 2))
+    for operands in ((Activation(x, v), True, None), (Activation(x), False, Output(draw.vectors(16)))):
+        before = next(emulator.seeds)
+        choice, verdict = try_convolution(Call("conv_fprop", "planted", unit, operands), x.device, fastest)
+        assert choice == Choice(True, None, "measured", backend), verdict
+        assert verdict.rejected == {}
+        assert next(emulator.seeds) > before + 5
 
 
 def small_block(seed):

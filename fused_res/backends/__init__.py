@@ -9,7 +9,7 @@ A backend module has four functions:
 - `find(primitive, device) -> Callable | None`: its implementation of a primitive of `fused_res.primitives` on this device, or None
   where it has none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have seven more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find`
+It may have eight more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find`
 has `conv_bn_act`, whose weights are prepared; None for `level`'s. `watching(call) -> AbstractContextManager`: inside, a launch
 of a kernel that is none of torch's operators is handed to `call`, with what launches it again. `declined(primitive, unit,
 pixels) -> str | None`: why its convolution of that kind does not run this unit over so many pixels, in a few words for
@@ -17,7 +17,8 @@ pixels) -> str | None`: why its convolution of that kind does not run this unit 
 step beside convolutions runs by its plain formula; without it, `explain` says nothing of them. `pays(primitive, unit, pixels) ->
 bool`: whether, with something fused into it, it is faster than the library's and the passes that it leaves; without it, it is
 taken to be. `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth trying and that the
-weight's device can run, and `tile(*numbers)`: one of them from its numbers.
+weight's device can run, and `tile(*numbers)`: one of them from its numbers. `lends(device) -> bool`: whether its convolutions,
+which must then be torch operators, are tried beside another backend's when that one's are tuned; without it, they are not.
 """
 
 import functools
@@ -60,6 +61,12 @@ def watched(name: str, call: Callable) -> AbstractContextManager:
 def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend cannot run on this device with this dtype, or None where it can."""
     return load(name).supports(device, dtype)
+
+
+def lenders(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends whose convolutions are tried beside those of this one."""
+    lending = [other for other in NAMES if other != name and getattr(load(other), "lends", lambda device: False)(device)]
+    return [other for other in lending if supports(other, device, dtype) is None]
 
 
 @functools.cache

@@ -161,6 +161,11 @@ def preference(device: torch.device) -> int:
     return 2
 
 
+def lends(device: torch.device) -> bool:
+    """On a GPU: its CUDA kernels are tried beside Triton's."""
+    return device.type == "cuda"
+
+
 def level(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str:
     """What was measured to be fastest on a CPU, for ResNet's blocks at batch 1 to 128. Nothing has been measured on a GPU yet.
 

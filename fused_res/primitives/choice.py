@@ -1,4 +1,5 @@
-"""Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile.
+"""Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile; or, where that
+was measured to be the fastest, one that another backend lends.
 
 The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest.
 What was tuned stands: the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and under
@@ -17,11 +18,15 @@ from fused_res.spec import ConvBN
 
 
 class Choice(NamedTuple):
-    """own: the backend's kernel, with the tile `config` (None: the kernel's default); or else the library. why: for `explain`."""
+    """own: the backend's kernel, with the tile `config` (None: the kernel's default); or else the library. why: for `explain`.
+
+    lender: the backend whose kernel runs in place of the own one, "" for none.
+    """
 
     own: bool
     config: tuple | None = None
     why: str = ""
+    lender: str = ""
 
 
 class Call(NamedTuple):
@@ -68,6 +73,16 @@ def own_kernel(call: Call) -> tuple[Callable | None, str]:
     why = None if declined is None else declined(call.primitive, call.unit, call.operands[0].pixels)
     kernel = backend.find(call.primitive, call.unit.weight.device) if why is None else None
     return kernel, "" if kernel is not None else why or "no kernel"
+
+
+def lent_kernels(call: Call) -> dict[str, Callable]:
+    """What other backends lend for the convolution, by their names; nothing where the backend has no kernel of its own."""
+    if own_kernel(call)[0] is None:
+        return {}
+    weight = call.unit.weight
+    lenders = backends.lenders(call.backend, weight.device, weight.dtype)
+    lent = {name: own_kernel(call._replace(backend=name))[0] for name in lenders}
+    return {name: kernel for name, kernel in lent.items() if kernel is not None}
 
 
 def choose(call: Call) -> Choice:

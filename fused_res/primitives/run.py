@@ -26,7 +26,8 @@ class Run:
         return None if self.backend == backends.LIBRARY else backends.load(self.backend).find(primitive, device)
 
     def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> Callable | None:
-        """The backend's own kernel, to be called with the operands (the unit comes second), or None where the library runs.
+        """The backend's own kernel, or one that is lent, to be called with the operands (the unit comes second), or None where the
+        library runs.
 
         Args:
             operands: the arguments of the kernel's launcher but the unit.
@@ -38,6 +39,10 @@ class Run:
         choice = None if kernel is None else self._choice(call)
         if choice is None or not choice.own:
             return None
+        if choice.lender:
+            kernel, why = own_kernel(call._replace(backend=choice.lender))
+            if kernel is None:
+                raise RuntimeError(f"{primitive}: was to be run by backend {choice.lender!r}, which has {why}")
         return kernel if choice.config is None else functools.partial(kernel, config=choice.config)
 
     def library(self) -> "Run":

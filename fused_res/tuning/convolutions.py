@@ -1,4 +1,6 @@
-"""One convolution on trial: the library's against the backend's own, with its default tile and with every other."""
+"""One convolution on trial: the library's against the backend's own, with its default tile and with every other, and against those
+that other backends lend.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +12,7 @@ from fused_res import backends
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act_backward import masked
 from fused_res.primitives.bn_finalize import bn_finalize
-from fused_res.primitives.choice import Call, Choice
+from fused_res.primitives.choice import Call, Choice, lent_kernels
 from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
 from fused_res.primitives.conv_fprop import Convolved, conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
@@ -77,7 +79,7 @@ def variants(call: Call) -> list[Call]:
 
 
 def tiles(call: Call) -> Sequence[tuple]:
-    """The tiles worth trying for the backend's own kernel."""
+    """The tiles worth trying for the kernel of `call.backend`."""
     found = getattr(backends.load(call.backend), "tiles", None)
     if found is None:
         return ()
@@ -90,8 +92,12 @@ def tiles(call: Call) -> Sequence[tuple]:
 
 def choices(call: Call) -> dict[str, Choice]:
     """The candidates' names, and what they stand for."""
-    found = {LIBRARY: Choice(False, why="measured"), "own": Choice(True, why="measured")}
-    return found | {f"own {tuple(tile)}": Choice(True, tile, "measured") for tile in tiles(call)}
+    found = {LIBRARY: Choice(False, why="measured")}
+    for name, lender in [("own", ""), *((name, name) for name in lent_kernels(call))]:
+        found[name] = Choice(True, None, "measured", lender)
+        able = tiles(call._replace(backend=lender or call.backend))
+        found |= {f"{name} {tuple(tile)}": Choice(True, tile, "measured", lender) for tile in able}
+    return found
 
 
 def shares(call: Call, following: Call | None) -> bool:
@@ -105,7 +111,7 @@ def try_both(wgrad: Call, dgrad: Call, device: torch.device, measure: Measure) -
     """The choices for two calls that share their gradient, tried together, as a step runs them: the library's convolution of either
     needs its values in memory, which the other one then finds there.
 
-    Of each kernel of our own only the tile that is the fastest by itself takes part.
+    Of all kernels but the library's only the one, with the tile, that is the fastest by itself takes part.
     """
     alone = [try_convolution(call, device, measure)[1] for call in (wgrad, dgrad)]
     able: list[dict[str, Choice]] = []

@@ -1,8 +1,8 @@
 """Tuning: at the first call of a block, with FUSED_RES_TUNE=1, its convolutions and its levels are tried, and the fastest stand.
 
-Each convolution that some level asks for is tried as the library's and as the backend's own, with every tile; then the levels are,
-with those choices. Candidates run on random data of the block's shapes and have to be right before they are timed
-(`fused_res.tuning.trials`). What is found is kept between processes (`fused_res.tuning.files`).
+Each convolution that some level asks for is tried as the library's, as the backend's own, with every tile, and as other backends
+lend it; then the levels are, with those choices. Candidates run on random data of the block's shapes and have to be right before
+they are timed (`fused_res.tuning.trials`). What is found is kept between processes (`fused_res.tuning.files`).
 
 Nothing is tried while torch.compile or torch.export trace, on tensors without data, or while a CUDA graph is captured: what
 stands then is what was found before, or the default. A recompute finds what its forward found.
@@ -78,11 +78,13 @@ def recall(key: tuple) -> Choice | None:
     try:
         if value is None:
             return None
-        own, config = value["own"], value["config"]
+        own, config, lender = value["own"], value["config"], value.get("lender", "")
         if not isinstance(own, bool):
             raise TypeError(f"own is {own!r}")
-        return Choice(own, None if config is None else backends.load(key[1]).tile(*config), "measured")
-    except (KeyError, TypeError, AttributeError) as error:
+        if lender and lender not in backends.lenders(key[1], key[2], key[3]):
+            raise ValueError(f"{lender!r} lends no kernels here")
+        return Choice(own, None if config is None else backends.load(lender or key[1]).tile(*config), "measured", lender)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         warn_once(f"ignored {files.path(text)}: {type(error).__name__}: {error}")
         return None
 
@@ -185,7 +187,8 @@ def _piece(group: tuple[Call, ...], keys: tuple[tuple, ...], device: torch.devic
             made = try_both(*group, device, measure) if len(group) == 2 else [try_convolution(group[0], device, measure)]
             for key, (choice, verdict) in zip(keys, made, strict=True):
                 plans.decide(key, choice)
-                value = {"own": choice.own, "config": None if choice.config is None else list(choice.config)}
+                config = None if choice.config is None else list(choice.config)
+                value = {"own": choice.own, "config": config, "lender": choice.lender}
                 _keep(_files(device), _text(key), value, verdict)
             return True
 
