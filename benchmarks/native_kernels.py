@@ -1,9 +1,10 @@
-"""`python -m fused_res.benchmarks.native_kernels`: what nvcc makes of the CUDA C++ kernels that multiply, without a GPU.
+"""`python -m fused_res.benchmarks.native_kernels`: what nvcc makes of the CUDA C++ kernels of 1x1 convolutions and the moment form.
 
 One line for each kernel, number format and architecture: registers of a thread, shared memory of a block, bytes of local memory of
-a thread, and how many blocks and warps fit a multiprocessor. For the 1x1 convolutions of ResNet-50's stages 1 and 2 at batch 256
-also the issue slots of the whole kernel, counted in its machine code with both branches of every condition, over the time that its
-bytes take at the GPU's published bandwidth. It needs a source checkout, nvcc, and nvdisasm, which comes with Triton.
+a thread, and how many blocks and warps fit a multiprocessor. For those that multiply, and the 1x1 convolutions of ResNet-50's
+stages 1 and 2 at batch 256 for which their launcher takes that tile, also the issue slots of the whole kernel, counted in its
+machine code with both branches of every condition, over the time that its bytes take at the GPU's published bandwidth. It needs a
+source checkout, nvcc, and nvdisasm, which comes with Triton.
 
 `--update docs/native.md` writes all lines into docs/native.csv, and the page's table anew.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from fused_res.aot import disassemble
 from fused_res.benchmarks.loops import ARCHS as MEASURED
+from fused_res.benchmarks.native_work import STAGES, Layer, work
 from fused_res.console import table
 from fused_res.cost.constants import GPUS
 from fused_res.cost.counted import disassembled, loops
@@ -28,11 +30,16 @@ SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHS = (80, 86, 90, 100, 120)
 FORMATS = {"float32": 4, "float16": 2, "bfloat16": 2}
 """By the ending of a source file's name, bytes of an element."""
+_THREADS = 256  # of a block of the kernels without a tile
 _REGISTERS = 65536  # of a multiprocessor
 _SHARED = {80: 164, 86: 100, 90: 228, 100: 228, 120: 100}  # KiB, of which a block takes one for the system
 _WARPS = {80: 64, 86: 48, 90: 64, 100: 64, 120: 48}
-_DEPTH = 64
-"""Bytes of each line that a step of the loop takes."""
+_FILES = ("pointwise", "moments", "pointwise_tail_backward")
+"""Sources that are compiled one format a file."""
+_ANY = "any"
+"""The format of kernels that are compiled once for all."""
+_HEADERS = ("moments", "moments_finalize", "pointwise_tail_backward", "pointwise_tail_backward_finalize", "move_statistics")
+"""Where those are."""
 
 
 @dataclass(frozen=True)
@@ -53,39 +60,8 @@ class Line:
     stage2: float | None = None
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A 1x1 convolution at batch 256: pixels, input channels, those of a projection, output channels."""
-
-    pixels: int
-    depth: int
-    depth2: int
-    channels: int
-
-
-STAGES = (Layer(256 * 56 * 56, 64, 64, 256), Layer(256 * 28 * 28, 128, 256, 512))
-
-
 def _name(form: str) -> str:
     return "TF32" if form == "float32" else form
-
-
-def _bytes(kernel: str, layer: Layer, size: int) -> float:
-    """What has to come from memory and go there, each tensor once; the weights stay in the cache."""
-    found = size * layer.pixels * (layer.depth + layer.channels)
-    if kernel.startswith("pointwise_tail"):
-        found += layer.pixels * layer.channels / 8 + size * layer.pixels * (
-            layer.depth2 if "projection" in kernel else layer.channels
-        )
-    return found
-
-
-def _issue(kernel: str, layer: Layer, size: int, tile: tuple[int, int], warps: int, code: object) -> float:
-    """Instructions of warps that the whole kernel issues."""
-    bodies = [len(body) for body in loops(code)]
-    steps = [-(-depth * size // _DEPTH) for depth in (layer.depth, layer.depth2)[: len(bodies)]]
-    program = len(code.instructions) - sum(bodies) + sum(body * n for body, n in zip(bodies, steps, strict=True))
-    return -(-layer.pixels // tile[0]) * -(-layer.channels // tile[1]) * warps * program
 
 
 def _functions(cubin: bytes) -> dict[str, str]:
@@ -94,35 +70,47 @@ def _functions(cubin: bytes) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _line(report: str, name: str, form: str, arch: int, sass: str) -> Line | None:
-    """None for kernels that copy nothing in 16 bytes: what they are for needs no haste."""
-    found = re.search(r"\d+([a-z_]+)_kernel\w*?TilingILi(\d+)ELi(\d+)ELi\d+ELi\d+ELi(\d+)EEE((?:Lb[01]E)+)", name)
+def _ratio(kernel: str, layer: Layer, size: int, tile: tuple[int, int], warps: int, arch: int, sass: str) -> float | None:
+    """Issue slots of the whole kernel over the time that its bytes take."""
+    found = work(kernel, layer, size, tile)
     if found is None:
         return None
-    flags = re.findall(r"Lb([01])", found[5])
-    if flags[0] != "1":
+    gpu, code = GPUS[MEASURED[arch]], disassembled(sass)
+    bodies = [len(body) for body in loops(code)]
+    program = len(code.instructions) - sum(bodies) + sum(n * body for n, body in zip(found.steps, bodies, strict=True))
+    return round(found.blocks * warps * program / gpu.slots / (found.bytes / gpu.bandwidth), 2)
+
+
+def _line(report: str, name: str, form: str, arch: int, sass: str) -> Line | None:
+    """None for kernels that copy nothing in 16 bytes: what they are for needs no haste."""
+    found = re.search(r"\d+([a-z_]+)_kernel(?:\w*?TilingILi(\d+)ELi(\d+)ELi\d+ELi\d+ELi(\d+)EEE((?:Lb[01]E)+))?", name)
+    if found is None or (found[2] is None) != (form == _ANY):
         return None
-    kernel, tile = found[1] + (", projection" if flags[1:] == ["1"] else ""), (int(found[2]), int(found[3]))
-    warps = int(found[4]) * tile[1] // 64
-    registers, shared = (int(re.search(rf"(\d+) {unit}", report)[1]) for unit in ("registers", "bytes smem"))
+    kernel, tile, warps = found[1], None, _THREADS // 32
+    if form != _ANY:
+        flags = re.findall(r"Lb([01])", found[5])
+        if flags[0] != "1":
+            return None
+        kernel, tile = found[1] + (", projection" if flags[1:] == ["1"] else ""), (int(found[2]), int(found[3]))
+        warps = int(found[4]) * tile[1] // 64
+    registers = int(re.search(r"(\d+) registers", report)[1])
+    shared = int((re.search(r"(\d+) bytes smem", report) or (0, 0))[1])
+    local = [int(re.search(rf"(\d+) bytes {what}", report)[1]) for what in ("stack frame", "spill stores", "spill loads")]
     resident = min(
         _REGISTERS // (-(-registers // 8) * 8 * 32 * warps), _SHARED[arch] * 1024 // (shared + 1024), _WARPS[arch] // warps
     )
     ratios: list[float | None] = [None, None]
-    if arch in MEASURED and kernel.startswith(("pointwise_fprop", "pointwise_tail")):
-        gpu, size = GPUS[MEASURED[arch]], FORMATS[form]
-        for i, layer in enumerate(STAGES):
-            issue = _issue(kernel, layer, size, tile, warps, disassembled(sass)) / gpu.slots
-            ratios[i] = round(issue / (_bytes(kernel, layer, size) / gpu.bandwidth), 2)
+    if arch in MEASURED and tile is not None:
+        ratios = [_ratio(kernel, layer, FORMATS[form], tile, warps, arch, sass) for layer in STAGES]
     return Line(
         kernel=kernel,
-        tile=f"{tile[0]}x{tile[1]}",
+        tile="-" if tile is None else f"{tile[0]}x{tile[1]}",
         format=_name(form),
         arch=arch,
         threads=32 * warps,
         registers=registers,
         shared_kib=round(shared / 1024, 1),
-        local=int(re.search(r"(\d+) bytes stack frame", report)[1]),
+        local=sum(local),
         blocks=resident,
         warps=resident * warps,
         stage1=ratios[0],
@@ -130,20 +118,35 @@ def _line(report: str, name: str, form: str, arch: int, sass: str) -> Line | Non
     )
 
 
-def compiled(nvcc: str, form: str, arch: int, folder: Path) -> Iterator[Line]:
-    """The lines of the kernels of 1x1 convolutions in this format."""
-    for source in sorted(SOURCES.glob(f"pointwise_{form}.cu")):
-        cubin = folder / f"{source.stem}.{arch}.cubin"
-        command = [nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "-Xptxas=-v", f"-I{SOURCES}", source, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        functions = _functions(cubin.read_bytes())
-        for report in done.stderr.split("Compiling entry function '")[1:]:
-            name = report.split("'")[0]
-            line = _line(report, name, form, arch, functions[name])
-            if line is not None:
-                yield line
+def _compile(nvcc: str, source: Path, form: str, arch: int, folder: Path) -> Iterator[Line]:
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    command = [nvcc, "-cubin", f"-arch=sm_{arch}", source, "-o", cubin]
+    command += ["-std=c++17", "-O3", "-Xptxas=-v", "--expt-relaxed-constexpr", f"-I{SOURCES}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    functions = _functions(cubin.read_bytes())
+    for report in done.stderr.split("Compiling entry function '")[1:]:
+        name = report.split("'")[0]
+        line = _line(report, name, form, arch, functions[name])
+        if line is not None:
+            yield line
+
+
+def compiled(nvcc: str, form: str, arch: int, folder: Path, files: Sequence[str] = _FILES) -> Iterator[Line]:
+    """The lines of the kernels in these files that are compiled for this format, or of those that are for none."""
+    if form != _ANY:
+        for stem in files:
+            yield from _compile(nvcc, SOURCES / f"{stem}_{form}.cu", form, arch, folder)
+        return
+    source = folder / "any.cu"
+    source.write_text("".join(f'#include "{header}.cuh"\n' for header in _HEADERS))
+    yield from _compile(nvcc, source, form, arch, folder)
+
+
+def _file(line: Line) -> str:
+    """Where the kernel is, of `_FILES`."""
+    return max((stem for stem in _FILES if line.kernel.startswith(stem)), key=len, default="")
 
 
 def write(path: Path, found: Sequence[Line]) -> None:
@@ -191,7 +194,8 @@ def update(page: Path, found: Sequence[Line]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_res.benchmarks.native_kernels", description=__doc__)
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--format", nargs="+", default=[*FORMATS, _ANY], choices=[*FORMATS, _ANY])
+    parser.add_argument("--only", nargs="+", default=list(_FILES), choices=_FILES, help="of the kernels with a format")
     parser.add_argument("--nvcc", default="nvcc", help="where it is not on the path")
     parser.add_argument(
         "--update", type=Path, metavar="PAGE", help="docs/native.md: write these lines into its table, and beside it"
@@ -200,13 +204,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not SOURCES.is_dir():
         parser.error(f"expected a source checkout, {SOURCES} is not there")
     with tempfile.TemporaryDirectory() as folder:
-        found = [
-            line for arch in options.arch for form in options.format for line in compiled(options.nvcc, form, arch, Path(folder))
-        ]
+        made = [(arch, form) for arch in options.arch for form in options.format]
+        found = [line for case in made for line in compiled(options.nvcc, *reversed(case), Path(folder), options.only)]
     if options.update and options.update.with_suffix(".csv").is_file():
+        made = {(arch, _name(form)) for arch, form in made}
         kept = read(options.update.with_suffix(".csv"))
-        formats = {_name(form) for form in options.format}
-        found += [line for line in kept if line.arch not in options.arch or line.format not in formats]
+        anew = [line for line in kept if (line.arch, line.format) in made and (line.format == _ANY or _file(line) in options.only)]
+        found += [line for line in kept if line not in anew]
     found.sort(key=lambda line: (line.kernel, line.tile, line.format, line.arch))
     names = [field.name for field in fields(Line)]
     rows = [["-" if value is None else str(value) for value in asdict(line).values()] for line in found]

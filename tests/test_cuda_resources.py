@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_res.benchmarks import native_kernels
+from fused_res.benchmarks import native_kernels, native_work
 
 ROOT = Path(__file__).parents[1]
 STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "masked_add")
@@ -216,5 +216,22 @@ def test_the_page_of_the_kernels_that_multiply_has_what_was_compiled():
         (line.kernel, line.tile, line.format, line.arch) for line in lines
     }
     assert not any(line.local for line in lines)
-    assert {line.format for line in lines} == {"TF32", "float16", "bfloat16"}
+    assert {line.format for line in lines} == {"TF32", "float16", "bfloat16", "any"}
+    kernels = {"moments": 2, "pointwise_tail_backward_reduce": 2, "pointwise_tail_backward_apply": 2, "pointwise_fprop": 2}
+    kernels |= {"pointwise_tail": 2, "pointwise_tail, projection": 1} | FINALIZE
+    kernels |= {"moments_merge": 1, "pointwise_tail_backward_merge": 1}
+    assert {name: len({tile for kernel, tile, _ in kinds if kernel == name}) for name, _, _ in kinds} == kernels
     assert native_kernels.rendered(lines) in (ROOT / "docs" / "native.md").read_text()
+
+
+def test_what_the_kernels_do_at_a_layer_follows_from_their_tiles():
+    """The first stage's 802,816 pixels: 784 parts of 1024 for moments, 392 of 2048 for the sums back through 256 channels."""
+    layer, (first, second) = native_work.STAGES[0], native_work.STAGES
+    assert native_work.work("moments", layer, 2, (64, 64))[1:] == (784, (32,))
+    assert native_work.work("moments", layer, 2, (128, 128)) is None
+    assert native_work.work("pointwise_tail_backward_reduce", layer, 2, (128, 64))[1:] == (392 * 2, (64,))
+    assert native_work.work("pointwise_tail_backward_apply", second, 4, (64, 128))[1:] == (3136, (32, 8))
+    tail, convolution = (native_work.work(name, first, 2, (64, 128)) for name in ("pointwise_tail", "pointwise_fprop"))
+    assert convolution == (802816 * 2 * (64 + 256), 12544 * 2, (2,))
+    assert tail.bytes - convolution.bytes == 802816 * (2 * 256 + 256 / 8)
+    assert native_work.work("moments_merge", layer, 2, (64, 64)) is None
