@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import interpreter_pace
+
 _Builder = interpreter.InterpreterBuilder
 _random = np.random.default_rng(0)
 # Address ranges that the running kernel was given: [[first byte, one past the last byte], ...].
@@ -136,6 +138,7 @@ def install() -> None:
     _Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     _Builder.create_masked_load, _Builder.create_masked_store = _bounded_load, _bounded_store
     _Builder.set_grid_dim, _Builder.set_grid_idx = _shuffled_dim, _shuffled_idx
+    interpreter_pace.install()
 
 
 @triton.jit
