@@ -12,7 +12,7 @@ elsewhere.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -134,8 +134,14 @@ def step(
 
 
 def _truth(block: ResidualBlock, x: Tensor, dout: Tensor, signs: list[Tensor] | None = None) -> Result:
-    block = copy.deepcopy(block)
-    return _step(block, x, dout, lambda t: _through_modules(block, t, signs))
+    """The step of the block itself, whose running statistics are put back."""
+    buffers = list(block.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        return _step(block, x, dout, lambda t: _through_modules(block, t, signs))
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
 def _squares(candidate: Result, truth: Result) -> dict[str, tuple[float, float]]:
@@ -184,29 +190,42 @@ def judge(
     Returns:
         One verdict for out, dx, the gradient of every parameter, and every running statistic.
     """
-    errors: dict[str, list[dict[str, tuple[float, float]]]] = {"fused": [], "NCHW": [], "channels_last": []}
+    return judge_each(make, dtype, [(backend, level)], seeds, sign_tolerance, pure)[backend, level]
+
+
+def judge_each(
+    make: Callable[[int], tuple[ResidualBlock, Tensor, Tensor]],
+    dtype: torch.dtype,
+    ways: Sequence[tuple[str, str]],
+    seeds: Iterable[int] = range(SEEDS),
+    sign_tolerance: float | None = None,
+    pure: bool = False,
+) -> dict[tuple[str, str], list[Verdict]]:
+    """`judge` for several pairs of backend and level: the truth and what eager makes of it, most of the work, are found once."""
+    layouts = {"NCHW": False, "channels_last": True}
+    errors: dict[tuple[str, str], list[dict[str, tuple[float, float]]]] = {
+        way: [] for way in [*ways, *(("eager", layout) for layout in layouts)]
+    }
     seeds = list(seeds)
     for seed in seeds:
         block, x, dout = make(seed)
         plain = _truth(block, x, dout)
-        runs = {
-            "fused": step(block, x, dout, dtype, backend, level, channels_last=True, pure=pure),
-            "NCHW": step(block, x, dout, dtype, "eager", level, channels_last=False, pure=pure),
-            "channels_last": step(block, x, dout, dtype, "eager", level, channels_last=True, pure=pure),
-        }
-        if sign_tolerance is not None:
-            check_signs(runs["fused"], plain, sign_tolerance)
-        for name, run in runs.items():
+        for (backend, level), found in errors.items():
+            eager = backend == "eager"
+            run = step(block, x, dout, dtype, backend, level, channels_last=layouts[level] if eager else True, pure=pure)
+            if sign_tolerance is not None and not eager:
+                check_signs(run, plain, sign_tolerance)
             against = _truth(block, x, dout, run.signs)
             against.tensors["out"] = plain.tensors["out"]
-            errors[name].append(_squares(run, against))
-    fused, nchw, nhwc = (_pooled(errors[name]) for name in errors)
-    verdicts = []
-    for name in fused:
-        eager = max(nchw[name], nhwc[name])
-        stored = dtype if pure or plain.tensors[name].dim() == 4 else torch.float32  # autocast casts images and weights
-        margin = MARGIN if len(seeds) >= SEEDS else MARGIN * scatter(plain.tensors[name].numel() * len(seeds))
-        verdicts.append(Verdict(name, fused[name], eager, max(margin * eager, floor(stored))))
+            found.append(_squares(run, against))
+    pooled = {way: _pooled(found) for way, found in errors.items()}
+    verdicts: dict[tuple[str, str], list[Verdict]] = {way: [] for way in ways}
+    for name, truth in plain.tensors.items():
+        eager_error = max(pooled["eager", layout][name] for layout in layouts)
+        stored = dtype if pure or truth.dim() == 4 else torch.float32  # autocast casts images and weights
+        margin = MARGIN if len(seeds) >= SEEDS else MARGIN * scatter(truth.numel() * len(seeds))
+        for way, found in verdicts.items():
+            found.append(Verdict(name, pooled[way][name], eager_error, max(margin * eager_error, floor(stored))))
     return verdicts
 
 

@@ -89,6 +89,12 @@ def cpu_backend(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def cpu_backends():
+    """All of them, for a test that holds each to the same costly truth."""
+    return [name for name in ("reference", "native") if backends.supports(name, torch.device("cpu"), torch.float32) is None]
+
+
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512bf16"])
 def capability(request):
     """Every instruction set that this CPU has, forced in turn."""

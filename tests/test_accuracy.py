@@ -40,14 +40,18 @@ def case(kind, shortcut, shape, channels, *, mean=0.0, training=True, residual_s
     return make
 
 
-def assert_accurate(make, dtype, backend="reference", seeds=accuracy.SEEDS, sign_tolerance=None, pure=False, level="bn_act"):
+def assert_accurate(make, dtype, backend_names=("reference",), seeds=8, sign_tolerance=None, pure=False, levels=("bn_act",)):
     # What one of many quantities misses by chance in a few problems, it does not in four times as many.
+    ways = [(backend, level) for backend in backend_names for level in levels]
     for count in (seeds, 4 * seeds):
-        verdicts = accuracy.judge(make, dtype, backend, level, range(count), sign_tolerance, pure)
-        failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
+        failed = {}
+        for way, verdicts in accuracy.judge_each(make, dtype, ways, range(count), sign_tolerance, pure).items():
+            wrong = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
+            failed |= {way: wrong} if wrong else {}
         if not failed:
             return
-    pytest.fail("\n".join(failed))
+        ways = list(failed)
+    pytest.fail("\n".join(f"{' at '.join(way)}: {line}" for way, lines in failed.items() for line in lines))
 
 
 def tolerance(dtype):
@@ -58,26 +62,24 @@ def tolerance(dtype):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype, cpu_backend):
+def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, dtype, cpu_backends):
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7)
-    assert_accurate(make, dtype, cpu_backend, sign_tolerance=tolerance(dtype))
+    assert_accurate(make, dtype, cpu_backends, sign_tolerance=tolerance(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize(
-    ("kind", "level", "training"),
+    ("kind", "training", "levels"),
     [
-        ("BasicBlock", "epilogue", True),
-        ("BasicBlock", "prologue", True),
-        ("Bottleneck", "prologue", False),
-        ("Bottleneck", "moment", True),
-        ("Bottleneck", "moment", False),
+        ("BasicBlock", True, ("epilogue", "prologue")),
+        ("Bottleneck", True, ("moment",)),
+        ("Bottleneck", False, ("prologue", "moment")),
     ],
 )
-def test_every_level_is_as_accurate_as_eager(kind, level, training, shortcut, dtype, cpu_backend):
+def test_every_level_is_as_accurate_as_eager(kind, training, levels, shortcut, dtype, cpu_backends):
     make = case(kind, shortcut, (4, 9, 7), 40, training=training)
-    assert_accurate(make, dtype, cpu_backend, seeds=8, sign_tolerance=tolerance(dtype), level=level)
+    assert_accurate(make, dtype, cpu_backends, sign_tolerance=tolerance(dtype), levels=levels)
 
 
 def dead_channels(block):
@@ -133,7 +135,7 @@ def evaluation_mode_beside(block):
         (evaluation_mode_beside, "pooled"),
     ],
 )
-def test_the_moment_form_in_adversity(edit, shortcut, dtype, cpu_backend):
+def test_the_moment_form_in_adversity(edit, shortcut, dtype, cpu_backends):
     ordinary = case("Bottleneck", shortcut, (4, 9, 7), 40, residual_scale=0.7)
 
     def make(seed):
@@ -142,20 +144,13 @@ def test_the_moment_form_in_adversity(edit, shortcut, dtype, cpu_backend):
             edit(block)
         return block, x, dout
 
-    assert_accurate(make, dtype, cpu_backend, seeds=8, level="moment")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 1, 1), (1, 1, 5)], ids=["P=2", "P=3", "P=5"])
-def test_the_moment_form_of_few_pixels(shape, dtype, cpu_backend):
-    make = case("Bottleneck", "identity", shape, 256, eps=0.1)
-    assert_accurate(make, dtype, cpu_backend, seeds=24, level="moment")
+    assert_accurate(make, dtype, cpu_backends, levels=["moment"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
-def test_the_moment_form_of_a_mean_a_thousand_deviations_from_zero(shortcut, dtype, cpu_backend):
-    assert_accurate(case("Bottleneck", shortcut, (4, 9, 7), 20, mean=1e3), dtype, cpu_backend, seeds=8, level="moment")
+def test_the_moment_form_of_a_mean_a_thousand_deviations_from_zero(shortcut, dtype, cpu_backends):
+    assert_accurate(case("Bottleneck", shortcut, (4, 9, 7), 20, mean=1e3), dtype, cpu_backends, levels=["moment"])
 
 
 on_triton = pytest.mark.parametrize(
@@ -189,7 +184,7 @@ def test_blocks_on_triton_are_as_accurate_as_the_formulas(kind, shortcut, traini
 def test_blocks_on_triton_are_as_accurate_as_eager(kind, shortcut, training, dtype, level, device, proven_interpreter):
     pytest.importorskip("triton")
     make = case(kind, shortcut, (4, 9, 7), 20, training=training, residual_scale=0.7, device=device)
-    assert_accurate(make, dtype, "triton", seeds=8, sign_tolerance=tolerance(dtype), level=level)
+    assert_accurate(make, dtype, ["triton"], sign_tolerance=tolerance(dtype), levels=[level])
 
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
@@ -212,15 +207,16 @@ def test_modules_converted_to_sixteen_bits(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 1, 1), (3, 1, 1), (1, 1, 5)], ids=["P=2", "P=3", "P=5"])
-def test_few_pixels(shape, dtype, cpu_backend):
+def test_few_pixels(shape, dtype, cpu_backends):
     # Two or three values often nearly coincide, and 1 / sqrt(var) then has no finite variance over the seeds: eps bounds it.
-    assert_accurate(case("Bottleneck", "identity", shape, 256, eps=0.1), dtype, cpu_backend, seeds=24)
+    make = case("Bottleneck", "identity", shape, 256, eps=0.1)
+    assert_accurate(make, dtype, cpu_backends, seeds=24, levels=("bn_act", "moment"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_mean_a_thousand_deviations_from_zero(kind, dtype, cpu_backend):
-    assert_accurate(case(kind, "identity", (4, 9, 7), 20, mean=1e3), dtype, cpu_backend)
+def test_mean_a_thousand_deviations_from_zero(kind, dtype, cpu_backends):
+    assert_accurate(case(kind, "identity", (4, 9, 7), 20, mean=1e3), dtype, cpu_backends)
 
 
 def test_the_rule_catches_a_wrong_gradient(monkeypatch):
