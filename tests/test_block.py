@@ -7,6 +7,7 @@ import pytest
 import torch
 from compare import same
 from torch import nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,9 +52,15 @@ def as_function(block):
     return lambda x, *values: torch.func.functional_call(block, dict(zip(names, values, strict=True)), x)
 
 
-def passes_gradcheck(block, x, level, **options):
-    """Every derivative at the first level; random combinations of them at the others."""
-    return torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), fast_mode=level != LEVELS[0], **options)
+def passes_gradcheck(block, x, every=False):
+    """Each derivative by itself, or random combinations of all, in which one that is wrong weighs little: hence the tolerances."""
+    inputs = (x, *block.parameters())
+    return torch.autograd.gradcheck(as_function(block), inputs, fast_mode=not every, rtol=1e-5, atol=1e-7)
+
+
+def few_pixels(x):
+    """Where the check fails torch differentiates each number by itself, to say which is wrong."""
+    return x.detach()[:, :, :3, :1].requires_grad_()
 
 
 def operator_arguments(block, x, *, save=True, backend="reference", level="bn_act"):
@@ -85,7 +92,7 @@ def test_gradcheck_through_our_backward(kind, shortcut, training, backend, level
         pytest.skip(reason)
     block, x = make(kind, shortcut, training=training, bias=shortcut == "projection")
     with use_backend(backend, level):
-        assert passes_gradcheck(block, x, level)
+        assert passes_gradcheck(block, x, every=level == LEVELS[0] and (kind, shortcut) == ("BasicBlock", "projection"))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -93,7 +100,7 @@ def test_gradcheck_through_our_backward(kind, shortcut, training, backend, level
 def test_gradcheck_at_residual_scale_zero(kind, level):
     block, x = make(kind, "identity", residual_scale=0.0)
     with use_backend("reference", level):
-        assert passes_gradcheck(block, x, level)
+        assert passes_gradcheck(block, x)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -102,7 +109,7 @@ def test_gradcheck_with_one_bn_in_evaluation_mode(frozen, level):
     block, x = make("Bottleneck", "projection")
     block.get_submodule(frozen).eval()
     with use_backend("reference", level):
-        assert passes_gradcheck(block, x, level)
+        assert passes_gradcheck(block, x)
 
 
 def every_shape_of_block():
@@ -152,8 +159,8 @@ def test_gradcheck_fails_on_a_wrong_sign(row, monkeypatch):
 
     monkeypatch.setattr(bn_act_backward, "plain_finalize", wrong)
     block, x = make("Bottleneck", "projection")
-    with use_backend("reference", "bn_act"):
-        assert not torch.autograd.gradcheck(as_function(block), (x, *block.parameters()), raise_exception=False)
+    with use_backend("reference", "bn_act"), pytest.raises(GradcheckError, match="Jacobian mismatch"):
+        passes_gradcheck(block, few_pixels(x))
 
 
 @pytest.mark.parametrize("field", ["dweight", "dgamma", "dbeta", "dscale", "quadratic", "constant"])
@@ -166,8 +173,8 @@ def test_gradcheck_of_the_moment_form_fails_on_a_wrong_sign(field, monkeypatch):
 
     monkeypatch.setattr(backward, "pointwise_tail_backward_finalize", wrong)
     block, x = make("Bottleneck", "projection")
-    with use_backend("reference", "moment"):
-        assert not passes_gradcheck(block, x, "moment", raise_exception=False)
+    with use_backend("reference", "moment"), pytest.raises(GradcheckError, match="Jacobian mismatch"):
+        passes_gradcheck(block, few_pixels(x))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -175,7 +182,8 @@ def test_gradcheck_of_the_moment_form_fails_on_a_wrong_sign(field, monkeypatch):
 def test_second_derivatives(shortcut, training):
     block, x = make("BasicBlock", shortcut, training=training, bias=True, width=2)
     x = x.detach()[:2].requires_grad_()
-    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()))
+    every = training and shortcut == "projection"
+    assert torch.autograd.gradgradcheck(as_function(block), (x, *block.parameters()), fast_mode=not every)
 
 
 def test_second_derivatives_in_the_moment_form():
@@ -208,7 +216,7 @@ def _convolution_is_derived_twice_with_symbolic_sizes():
     [
         ("BasicBlock", "identity", "bn_act", False),
         ("Bottleneck", "projection", "prologue", False),
-        ("Bottleneck", "projection", "moment", True),
+        pytest.param("Bottleneck", "projection", "moment", True, marks=pytest.mark.slow),
         ("Bottleneck", "pooled", "moment", False),
         ("BasicBlock", "given", "epilogue", True),
     ],
