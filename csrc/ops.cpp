@@ -24,6 +24,16 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "bn_act_backward_apply(Tensor dout, Tensor y, Tensor vectors, Tensor coefficients, Tensor? signs, bool training, "
       "Tensor? y2, Tensor? coefficients2, bool training2, bool keep_masked) -> (Tensor, Tensor?, Tensor?)");
+  m.def("bn_stats_finalize(Tensor y, Tensor? gamma, Tensor? beta, float eps, Tensor? residual_scale) -> Tensor");
+  m.def(
+      "bn_act_backward(Tensor dout, Tensor y, Tensor vectors, Tensor? gamma, Tensor? beta, Tensor? residual_scale, "
+      "Tensor? signs, bool training) -> (Tensor, Tensor)");
+  m.def(
+      "im2col(Tensor x, int height, int width, int down, int right, int pad_down, int pad_right, int dilation_down, "
+      "int dilation_right) -> Tensor");
+  m.def(
+      "col2im(Tensor windows, int image_height, int image_width, int height, int width, int down, int right, "
+      "int pad_down, int pad_right, int dilation_down, int dilation_right) -> Tensor");
   m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
   m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
   m.def(

@@ -1,4 +1,4 @@
-// bn_act_backward on the CPU: reduce, finalize (in double), apply.
+// bn_act_backward on the CPU: reduce, finalize (in double), apply, and the three in one call.
 #include "parameters.h"
 
 namespace fused_res::cpu {
@@ -96,10 +96,22 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> apply_op(const Tensor& dout, 
   return {dy, dy2, masked};
 }
 
+std::tuple<Tensor, Tensor> backward_op(const Tensor& dout, const Tensor& y, const Tensor& vectors,
+                                       const OptionalTensor& gamma, const OptionalTensor& beta,
+                                       const OptionalTensor& residual_scale, const OptionalTensor& signs,
+                                       bool training) {
+  const Tensor partials = reduce_op(dout, y, vectors, signs, std::nullopt, std::nullopt);
+  const Tensor coefficients = finalize_op(partials, 1, y.size(0), vectors, gamma, beta, residual_scale, training);
+  const auto found =
+      apply_op(dout, y, vectors, coefficients, signs, training, std::nullopt, std::nullopt, false, false);
+  return {coefficients, std::get<0>(found)};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_act_backward_reduce", TORCH_BOX(&reduce_op));
   m.impl("bn_act_backward_finalize", TORCH_BOX(&finalize_op));
   m.impl("bn_act_backward_apply", TORCH_BOX(&apply_op));
+  m.impl("bn_act_backward", TORCH_BOX(&backward_op));
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
-// bn_finalize on the CPU, in double: it is a few numbers for each channel.
+// bn_finalize on the CPU, in double: it is a few numbers for each channel; and bn_stats_finalize, both steps in one
+// call.
+#include "bn_stats.h"
 #include "parameters.h"
 
 namespace fused_res::cpu {
@@ -48,7 +50,16 @@ Tensor bn_finalize(const Tensor& partials, int64_t rows, int64_t pixels, const O
   return vectors;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_finalize", TORCH_BOX(&bn_finalize)); }
+Tensor bn_stats_finalize(const Tensor& y, const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
+                         const OptionalTensor& residual_scale) {
+  const auto [partials, rows] = bn_stats(y);
+  return bn_finalize(partials, rows, y.size(0), gamma, beta, eps, residual_scale);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
+  m.impl("bn_stats_finalize", TORCH_BOX(&bn_stats_finalize));
+}
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -1,8 +1,7 @@
 // bn_stats on the CPU.
-#include "launch.h"
+#include "bn_stats.h"
 
 namespace fused_res::cpu {
-namespace {
 
 std::tuple<Tensor, int64_t> bn_stats(const Tensor& y) {
   check_bn_stats(y);
@@ -11,6 +10,8 @@ std::tuple<Tensor, int64_t> bn_stats(const Tensor& y) {
   run_tasks(kernels().bn_stats[dtype_of(y)], BnStats{cut, data(y), output(partials)});
   return {partials, cut.rows};
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_stats", TORCH_BOX(&bn_stats)); }
 

@@ -39,6 +39,8 @@ _CALLS = (
     "conv_bn_act",
     *_CONVOLUTIONS,
 )
+# Which CPUs have beside them, called as they are.
+_ON_CPU = ("bn_stats_finalize", "bn_act_backward", "im2col", "col2im")
 # Which of these have CUDA kernels.
 CUDA_CALLS = (
     *("masked_add", "move_statistics", "multiplied", "scaled_weight", "moments", "moments_finalize", "pointwise_tail"),
@@ -48,6 +50,7 @@ CUDA_CALLS = (
 _MULTIPLYING = (*("moments", "pointwise_tail", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply", "conv_fprop"),)
 _FUNCTIONAL = (
     *PRIMITIVES,
+    *_ON_CPU,
     "moments",
     "moments_finalize",
     "pointwise_tail",
@@ -215,12 +218,12 @@ def before_ampere(device: torch.device) -> bool:
 
 @functools.cache
 def find(primitive: str, device: torch.device) -> Callable | None:
-    if primitive not in {"cpu": PRIMITIVES + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
+    if primitive not in {"cpu": PRIMITIVES + _ON_CPU + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
         return None
     if primitive in _MULTIPLYING and before_ampere(device):
         return None
     load()
-    if primitive in PRIMITIVES:
+    if primitive in PRIMITIVES + _ON_CPU:
         return getattr(torch.ops.fused_res, primitive).default
     return getattr(importlib.import_module("fused_res.backends._native_calls"), primitive)
 

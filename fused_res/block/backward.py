@@ -12,6 +12,7 @@ from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import sign_bytes
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
+    bn_act_backward,
     bn_act_backward_apply,
     bn_act_backward_finalize,
     bn_act_backward_reduce,
@@ -110,16 +111,25 @@ def _coefficients(partials: Tensor | None, row: int, pixels: int, branch: _Branc
     return bn_act_backward_finalize(partials, row, pixels, branch.vectors, gamma, beta, a, **options)
 
 
+def _whole_bn(dout: Tensor, branch: _Branch, signs: Tensor | None, run: Run) -> tuple[Tensor, Tensor]:
+    """Through one BN and the ReLU behind it, without a stop: [7, K] coefficients and dy [P, K]."""
+    unit, options = branch.unit, {"signs": signs, "training": branch.unit.training, "run": run}
+    return bn_act_backward(dout, branch.y, branch.vectors, unit.gamma, unit.beta, branch.residual_scale, **options)
+
+
 def _outer_bns(outer: _Outer, branches: list[_Branch], level: Level, run: Run) -> tuple[list[Tensor], list[Gradient | None]]:
     """Through the outer ReLU and the BNs added in front of it, one or two: [7, K] coefficients and dy of each branch."""
     dout, signs = to_rows(outer.dout), _open(outer)
     first, second = branches[0], branches[1] if len(branches) > 1 else None
+    n, _, h, w = outer.dout.shape
+    if second is None and first.needs_sums and first.needs_dy and not level.prologues:
+        c, dy = _whole_bn(dout, first, signs, run)
+        return [c], [Gradient(to_image(dy, n, h, w))]
     partials = None
     if any(branch.needs_sums for branch in branches):
         pair = {} if second is None else {"y2": second.y, "vectors2": second.vectors}
         partials = bn_act_backward_reduce(dout, first.y, first.vectors, signs=signs, **pair, run=run)
     found = [_coefficients(partials, row, dout.shape[0], branch, run) for row, branch in enumerate(branches, 1)]
-    n, _, h, w = outer.dout.shape
     dys: list[Gradient | None] = [None] * len(branches)
     if level.prologues:
         for i, (branch, c) in enumerate(zip(branches, found, strict=True)):
@@ -138,6 +148,9 @@ def _inner_bn(inflow: Inflow, branch: _Branch, level: Level, run: Run) -> tuple[
     """Through an inner ReLU and the BN in front of it: [7, K] coefficients and dy."""
     partials = inflow.partials
     dz, (n, _, h, w) = to_rows(inflow.image), inflow.image.shape
+    if partials is None and branch.needs_sums and branch.needs_dy and not level.prologues:
+        c, dy = _whole_bn(dz, branch, None, run)
+        return c, Gradient(to_image(dy, n, h, w))
     if partials is None and branch.needs_sums:
         partials = bn_act_backward_reduce(dz, branch.y, branch.vectors, run=run)
     c = _coefficients(partials, 1, dz.shape[0], branch, run)

@@ -11,8 +11,7 @@ from fused_res.block.levels import Level
 from fused_res.block.pool import pooled
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
-from fused_res.primitives.bn_finalize import bn_finalize, bn_running
-from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.bn_finalize import bn_finalize, bn_running, bn_stats_finalize
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop, finished
 from fused_res.primitives.moments import Moments, moments, moments_finalize
@@ -81,10 +80,10 @@ def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: L
     y = to_rows(image)
     if not unit.training:
         return image, y, running(unit, y.dtype, residual_scale, run)
+    parameters = unit.gamma, unit.beta, unit.eps, residual_scale
     if partials is None:
-        partials, size = bn_stats(y, run=run)
-    vectors = bn_finalize(partials, size, y.shape[0], unit.gamma, unit.beta, unit.eps, residual_scale, run=run)
-    return image, y, vectors
+        return image, y, bn_stats_finalize(y, *parameters, run=run)
+    return image, y, bn_finalize(partials, size, y.shape[0], *parameters, run=run)
 
 
 def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, run: Run) -> tuple[Pointwise, Found | None]:
@@ -167,8 +166,7 @@ def _in_front(image: Tensor, head: ConvBN, run: Run) -> Tensor:
     rows = to_rows(image)
     if not head.training:
         return running(head, rows.dtype, None, run)
-    partials, size = bn_stats(rows, run=run)
-    return bn_finalize(partials, size, rows.shape[0], head.gamma, head.beta, head.eps, run=run)
+    return bn_stats_finalize(rows, head.gamma, head.beta, head.eps, run=run)
 
 
 def bare_vectors(unit: ConvBN, side: ConvBN | None, residual_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:

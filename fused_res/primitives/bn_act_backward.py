@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fused_res.primitives.bn_act import sign_bytes, unpack_signs
-from fused_res.primitives.bn_finalize import Vectors
-from fused_res.primitives.common import check, check_rows, dense, statistics_dtype
+from fused_res.primitives.bn_finalize import Vectors, checked_parameters
+from fused_res.primitives.common import check, check_rows, statistics_dtype
 from fused_res.primitives.run import Run
 
 
@@ -140,14 +140,9 @@ def bn_act_backward_finalize(
         raise ValueError(f"row: expected 1 to {sums - 1}, got {row}")
     if pixels < 1:
         raise ValueError(f"pixels: expected at least 1, got {pixels}")
-    gamma, beta = dense(gamma), dense(beta)
     check("partials", partials, (tiles, sums, channels), vectors.dtype, vectors.device)
     check("vectors", vectors, (5, channels), vectors.dtype, vectors.device)
-    for name, vector in (("gamma", gamma), ("beta", beta)):
-        if vector is not None:
-            check(name, vector, (channels,), vector.dtype, vectors.device)
-    if residual_scale is not None:
-        check("residual_scale", residual_scale, (), residual_scale.dtype, vectors.device)
+    gamma, beta = checked_parameters(gamma, beta, residual_scale, vectors)
     kernel = run.find("bn_act_backward_finalize", vectors.device) or plain_finalize
     return kernel(partials, row, pixels, vectors, gamma, beta, residual_scale, training)
 
@@ -212,6 +207,34 @@ def bn_act_backward_apply(
         check("coefficients2", coefficients2, coefficients.shape, vectors.dtype, y.device)
     kernel = run.find("bn_act_backward_apply", y.device) or plain_apply
     return kernel(dout, y, vectors, coefficients, signs, training, y2, coefficients2, training2, keep_masked)
+
+
+def bn_act_backward(
+    dout: Tensor,
+    y: Tensor,
+    vectors: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual_scale: Tensor | None = None,
+    *,
+    signs: Tensor | None = None,
+    training: bool,
+    run: Run,
+) -> tuple[Tensor, Tensor]:
+    """All three steps for one BN, whose arguments they name.
+
+    Returns:
+        The coefficients [7, C], and dy [P, C] in y's dtype.
+    """
+    own = run.find_joined("bn_act_backward", y.device)
+    if own is None:
+        partials = bn_act_backward_reduce(dout, y, vectors, signs=signs, run=run)
+        parameters = gamma, beta, residual_scale
+        coefficients = bn_act_backward_finalize(partials, 1, y.shape[0], vectors, *parameters, training=training, run=run)
+        dy, _, _ = bn_act_backward_apply(dout, y, vectors, coefficients, training=training, signs=signs, run=run)
+        return coefficients, dy
+    _check_pair(dout, y, vectors, signs)
+    return own(dout, y, vectors, *checked_parameters(gamma, beta, residual_scale, vectors), residual_scale, signs, training)
 
 
 def _check_pair(dout: Tensor, y: Tensor, vectors: Tensor | None, signs: Tensor | None) -> None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_res.primitives.common import check, dense
+from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.common import check, check_rows, dense
 from fused_res.primitives.run import Run
 
 
@@ -72,13 +73,33 @@ def bn_finalize(
     check("partials", partials, (tiles, 2, channels), partials.dtype, partials.device)
     if not rows * (tiles - 1) < pixels <= rows * tiles:
         raise ValueError(f"pixels: {tiles} tiles of {rows} rows cannot hold {pixels} rows")
+    gamma, beta = checked_parameters(gamma, beta, residual_scale, partials)
+    return (run.find("bn_finalize", partials.device) or plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
+
+
+def checked_parameters(
+    gamma: Tensor | None, beta: Tensor | None, residual_scale: Tensor | None, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """gamma and beta as kernels read them, for what has its channels last."""
     gamma, beta = dense(gamma), dense(beta)
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector is not None:
-            check(name, vector, (channels,), vector.dtype, partials.device)
+            check(name, vector, like.shape[-1:], vector.dtype, like.device)
     if residual_scale is not None:
-        check("residual_scale", residual_scale, (), residual_scale.dtype, partials.device)
-    return (run.find("bn_finalize", partials.device) or plain)(partials, rows, pixels, gamma, beta, eps, residual_scale)
+        check("residual_scale", residual_scale, (), residual_scale.dtype, like.device)
+    return gamma, beta
+
+
+def bn_stats_finalize(
+    y: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, residual_scale: Tensor | None = None, *, run: Run
+) -> Tensor:
+    """`bn_finalize` of `bn_stats` of y [P, C]; for the other arguments and the result see there."""
+    own = run.find_joined("bn_stats_finalize", y.device)
+    if own is None:
+        partials, rows = bn_stats(y, run=run)
+        return bn_finalize(partials, rows, y.shape[0], gamma, beta, eps, residual_scale, run=run)
+    check_rows("y", y)
+    return own(y, *checked_parameters(gamma, beta, residual_scale, y), eps, residual_scale)
 
 
 def plain_running(

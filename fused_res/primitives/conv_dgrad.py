@@ -21,11 +21,11 @@ class Inflow(NamedTuple):
     masked: bool = False
 
 
-def plain(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
+def plain(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
     if products.pointwise(dy, unit):
         return products.dgrad(dy, like, unit)
     if products.folded(dy, unit):
-        return products.folded_dgrad(dy, like, unit)
+        return products.folded_dgrad(dy, like, unit, run)
     return library.dgrad(dy, like, unit)
 
 
@@ -53,7 +53,7 @@ def conv_dgrad(
     own = run.convolution("conv_dgrad", unit, dy, like, inner, add)
     if own is not None:
         return Inflow(*own(dy.ready(), like, unit, inner, add))
-    dx = nhwc(plain(dy.values(run), like, unit))
+    dx = nhwc(plain(dy.values(run), like, unit, run))
     if add is not None:
         masked_add(dx, add, run=run)
     if inner is None:

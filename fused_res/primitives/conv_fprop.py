@@ -22,9 +22,11 @@ class Convolved(NamedTuple):
     rows: int = 0
 
 
-def plain(x: Tensor, unit: ConvBN) -> Tensor:
+def plain(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     if products.pointwise(x, unit):
         return products.fprop(x, unit)
+    if products.unfolded(x, unit):
+        return products.unfolded_fprop(nhwc(x), unit, run)
     return library.fprop(x, unit)
 
 
@@ -49,7 +51,7 @@ def conv_fprop(x: Activation, unit: ConvBN, *, statistics: bool = False, output:
     own = run.convolution("conv_fprop", unit, x, statistics, output)
     if own is not None:
         return Convolved(*own(x, unit, statistics, output))
-    y = nhwc(plain(x.values(run), unit))
+    y = nhwc(plain(x.values(run), unit, run))
     if statistics:
         return Convolved(y, *bn_stats(to_rows(y), run=run))
     if output is None:

@@ -2,17 +2,18 @@
 
 from torch import Tensor
 
+from fused_res.layout import nhwc
 from fused_res.primitives import library, products
 from fused_res.primitives.operands import Activation, Gradient
 from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 
-def plain(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
+def plain(dy: Tensor, x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     if products.pointwise(x, unit):
         return products.wgrad(dy, x, unit)
-    if products.unfolded(dy, x, unit):
-        return products.unfolded_wgrad(dy, x, unit)
+    if products.unfolded_backward(dy, x, unit):
+        return products.unfolded_wgrad(dy, nhwc(x), unit, run)
     return library.wgrad(dy, x, unit)
 
 
@@ -30,4 +31,4 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN, *, run: Run) -> Tensor
     own = run.convolution("conv_wgrad", unit, dy, x)
     if own is not None:
         return own(dy, x, unit)
-    return plain(dy.values(run), x.values(run), unit)
+    return plain(dy.values(run), x.values(run), unit, run)

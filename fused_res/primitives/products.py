@@ -1,17 +1,18 @@
 """Convolutions on a CPU as matrix products, by rules of their shapes: where the library's products beat its convolutions.
 
-`pointwise`, `unfolded` and `folded` say where. Products accumulate in float32 (float64 for float64) and round once, as
+`pointwise`, `unfolded`, `unfolded_backward` and `folded` say where. Products accumulate in float32 (float64 for float64) and round once, as
 convolutions do.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_res import internals
 from fused_res.layout import to_image, to_rows
+from fused_res.primitives.im2col import col2im, im2col
+from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
 
 
@@ -42,11 +43,27 @@ def pointwise(x: Tensor, unit: ConvBN) -> bool:
     return unit.is_pointwise() and _available(x)
 
 
-def unfolded(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
-    """Whether the gradient of the weight is taken as one product with the unfolded input, and that runs here.
+def _taps_last(unit: ConvBN) -> bool:
+    """Whether the weight lies as products with windows read it."""
+    return unit.groups == 1 and unit.weight.is_contiguous(memory_format=torch.channels_last)
 
-    Where the pixels are at most twice the output channels: then the unfolded input is of the size of the weight, which the
-    library passes over several times.
+
+def unfolded(x: Tensor, unit: ConvBN) -> bool:
+    """Whether the convolution is taken as one product with the windows that it reads of x, and that runs here.
+
+    Where there are no more pixels than output channels, and the weight lies as the product reads it. Not in 16 bits, where the
+    library was faster in part.
+    """
+    height, width = unit.output_size(*x.shape[2:])
+    few = x.shape[0] * height * width <= unit.weight.shape[0]
+    return few and x.itemsize >= 4 and _taps_last(unit) and _available(x)
+
+
+def unfolded_backward(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
+    """Whether the gradient of the weight is taken as one product with the windows of x, and that runs here.
+
+    Where the pixels are at most twice the output channels: then the windows are of the size of the weight, which the library
+    passes over several times.
     """
     n, channels, height, width = dy.shape
     return n * height * width <= 2 * channels and unit.groups == 1 and _available(x)
@@ -59,9 +76,7 @@ def folded(dy: Tensor, unit: ConvBN) -> bool:
     summand would be rounded.
     """
     n, channels, height, width = dy.shape
-    if dy.itemsize < 4 or n * height * width > channels or unit.groups != 1:
-        return False
-    return unit.weight.is_contiguous(memory_format=torch.channels_last) and _available(dy)
+    return dy.itemsize >= 4 and n * height * width <= channels and _taps_last(unit) and _available(dy)
 
 
 def _sampled(x: Tensor, unit: ConvBN) -> Tensor:
@@ -93,30 +108,24 @@ def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     return torch.mm(to_rows(dy).t(), _sampled(x, unit)).view_as(unit.weight)
 
 
-def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN) -> Tensor:
+def _by_tap(weight: Tensor) -> Tensor:
+    """[K, C, R, S] as [K, R*S*C]."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def unfolded_fprop(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
+    """`conv_fprop` of any ungrouped convolution."""
+    y = torch.mm(im2col(x, unit, run=run), _by_tap(unit.weight).t())
+    return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
+
+
+def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
     """`conv_dgrad` of any ungrouped convolution."""
-    (n, _, *size), (_, channels, *kernel) = dy.shape, unit.weight.shape
-    windows = torch.mm(to_rows(dy), unit.weight.permute(0, 2, 3, 1).flatten(1)).view(n, *size, *kernel, channels)
-    (height, width), (pad_down, pad_right) = like.shape[2:], unit.padding
-    padded = dy.new_zeros((n, height + 2 * pad_down, width + 2 * pad_right, channels))
-    reads = [
-        [slice(d * tap, d * tap + s * (count - 1) + 1, s) for tap in range(taps)]
-        for d, s, count, taps in zip(unit.dilation, unit.stride, size, kernel, strict=True)
-    ]
-    for i, down in enumerate(reads[0]):
-        for j, right in enumerate(reads[1]):
-            padded[:, down, right] += windows[:, :, :, i, j]
-    return padded[:, pad_down : pad_down + height, pad_right : pad_right + width].permute(0, 3, 1, 2)
+    return col2im(torch.mm(to_rows(dy), _by_tap(unit.weight)), like.shape[2:], unit, run=run)
 
 
-def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
+def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     """`conv_wgrad` of any ungrouped convolution; the result is channels_last."""
     out, channels, *kernel = unit.weight.shape
-    (n, _, *size), (pad_down, pad_right) = dy.shape, unit.padding
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad_right, pad_right, pad_down, pad_down))
-    image, *pixel, _ = padded.stride()
-    steps = [s * p for s, p in zip(unit.stride, pixel, strict=True)]
-    taps = [d * p for d, p in zip(unit.dilation, pixel, strict=True)]
-    windows = padded.as_strided((n, *size, *kernel, channels), (image, *steps, *taps, 1))
-    dweight = torch.mm(to_rows(dy).t(), windows.flatten(0, 2).flatten(1))
+    dweight = torch.mm(to_rows(dy).t(), im2col(x, unit, run=run))
     return dweight.view(out, *kernel, channels).permute(0, 3, 1, 2)

@@ -25,6 +25,10 @@ class Run:
         # Nobody is asked for those that have none: torch.compile cannot follow that.
         return None if self.backend == backends.LIBRARY else backends.load(self.backend).find(primitive, device)
 
+    def find_joined(self, primitive: str, device: torch.device) -> Callable | None:
+        """As `find`, of a primitive that does in one call what others do in several, which run where it has none."""
+        return self.find(primitive, device)
+
     def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> Callable | None:
         """The backend's own kernel, or one that is lent, to be called with the operands (the unit comes second), or None where the
         library runs.
@@ -47,7 +51,7 @@ class Run:
 
     def library(self) -> "Run":
         """The same with the library's convolutions."""
-        return PLAIN
+        return _with_library(self.backend)
 
     def _choice(self, call: Call) -> Choice:
         return settled(call)
@@ -58,6 +62,19 @@ of = functools.cache(Run)
 
 PLAIN = of(backends.LIBRARY)
 """By plain formulas alone, and the library's convolutions."""
+
+
+class _Library(Run):
+    """By the backend's kernels, but for convolutions, which are the library's."""
+
+    def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> None:
+        return None
+
+    def library(self) -> "Run":
+        return self
+
+
+_with_library = functools.cache(_Library)
 
 
 class Fixed(Run):
@@ -84,6 +101,9 @@ class Recording(Run):
 
     def find(self, primitive: str, device: torch.device) -> None:
         self.steps.append(primitive)
+
+    def find_joined(self, primitive: str, device: torch.device) -> None:
+        return None
 
     def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> None:
         self.calls.append(Call(primitive, self.backend, unit, operands))
