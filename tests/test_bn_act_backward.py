@@ -10,6 +10,7 @@ from convolutions import assert_same_sums
 from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.bn_act_backward import (
     Coefficients,
+    bn_act_backward,
     bn_act_backward_apply,
     bn_act_backward_finalize,
     bn_act_backward_reduce,
@@ -121,6 +122,12 @@ def run(c, backend, keep_masked=True):
         keep_masked=keep_masked,
         run=of(backend),
     )
+    if second is None:  # one call for all three steps gives the same bits
+        parameters = [first.parameter(name) for name in ("gamma", "beta", "scale")]
+        options = {"training": first.training, "signs": c.signs, "run": of(backend)}
+        joined, whole = bn_act_backward(c.dout, ys[0], first.vectors, *parameters, **options)
+        same(joined, coefficients[0])
+        same(whole, dy)
     torch.testing.assert_close([c.dout, *ys], before, rtol=0, atol=0, equal_nan=True)
     assert (dy2 is None) == (second is None)
     return coefficients, [dy, dy2][: len(ys)], masked

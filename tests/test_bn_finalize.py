@@ -5,7 +5,8 @@ import torch
 from compare import every, same, within
 from convolutions import assert_same_sums
 
-from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running
+from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running, bn_stats_finalize
+from fused_res.primitives.bn_stats import bn_stats
 from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
@@ -169,3 +170,14 @@ def test_bad_arguments(backend, device):
         call(gamma=torch.zeros(5, device=device))
     with pytest.raises(ValueError, match=r"residual_scale: expected shape \(\), got \(1,\)"):
         call(scale=torch.zeros(1, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
+def test_both_steps_in_one_call_give_the_same_bits(backend, device, dtype, full):
+    y = samples(333, 21, device).to(dtype)
+    gamma, beta = (parameter(42, torch.float32, device, seed)[::2] if full else None for seed in (1, 2))
+    scale = torch.tensor(0.3, device=device) if full else None
+    partials, rows = bn_stats(y, run=of(backend))
+    expected = bn_finalize(partials, rows, 333, gamma, beta, EPS, scale, run=of(backend))
+    same(bn_stats_finalize(y, gamma, beta, EPS, scale, run=of(backend)), expected)

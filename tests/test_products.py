@@ -8,11 +8,13 @@ from fused_res.primitives import products
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
+from fused_res.primitives.im2col import im2col
 from fused_res.primitives.operands import Activation, Gradient
 from fused_res.primitives.run import of
 from fused_res.spec import ConvBN
 
 LAST = torch.channels_last
+RUN = of("reference")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GEOMETRIES = [
     ((3, 3), (1, 1), (1, 1), (1, 1)),
@@ -82,8 +84,35 @@ def test_unfolded_gradient_of_the_weight(dtype, kernel, stride, padding, dilatio
     supported(dtype)
     unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
     (x, dy, unit), exact = operands(unit, dtype, layout=layout)
-    assert products.unfolded(dy, x, unit)
-    assert_close(products.unfolded_wgrad(dy, x, unit), library(x, dy, unit)[2], library(*exact)[2])
+    assert products.unfolded_backward(dy, x, unit)
+    dweight = products.unfolded_wgrad(dy, x, unit, RUN)
+    assert dweight.is_contiguous(memory_format=LAST)
+    assert_close(dweight, library(x, dy, unit)[2], library(*exact)[2])
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4])
+def test_the_gradient_of_the_weight_takes_so_many_images_at_a_time(images, monkeypatch):
+    supported(torch.float32)
+    unit = ConvBN(torch.empty(150, 3, 3, 3), stride=(2, 2), padding=(1, 1))
+    (x, dy, unit), exact = operands(unit, torch.float32, n=4)
+    monkeypatch.setattr(products, "_WINDOWS", images * dy[0, 0].numel() * unit.weight[0].numel() * 4)
+    seen = []
+    monkeypatch.setattr(products, "im2col", lambda some, *rest, **run: seen.append(len(some)) or im2col(some, *rest, **run))
+    assert_close(products.unfolded_wgrad(dy, x, unit, RUN), library(x, dy, unit)[2], library(*exact)[2])
+    assert seen == [len(some) for some in torch.arange(4).split(images)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unfolded_output(dtype, kernel, stride, padding, dilation, layout):
+    supported(dtype)
+    unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
+    (x, dy, unit), exact = operands(unit, dtype, layout=layout)
+    assert products.unfolded(x, unit) == (dtype.itemsize >= 4 and unit.weight.is_contiguous(memory_format=LAST))
+    y = products.unfolded_fprop(x, unit, RUN)
+    assert y.is_contiguous(memory_format=LAST)
+    assert_close(y, library(x, dy, unit)[0], library(*exact)[0])
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
@@ -93,7 +122,7 @@ def test_folded_gradient_of_the_input(dtype, kernel, stride, padding, dilation):
     unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
     (x, dy, unit), exact = operands(unit, dtype)
     assert products.folded(dy, unit)
-    assert_close(products.folded_dgrad(dy, torch.empty_like(x), unit), library(x, dy, unit)[1], library(*exact)[1])
+    assert_close(products.folded_dgrad(dy, torch.empty_like(x), unit, RUN), library(x, dy, unit)[1], library(*exact)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -127,15 +156,33 @@ def test_what_is_not_pointwise():
     assert not products.pointwise(x, ConvBN(one, padding=(1, 0)))
     assert not products.pointwise(x, ConvBN(one[:, :3], groups=2))
     assert not products.pointwise(x.to("meta"), ConvBN(one.to("meta")))
-    assert products.unfolded(y, x, ConvBN(three, padding=(1, 1)))
+    assert products.unfolded_backward(y, x, ConvBN(three, padding=(1, 1)))
+    last = three.contiguous(memory_format=LAST)
+    assert products.unfolded(x, ConvBN(last, padding=(1, 1)))
+    assert products.unfolded(x, ConvBN(last[:32], padding=(1, 1)))
+    assert not products.unfolded(x, ConvBN(last[:31], padding=(1, 1)))
+    assert not products.unfolded(x, ConvBN(three, padding=(1, 1)))
+    assert not products.unfolded(x, ConvBN(last[:, :3].contiguous(memory_format=LAST), padding=(1, 1), groups=2))
+    assert not products.unfolded(x.bfloat16(), ConvBN(last.bfloat16(), padding=(1, 1)))
     assert not products.folded(torch.cat((y, y)), ConvBN(three.contiguous(memory_format=LAST)))
-    assert products.unfolded(y[:, :16], x, ConvBN(three[:16], padding=(1, 1)))
-    assert not products.unfolded(y[:, :15], x, ConvBN(three[:15], padding=(1, 1)))
-    assert not products.unfolded(y, x, ConvBN(three[:, :3], padding=(1, 1), groups=2))
+    assert products.unfolded_backward(y[:, :16], x, ConvBN(three[:16], padding=(1, 1)))
+    assert not products.unfolded_backward(y[:, :15], x, ConvBN(three[:15], padding=(1, 1)))
+    assert not products.unfolded_backward(y, x, ConvBN(three[:, :3], padding=(1, 1), groups=2))
     assert products.folded(y, ConvBN(three.contiguous(memory_format=LAST)))
     assert products.folded(y[:1], ConvBN(three.contiguous(memory_format=LAST)))
     assert not products.folded(y[:1], ConvBN(three))
     assert not products.folded(y[:1].bfloat16(), ConvBN(three.bfloat16().contiguous(memory_format=LAST)))
+
+
+@pytest.mark.parametrize(("capability", "taken"), [("AVX2", True), ("AVX512", False)])
+def test_strided_gradients_of_many_pixels(capability, taken, monkeypatch):
+    supported(torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    x, dy = torch.randn(2, 6, 16, 16), torch.randn(2, 4, 8, 8)
+    unit = ConvBN(torch.randn(4, 6, 3, 3), stride=(2, 2), padding=(1, 1))
+    assert products.unfolded_backward(dy, x, unit) is taken
+    assert not products.unfolded_backward(torch.randn(2, 4, 16, 16), x, unit._replace(stride=(1, 1)))
+    assert not products.unfolded_backward(dy.double(), x.double(), unit)
 
 
 def test_products_that_may_round_their_operands_do_not_stand_in():
@@ -145,7 +192,8 @@ def test_products_that_may_round_their_operands_do_not_stand_in():
     try:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         assert not products.pointwise(x, unit)
-        assert not products.unfolded(torch.randn(2, 40, 4, 4), x, unit)
+        assert not products.unfolded(x, unit)
+        assert not products.unfolded_backward(torch.randn(2, 40, 4, 4), x, unit)
         assert products.pointwise(x.double(), unit._replace(weight=unit.weight.double()))
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
