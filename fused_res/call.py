@@ -6,11 +6,13 @@ grad may differ; none of the checks asks for them.
 
 from collections.abc import Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_res import planner, plans
+from fused_res.block.casting import present
 from fused_res.block.op import is_narrow, is_watched
 from fused_res.block.packing import pack
 from fused_res.block.prepared import Prepared
@@ -18,9 +20,37 @@ from fused_res.block.validate import check_arguments, check_batch, compute_dtype
 from fused_res.spec import FORMS, AvgPool, Block, ConvBN
 
 
+class Laid(NamedTuple):
+    """A block as a call asks for it.
+
+    tensors: of every unit the seven that it may have. numbers: of every unit, and the form; None where a part is of another type
+    than expected. present: the tensors that reach the operator. norms: as `Block.norms` returns them.
+    """
+
+    block: Block
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple | None
+    present: list[Tensor]
+    norms: list[ConvBN]
+
+
+def lay(block: Block) -> Laid:
+    """What calls of a block ask for of its parts alone. Nothing is checked."""
+    units, pool, tensors, numbers = block.units(), block.pool, [], [block.given, block.form, len(block.main)]
+    if not all(isinstance(unit, ConvBN) for unit in units):
+        return Laid(block, (), None, [], [])
+    for unit in units:
+        tensors += unit[:7]
+        numbers += *unit[7:12], unit.eps
+    if pool is not None:
+        numbers += [tuple(part) if isinstance(part, list) else part for part in pool]
+    plain = {*map(type, units)} == {ConvBN} and (pool is None or type(pool) is AvgPool)
+    return Laid(block, tuple(tensors), tuple(numbers) if plain else None, present(block), block.norms())
+
+
 def prepare(
     x: Tensor,
-    block: Block,
+    laid: Laid,
     skip: Tensor | None,
     residual_scale: Tensor | None,
     names: Sequence[str] | None,
@@ -30,32 +60,23 @@ def prepare(
 
     Raises as `fused_res.functional.residual_block` documents.
     """
-    key = _key(x, block, skip, residual_scale, level)
+    key = _key(x, laid, skip, residual_scale, level)
     if key is None:
-        return _prepare(x, block, skip, residual_scale, names, level, watched=True)
-    return plans.derived(key) or plans.derive(key, _prepare(x, block, skip, residual_scale, names, level, watched=False))
+        return _prepare(x, laid.block, skip, residual_scale, names, level, watched=True)
+    return plans.derived(key) or plans.derive(key, _prepare(x, laid.block, skip, residual_scale, names, level, watched=False))
 
 
 _about = attrgetter("shape", "dtype", "device")
 
 
-def _key(x: Tensor, block: Block, skip: Tensor | None, residual_scale: Tensor | None, level: str | None) -> tuple | None:
+def _key(x: Tensor, laid: Laid, skip: Tensor | None, residual_scale: Tensor | None, level: str | None) -> tuple | None:
     """What calls that are alike have in common; None where a part is of another type than expected, or somebody watches."""
-    tensors, numbers = [x, skip, residual_scale], [level, block.given, block.form, len(block.main)]
-    for unit in block.units():
-        if type(unit) is not ConvBN:
-            return None
-        tensors += unit[:7]
-        numbers += *unit[7:12], unit.eps
-    if is_watched(tensors):
+    tensors = x, skip, residual_scale, *laid.tensors
+    if laid.numbers is None or is_watched(tensors):
         return None
-    if block.pool is not None:
-        if type(block.pool) is not AvgPool:
-            return None
-        numbers += [tuple(part) if isinstance(part, list) else part for part in block.pool]
     # Computed in, and where that is not all that matters to plans: under autocast x may be of another dtype.
-    ways = compute_dtype(x), torch.is_autocast_enabled(x.device.type), planner.forced()
-    return "call", ways, tuple(numbers), tuple([None if tensor is None else _about(tensor) for tensor in tensors])
+    ways = level, compute_dtype(x), torch.is_autocast_enabled(x.device.type), planner.forced()
+    return "call", ways, laid.numbers, tuple([None if tensor is None else _about(tensor) for tensor in tensors])
 
 
 def _prepare(

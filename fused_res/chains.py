@@ -117,8 +117,8 @@ class _Sequence(Fusible):
     def _shortcut(self) -> Shortcut:
         return NO_SHORTCUT if self._anatomy is None else super()._shortcut()
 
-    def unfused_reason(self, x: Tensor) -> str | None:
-        return self._known()[1] or super().unfused_reason(x)
+    def _passing_reason(self, x: Tensor) -> str | None:
+        return self._known()[1] or super()._passing_reason(x)
 
 
 class Chain(_Sequence, nn.Sequential):

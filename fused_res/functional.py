@@ -11,7 +11,7 @@ from fused_res.block.evaluated import block_evaluation, evaluated
 from fused_res.block.exported import block_exported
 from fused_res.block.op import block_forward
 from fused_res.block.validate import check_arguments
-from fused_res.call import prepare
+from fused_res.call import Laid, lay, prepare
 from fused_res.eligibility import acts, is_traced
 from fused_res.primitives.move_statistics import Move, move_statistics
 from fused_res.primitives.run import PLAIN
@@ -122,12 +122,13 @@ def residual_block_with_saved(
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """As `residual_block`, never unfused; also returns what was saved for backward (`fused_res.block.forward.Saved`)."""
-    return run(x, *_parts(main, shortcut, pool, form), residual_scale, names)
+    block, skip = _parts(main, shortcut, pool, form)
+    return run(x, lay(block), skip, residual_scale, names)
 
 
 def run(
     x: Tensor,
-    block: Block,
+    laid: Laid,
     skip: Tensor | None,
     residual_scale: Tensor | None,
     names: Sequence[str] | None,
@@ -138,8 +139,8 @@ def run(
 
     `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then.
     """
-    call = prepare(x, block, skip, residual_scale, names, level)
-    tensors = present(block)
+    call = prepare(x, laid, skip, residual_scale, names, level)
+    block, tensors = laid.block, laid.present
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
@@ -152,7 +153,7 @@ def run(
                 return out, []
     if call.watched and call.evaluates and not save and not internals.is_exporting():
         return block_evaluation(x, skip, residual_scale, tensors, call), []
-    norms = block.norms()
+    norms = laid.norms
 
     def settle(saved: list[Tensor | None]) -> None:
         moves = [Move(unit, v, pixels) for unit, v, pixels in zip(norms, saved, call.pixels, strict=False) if unit.training]

@@ -1,14 +1,16 @@
 """What our blocks and fused ones of other people have in common: they run as one operator, or through their children."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fused_res import known, planner, recompute
+from fused_res import known, planner, recompute, standing
 from fused_res.anatomy import Anatomy, containers
 from fused_res.block.exported import expect_composition
 from fused_res.block.validate import compute_dtype
+from fused_res.call import Laid, lay
 from fused_res.eligibility import (
     NO_DATA,
     NO_SHORTCUT,
@@ -54,12 +56,21 @@ def labels(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(f"{bn}/{conv}" if preactivated else f"{conv}/{bn}" for conv, bn in anatomy.units)
 
 
+class _Reading(NamedTuple):
+    """What a block's modules hold that a call asks for; names: what error messages call the units; frozen: those BNs, by name."""
+
+    laid: Laid
+    names: tuple[str, ...]
+    scale: Tensor | None
+    frozen: Sequence[tuple[str, nn.Module]]
+
+
 class Fusible:
     """A mixin for `nn.Module`s that compute `out = relu(a * main(x) + shortcut(x))`, or what the form of `_anatomy` says, over the
     child modules that this names.
 
-    Child modules are read anew at every call. What the operator cannot stand for (another type, a hook, a parametrization, …)
-    runs through the child modules themselves, after one warning; `fused_res.explain` tells the reason.
+    Child modules are read anew whenever one of them has changed. What the operator cannot stand for (another type, a hook, a
+    parametrization, …) runs through the child modules themselves, after one warning; `fused_res.explain` tells the reason.
     """
 
     _anatomy: Anatomy
@@ -96,6 +107,10 @@ class Fusible:
 
         `use_backend("eager")`, an empty batch, tracing and function transforms are such reasons too.
         """
+        return self._passing_reason(x) or self.standing_reason() or self._input_reason(x, self._frozen_norms())
+
+    def _passing_reason(self, x: Tensor) -> str | None:
+        """Of such reasons those that have nothing to do with the child modules."""
         if planner.is_eager_forced():
             return 'use_backend("eager")'
         reason = input_reason(x) or observer_reason()
@@ -103,9 +118,7 @@ class Fusible:
             return reason
         if x.numel() == 0:
             return EMPTY
-        if is_transformed():
-            return "a torch.func transform or forward-mode AD is active"
-        return self.standing_reason() or self._input_reason(x)
+        return "a torch.func transform or forward-mode AD is active" if is_transformed() else None
 
     def standing_reason(self, now: bool = True) -> str | None:
         """Why this block runs unfused as it stands, whatever it is called with.
@@ -145,15 +158,14 @@ class Fusible:
                 return reason
         return None
 
-    def _input_reason(self, x: Tensor) -> str | None:
+    def _input_reason(self, x: Tensor, frozen: Iterable[tuple[str, nn.Module]]) -> str | None:
         """Where eager's output is of another dtype than what the operator computes in."""
         if x.dim() != 4:
             return NOT_IMAGES.format(x.dim())
-        for name, bn in self._norms():
-            if _is_frozen(bn):
-                dtype, found = compute_dtype(x), torch.promote_types(compute_dtype(x), bn.weight.dtype)
-                if bn.weight.dtype != dtype:
-                    return f"{name} is a {type(bn).__name__} in {bn.weight.dtype}: it makes {found} of images in {dtype}"
+        for name, bn in frozen:
+            dtype, found = compute_dtype(x), torch.promote_types(compute_dtype(x), bn.weight.dtype)
+            if bn.weight.dtype != dtype:
+                return f"{name} is a {type(bn).__name__} in {bn.weight.dtype}: it makes {found} of images in {dtype}"
         if FORMS[self._anatomy.form].preactivated and compute_dtype(x) != x.dtype:
             return f"x is in {x.dtype}, in which its BN computes under autocast, and not in {compute_dtype(x)}"
         if self._promotes and torch.is_autocast_enabled(x.device.type):
@@ -169,6 +181,9 @@ class Fusible:
         if shortcut.bn is not None:
             yield shortcut.names.split("/")[1], shortcut.bn
 
+    def _frozen_norms(self) -> list[tuple[str, nn.Module]]:
+        return [(name, bn) for name, bn in self._norms() if _is_frozen(bn)]
+
     def frozen(self) -> tuple[bool, ...]:
         """For each of `parts().units()`, whether its BN is a product with a fixed scale."""
         return tuple([_is_frozen(bn) for _, bn in self._norms()])
@@ -180,10 +195,24 @@ class Fusible:
                 _speak_of_export()
         else:
             pack = pack_hook()
-            if pack is not None:
-                return self._settled(x, pack)
-            reason = self.unfused_reason(x)
-        return self._run(x, self._shortcut(), self._fused_res_level) if reason is None else self._run_modules(x, reason)
+            return self._called(x) if pack is None else self._settled(x, pack)
+        if reason is not None:
+            return self._run_modules(x, reason)
+        return self._run(x, self._reading(self._shortcut()), self._fused_res_level)
+
+    def _called(self, x: Tensor) -> Tensor:
+        """The call where neither a compiler nor a checkpoint looks on."""
+        reason, read = self._passing_reason(x), None
+        if reason is None:
+            read = standing.last(self)
+            if read is None:
+                reason = self.standing_reason()
+                if reason is None:
+                    read = self._reading(self._shortcut())
+                    if not read.laid.block.given:
+                        standing.keep(self, read)
+        reason = reason or self._input_reason(x, read.frozen)
+        return self._run(x, read, self._fused_res_level) if reason is None else self._run_modules(x, reason)
 
     def _settled(self, x: Tensor, pack: Callable) -> Tensor:
         """The call in a checkpoint, whose recompute runs as its forward did."""
@@ -193,12 +222,16 @@ class Fusible:
 
         way = recompute.settle(pack, self, decide)
         with planner.under(way.forced):
-            return self._run_modules(x, way.reason) if way.reason is not None else self._run(x, way.shortcut, way.level)
+            if way.reason is not None:
+                return self._run_modules(x, way.reason)
+            return self._run(x, self._reading(way.shortcut), way.level)
 
-    def _run(self, x: Tensor, shortcut: Shortcut, level: str | None) -> Tensor:
-        block = self._parts(shortcut)
-        skip = self._shortcuts_value(x) if block.given else None
-        return run(x, block, skip, self._scale(), (*self._labels, shortcut.names), level, self)[0]
+    def _reading(self, shortcut: Shortcut) -> "_Reading":
+        return _Reading(lay(self._parts(shortcut)), (*self._labels, shortcut.names), self._scale(), self._frozen_norms())
+
+    def _run(self, x: Tensor, read: "_Reading", level: str | None) -> Tensor:
+        skip = self._shortcuts_value(x) if read.laid.block.given else None
+        return run(x, read.laid, skip, read.scale, read.names, level, self)[0]
 
     def _shortcuts_value(self, x: Tensor) -> Tensor:
         """What a shortcut that runs by itself makes of x."""

@@ -38,10 +38,10 @@ class Fused(Fusible):
             return self._original.forward(self, *args, **kwargs)
         return self._call(args[0] if args else next(iter(kwargs.values())))
 
-    def unfused_reason(self, x: Tensor) -> str | None:
+    def _passing_reason(self, x: Tensor) -> str | None:
         if self._original.forward is not type(self)._forward:
             return f"{self._original.__name__}.forward has been replaced"
-        return super().unfused_reason(x)
+        return super()._passing_reason(x)
 
     def _unfused(self, x: Tensor) -> Tensor:
         return self._original.forward(self, x)

@@ -51,3 +51,8 @@ def about(kind: type, table: str) -> tuple[str, ...] | None:
         if written_in in (kind.__module__.partition(".")[0], "torch"):
             _forwards[kind] = forward
     return found if _forwards.get(kind) is forward else None
+
+
+def is_known(kind: type) -> bool:
+    """Whether any table has something to say of this class."""
+    return any(about(kind, table) is not None for table in _TABLES)

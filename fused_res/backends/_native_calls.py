@@ -1,7 +1,6 @@
 """How primitives whose arguments are operands call the compiled operators, which take tensors and numbers."""
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -203,26 +202,37 @@ def masked_add(dx: Tensor, image: Tensor, signs: Tensor | None, stride: tuple[in
     torch.ops.fused_res.masked_add.default(dx.permute(0, 2, 3, 1), _pixels_first(image), signs, *stride)
 
 
-_kind, _place = attrgetter("dtype", "ndim"), attrgetter("is_cpu", "is_cuda", "requires_grad")
+def _is_plain(buffer: Tensor, like: Tensor) -> bool:
+    """Whether the kernel may write to the buffer of a BN: dense, of no autograd graph, and where the vectors are."""
+    if type(buffer) is not Tensor or buffer.requires_grad or buffer.is_inference() or not buffer.is_contiguous():
+        return False
+    return buffer.is_cuda == like.is_cuda and buffer.is_cpu == like.is_cpu
 
 
 def move_statistics(moves: Sequence[Move]) -> bool:
-    tracked = [move for move in moves if move.unit.running_mean is not None]
-    means, variances = [move.unit.running_mean for move in tracked], [move.unit.running_var for move in tracked]
-    counts = [move.unit.num_batches_tracked for move in moves if move.unit.num_batches_tracked is not None]
-    momenta, biases = [move.unit.momentum for move in tracked], [move.unit.bias for move in tracked]
-    written = [*means, *variances, *counts]
-    if not written:
-        return True
-    like = moves[0].vectors
-    plain = {*map(type, written)} == {Tensor} and {*map(_place, written)} == {(like.is_cpu, like.is_cuda, False)}
-    if not plain or not all(map(Tensor.is_contiguous, written)) or any(map(Tensor.is_inference, written)):
-        return False
-    if {*map(_kind, counts)} - {(torch.int64, 0)} or {*map(type, momenta)} - {float} or {*map(type, biases)} - {type(None)}:
-        return False
-    vectors, pixels = [move.vectors for move in tracked], [move.pixels for move in tracked]
-    torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, momenta)
-    torch.autograd.graph.increment_version(written)
+    means, variances, counts, vectors, pixels, momenta = [], [], [], [], [], []
+    for unit, found, count in moves:
+        batches, mean = unit.num_batches_tracked, unit.running_mean
+        if batches is not None:
+            if batches.dtype != torch.int64 or batches.dim() != 0:
+                return False
+            counts.append(batches)
+        if mean is None:
+            continue
+        if unit.bias is not None or type(unit.momentum) is not float:
+            return False
+        means.append(mean)
+        variances.append(unit.running_var)
+        vectors.append(found)
+        pixels.append(count)
+        momenta.append(unit.momentum)
+    written, like = [*means, *variances, *counts], moves[0].vectors
+    for buffer in written:
+        if not _is_plain(buffer, like):
+            return False
+    if written:
+        torch.ops.fused_res.move_statistics.default(means, variances, counts, vectors, pixels, momenta)
+        torch.autograd.graph.increment_version(written)
     return True
 
 

@@ -237,7 +237,7 @@ def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
     With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there.
     """
     weight = unit.weight
-    if pixels <= 16 or unit.groups != 1:
+    if (pixels <= 16 and primitive != "conv_bn_act") or unit.groups != 1:
         return "no kernel"
     if not weight.is_cpu:
         old = before_ampere(weight.device)

@@ -16,7 +16,7 @@ from fused_res.block.packing import pack
 from fused_res.block.pool import pooled
 from fused_res.layout import nhwc
 from fused_res.primitives import library
-from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act, who
+from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act, way
 from fused_res.primitives.run import of
 from fused_res.spec import Block, ConvBN
 
@@ -48,8 +48,8 @@ def kind(block: Block, shape: tuple[int, ...], dtype: torch.dtype, backend: str)
     """
     _, spec, eps = pack(block)
     cast = with_dtype(block, arithmetic(dtype))
-    own = tuple([who(unit, place, of(backend)).own for unit, place in places(cast, shape)])
-    return tuple(spec), tuple(eps), shape[1:], dtype, backend, own
+    ways = tuple([way(unit, place, of(backend)) for unit, place in places(cast, shape)])
+    return tuple(spec), tuple(eps), shape[1:], dtype, backend, ways
 
 
 def prepare(

@@ -124,7 +124,7 @@ def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):
 
 def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tuple:
     """What decides who runs what, and which compilation of a kernel, beside the plan."""
-    strides = tuple([None if tensor is None else tensor.stride() for tensor in inputs])
+    strides = tuple([tensor.stride() for tensor in inputs if tensor is not None])
     places = () if device.type == "cpu" else tuple([None if tensor is None else tensor.data_ptr() % 16 for tensor in inputs])
     return program.switches(device.type), strides, places
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_res import backends, settings
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives import library
+from fused_res.primitives import library, products
 from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.choice import Choice
 from fused_res.primitives.common import check, statistics_dtype
@@ -57,11 +57,21 @@ def who(unit: ConvBN, place: Place, run: Run) -> Choice:
     return Choice(True) if kernels.pays("conv_bn_act", unit, n * down * right) else Choice(False, why="faster at this size")
 
 
+def way(unit: ConvBN, place: Place, run: Run) -> str:
+    """How it is run: "own", by a kernel of the backend, or the library's: "product", "fused" or "plain"."""
+    if who(unit, place, run).own:
+        return "own"
+    if products.small(place.shape, unit):
+        return "product"
+    return "fused" if library.fuses(unit.weight.dtype) else "plain"
+
+
 def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Step:
     """Prepares `out = relu(scale * (x * weight) + shift [+ skip])`, computed in float32 at least and rounded as it is stored.
 
     The library gets the scale inside of the weight, rounded to the weight's dtype, and the weight in the order in which it reads it
-    for images of this shape; kernels of ours get it in panels or, 3x3, as the points of F(2x2, 3x3), and the vectors beside it.
+    for images of this shape, or as a matrix where one product does; kernels of ours get it in panels or, 3x3, as the points of
+    F(2x2, 3x3), and the vectors beside it.
 
     Args:
         unit: weight [K, C / groups, R, S] of x's dtype, stride, padding, dilation, groups. Its bias is in the vectors.
@@ -75,9 +85,17 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
         ValueError, TypeError: vectors that do not fit the weight.
     """
     check("vectors", vectors, (5, unit.weight.shape[0]), statistics_dtype(unit.weight.dtype), unit.weight.device)
-    if who(unit, place, run).own:
+    found = way(unit, place, run)
+    if found == "own":
         return run.find("conv_bn_act", unit.weight.device)(unit, vectors)
-    if library.fuses(unit.weight.dtype):
+    if found == "fused":
         return library.fused(unit, vectors, place.shape, place.relu, place.spare)
-    kept = ConvBN(unit.weight.clone(), stride=unit.stride, padding=unit.padding, dilation=unit.dilation, groups=unit.groups)
+    steps = {"stride": unit.stride, "padding": unit.padding, "dilation": unit.dilation, "groups": unit.groups}
+    if found == "product":
+        kernel = run.find("conv_bn_act", unit.weight.device)
+        if kernel is not None and place.relu and not unit.is_pointwise():
+            return products.over_windows(ConvBN(unit.weight, **steps), lambda inner: kernel(inner, vectors), run)
+        weight, shift = library.folded(unit, vectors)
+        return products.conv_bn_act(ConvBN(weight, **steps), shift, place.relu, run)
+    kept = ConvBN(unit.weight.clone(), **steps)
     return lambda x, skip: plain(x, skip, kept, vectors, place.relu)

@@ -1,20 +1,20 @@
 """Convolutions on a CPU as matrix products, by rules of their shapes: where the library's products beat its convolutions.
 
-`pointwise`, `unfolded`, `unfolded_backward` and `folded` say where. Products accumulate in float32 (float64 for float64) and round once, as
-convolutions do.
+`pointwise`, `unfolded`, `unfolded_backward`, `folded` and `small` say where. Products accumulate in float32 (float64 for float64)
+and round once, as convolutions do.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fused_res import internals
 from fused_res.layout import to_image, to_rows
-from fused_res.primitives.im2col import col2im, im2col
+from fused_res.primitives.im2col import col2im, im2col, windows_reader
 from fused_res.primitives.run import Run
 from fused_res.spec import ConvBN
-
 
 _WINDOWS = 16 * 2**20
 """Bytes of windows that are unfolded at a time."""
@@ -85,6 +85,14 @@ def folded(dy: Tensor, unit: ConvBN) -> bool:
     return dy.itemsize >= 4 and n * height * width <= channels and _taps_last(unit) and _available(dy)
 
 
+def small(x: tuple[int, ...], unit: ConvBN) -> bool:
+    """Whether a convolution of images of shape x is so small, up to 2^21 multiply-adds, that one product is over before the library
+    has looked up its own: in evaluation, where that gets a weight in its order. And whether products run here."""
+    height, width = unit.output_size(*x[2:])
+    work = x[0] * height * width * unit.weight.numel()
+    return work <= 2**21 and unit.groups == 1 and unit.weight.dtype == torch.float32 and _available(unit.weight)
+
+
 def _sampled(x: Tensor, unit: ConvBN) -> Tensor:
     """The pixels of x that a pointwise convolution reads, as a matrix."""
     down, right = unit.stride
@@ -123,6 +131,35 @@ def unfolded_fprop(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     """`conv_fprop` of any ungrouped convolution."""
     y = torch.mm(im2col(x, unit, run=run), _by_tap(unit.weight).t())
     return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
+
+
+def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`conv_bn_act` of any ungrouped convolution whose weight has the scale inside."""
+    matrix, read = _by_tap(unit.weight).t(), _sampled if unit.is_pointwise() else functools.partial(im2col, run=run)
+
+    def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        y = torch.addmm(shift, read(x, unit), matrix)
+        if skip is not None:
+            y += to_rows(skip)
+        return to_image(y.relu_() if relu else y, x.shape[0], *unit.output_size(*x.shape[2:]))
+
+    return step
+
+
+def over_windows(unit: ConvBN, make: Callable, run: Run) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`conv_bn_act` of any ungrouped convolution as a 1x1 one over its windows.
+
+    make: returns that step for a unit whose kernel is 1x1.
+    """
+    matrix = _by_tap(unit.weight)
+    inner = make(ConvBN(matrix.view(*matrix.shape, 1, 1)))
+    read = windows_reader(unit, run=run)
+
+    def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        n, _, height, width = x.shape
+        return inner(to_image(read(x), n, *unit.output_size(height, width)), skip)
+
+    return step
 
 
 def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
