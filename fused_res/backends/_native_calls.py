@@ -1,6 +1,6 @@
 """How primitives whose arguments are operands call the compiled operators, which take tensors and numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fused_res.primitives.pointwise_tail import Joined, Pointwise
 from fused_res.primitives.pointwise_tail import plain as plain_tail
 from fused_res.primitives.pointwise_tail_backward import Sums, TailGradients, plain_apply, plain_reduce
 from fused_res.primitives.run import of
+from fused_res.primitives.step import Step
 from fused_res.spec import ConvBN
 
 _RUN = of("native")
@@ -275,7 +276,7 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
     return torch.ops.fused_res.pointwise_wgrad(*_gradient(dy), *_activation(sample)).view_as(unit.weight)
 
 
-def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Callable:
+def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Step:
     pointwise = unit.is_pointwise()
     prepare = torch.ops.fused_res.pointwise_prepare if pointwise else torch.ops.fused_res.winograd_prepare
     call = torch.ops.fused_res.pointwise_bn_act.default if pointwise else torch.ops.fused_res.winograd_bn_act.default
@@ -289,4 +290,4 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Callable:
         n, _, h, w = x.shape
         return to_image(out, n, -(-h // down), -(-w // right))
 
-    return step
+    return Step(step, (prepared, vectors))

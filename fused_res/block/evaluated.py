@@ -14,9 +14,18 @@ from torch.library import Library, register_autograd, register_fake
 from fused_res import backends, folds, plans
 from fused_res.block import evaluation, program
 from fused_res.block.casting import as_dtype, present, with_dtype
-from fused_res.block.op import forward_in_graph, is_narrow, is_watched, output_fake, output_in_layout, refuse_gradient
+from fused_res.block.op import (
+    forward_in_graph,
+    is_narrow,
+    is_watched,
+    no_autocast,
+    output_fake,
+    output_in_layout,
+    refuse_gradient,
+)
 from fused_res.block.packing import unpack
 from fused_res.block.prepared import Prepared
+from fused_res.internals import below_autograd
 from fused_res.spec import Block
 
 _library = Library("fused_res", "FRAGMENT")
@@ -59,11 +68,17 @@ def evaluated(
     def kind() -> Hashable:
         return evaluation.kind(block, tuple(x.shape), call.dtype, call.backend)
 
-    found = folds.find(owner, sources, call, program.switches(x.device.type), kind, make)
+    def schedule(x: Tensor, skip: Tensor | None, *_: Tensor) -> Tensor:
+        out = found.call(as_dtype(x, call.dtype), as_dtype(skip, call.dtype))
+        return output_in_layout(out, x, block, call.narrow)
+
+    switches = program.switches(x.device.type)
+    found = folds.find(owner, sources, call, switches, kind, make)
     if found is None:
         return None
-    out = evaluation.evaluate(found, as_dtype(x, call.dtype), as_dtype(skip, call.dtype))
-    return output_in_layout(out, x, block, call.narrow)
+    key = x.shape, x.dtype, x.stride(), None if skip is None else (skip.dtype, skip.stride()), switches
+    with below_autograd(), no_autocast(x.device.type):  # computed as nobody watches
+        return program.run(found.programs, key, schedule, (x, skip, *found.tensors), call.backend)
 
 
 def block_evaluation(

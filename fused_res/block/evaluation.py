@@ -4,24 +4,32 @@
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_res import internals
 from fused_res.block.casting import with_dtype
 from fused_res.block.forward import running
 from fused_res.block.packing import pack
 from fused_res.block.pool import pooled
 from fused_res.layout import nhwc
 from fused_res.primitives import library
-from fused_res.primitives.conv_bn_act import Place, Step, conv_bn_act, way
+from fused_res.primitives.conv_bn_act import Place, conv_bn_act, way
 from fused_res.primitives.run import of
+from fused_res.primitives.step import Step
 from fused_res.spec import Block, ConvBN
 
-Evaluation = Callable[[Tensor, Tensor | None], Tensor]
-"""Of x and the value of a shortcut that is given the block's output, channels_last, in x's dtype."""
+
+class Evaluation(NamedTuple):
+    """call: of x and the value of a shortcut that is given the block's output, channels_last, in the block's dtype.
+
+    tensors: all that have been prepared. programs: what has been recorded of calls (`fused_res.block.program`).
+    """
+
+    call: Callable[[Tensor, Tensor | None], Tensor]
+    tensors: tuple[Tensor, ...]
+    programs: dict
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -82,12 +90,12 @@ def prepare(
         image = nhwc(x.to(wide))
         z = image
         for step in main:
-            z = step(z, None)
+            z = step.call(z, None)
         if side is None:
-            return end(z, image if skip is None else nhwc(skip.to(wide))).to(dtype)
-        return end(z, side(pooled(image, pool), None)).to(dtype)
+            return end.call(z, image if skip is None else nhwc(skip.to(wide))).to(dtype)
+        return end.call(z, side.call(pooled(image, pool), None)).to(dtype)
 
-    return evaluate
+    return Evaluation(evaluate, tuple([tensor for step in steps for tensor in step.tensors]), {})
 
 
 def _is_precise(unit: ConvBN, vectors: Tensor) -> bool:
@@ -100,10 +108,3 @@ def _is_precise(unit: ConvBN, vectors: Tensor) -> bool:
     exact = unit.weight.double() * vectors[3].double().view(-1, 1, 1, 1)
     lost, size = ((weight - exact).flatten(1).norm(dim=1), exact.flatten(1).norm(dim=1))
     return bool((lost <= torch.finfo(weight.dtype).eps * size).all())
-
-
-def evaluate(call: Evaluation, x: Tensor, skip: Tensor | None) -> Tensor:
-    """The block's output, computed as nobody watches."""
-    watched = torch.is_autocast_enabled(x.device.type)
-    with internals.below_autograd(), torch.autocast(x.device.type, enabled=False) if watched else nullcontext():
-        return call(x, skip)

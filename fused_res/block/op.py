@@ -72,7 +72,7 @@ def output_in_layout(out: Tensor, x: Tensor, block: Block, narrow: bool) -> Tens
     return in_layout(out, _output_channels_last(x, block, narrow))
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager:
+def no_autocast(device_type: str) -> AbstractContextManager:
     """Entering `torch.autocast` where it is off would cost more than a small primitive."""
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
@@ -98,14 +98,14 @@ def _replayed(schedule, what, inputs, spec, eps, level, backend):
     alike += tuple([None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in inputs])
     programs = plans.derived(alike)
     programs = plans.derive(alike, {}) if programs is None else programs
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         key, name = _circumstances(x.device, inputs), backends.resolve(backend, x.device, x.dtype)
         return program.run(programs, key, schedule, inputs, name)
 
 
 def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     run = run_of(backends.resolve(backend, x.device, x.dtype))
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         out, saved = forward(x, skip, residual_scale, block, level, save, run)
     return output_in_layout(out, x, block, narrow), saved
 
@@ -118,7 +118,7 @@ def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):
 
     inputs = x, skip, residual_scale, *tensors
     key = save, *_circumstances(x.device, inputs)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         return program.run(call.programs, key, schedule, inputs, call.backend)
 
 
@@ -175,7 +175,7 @@ def _run_backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, lev
     """`apart`: whether no two gradients may share memory, as those of vectors do otherwise, as rows of one tensor."""
     block = unpack(tensors, spec, eps)
     run = run_of(backends.resolve(backend, x.device, x.dtype))
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         kept = Saved.from_list(saved, block, level)
         requested = _requested(tuple(needs), tuple(spec), tuple(eps))
         gradients = backward(dout, x, residual_scale, block, kept, requested, level, run)
@@ -204,7 +204,7 @@ def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps
     inputs = dout, x, residual_scale, *tensors, *saved
     # How kernels read sign bits, which come last where there are any, depends on where they lie.
     key = tuple(needs), saved[-1].data_ptr() % 16, *_circumstances(x.device, inputs)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         return program.run(call.programs, key, schedule, inputs, call.backend)
 
 

@@ -58,6 +58,8 @@ def _is_view(operator: object, source: object, result: object) -> bool:
 
 
 def _sees(tensor: Tensor) -> tuple:
+    if tensor.layout != torch.strided:  # in the library's own order, without strides
+        return (tensor.layout,)
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 

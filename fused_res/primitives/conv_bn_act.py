@@ -1,6 +1,5 @@
 """`conv_bn_act`: in evaluation, a convolution with its BN, the shortcut and the ReLU, on a weight that was prepared before."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,10 +11,8 @@ from fused_res.primitives.bn_finalize import Vectors
 from fused_res.primitives.choice import Choice
 from fused_res.primitives.common import check, statistics_dtype
 from fused_res.primitives.run import Run
+from fused_res.primitives.step import Step
 from fused_res.spec import ConvBN
-
-Step = Callable[[Tensor, Tensor | None], Tensor]
-"""Of x [N, C, H, W] and a shortcut [N, K, H', W'] or None, both channels_last, the image [N, K, H', W'], channels_last."""
 
 
 class Place(NamedTuple):
@@ -79,7 +76,7 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
         place: where it stands.
 
     Returns:
-        A function that holds what was prepared, and nothing of the unit's own; it may run in several threads at once.
+        The step, which holds what was prepared, and nothing of the unit's own.
 
     Raises:
         ValueError, TypeError: vectors that do not fit the weight.
@@ -98,4 +95,4 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
         weight, shift = library.folded(unit, vectors)
         return products.conv_bn_act(ConvBN(weight, **steps), shift, place.relu, run)
     kept = ConvBN(unit.weight.clone(), **steps)
-    return lambda x, skip: plain(x, skip, kept, vectors, place.relu)
+    return Step(lambda x, skip: plain(x, skip, kept, vectors, place.relu), (kept.weight, vectors))

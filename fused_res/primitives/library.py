@@ -1,12 +1,11 @@
 """The library's convolutions: cuDNN's on a GPU, oneDNN's on a CPU."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from fused_res import internals
 from fused_res.layout import nhwc
+from fused_res.primitives.step import Step
 from fused_res.spec import ConvBN
 
 
@@ -50,7 +49,7 @@ def fuses(dtype: torch.dtype) -> bool:
     return internals.fused_convolution() is not None and (dtype == torch.float32 or internals.has_mkldnn(dtype))
 
 
-def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spare: bool) -> Callable:
+def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spare: bool) -> Step:
     """`conv_bn_act` by oneDNN on the CPU, as torch.compile calls it, but for the ReLU, which is a pass of its own.
 
     oneDNN's ReLU makes 0 of NaN. It orders the weight for images of this shape; those of another shape would have it reorder the
@@ -73,7 +72,7 @@ def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spa
         y = nhwc(y)
         return y.relu_() if relu else y
 
-    return step
+    return Step(step, (weight, shift))
 
 
 def folded(unit: ConvBN, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from fused_res import internals
 from fused_res.layout import to_image, to_rows
 from fused_res.primitives.im2col import col2im, im2col, windows_reader
 from fused_res.primitives.run import Run
+from fused_res.primitives.step import Step
 from fused_res.spec import ConvBN
 
 _WINDOWS = 16 * 2**20
@@ -133,7 +134,7 @@ def unfolded_fprop(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
 
 
-def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Callable[[Tensor, Tensor | None], Tensor]:
+def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Step:
     """`conv_bn_act` of any ungrouped convolution whose weight has the scale inside."""
     matrix, read = _by_tap(unit.weight).t(), _sampled if unit.is_pointwise() else functools.partial(im2col, run=run)
 
@@ -143,10 +144,10 @@ def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Callable[[
             y += to_rows(skip)
         return to_image(y.relu_() if relu else y, x.shape[0], *unit.output_size(*x.shape[2:]))
 
-    return step
+    return Step(step, (shift, matrix))
 
 
-def over_windows(unit: ConvBN, make: Callable, run: Run) -> Callable[[Tensor, Tensor | None], Tensor]:
+def over_windows(unit: ConvBN, make: Callable[[ConvBN], Step], run: Run) -> Step:
     """`conv_bn_act` of any ungrouped convolution as a 1x1 one over its windows.
 
     make: returns that step for a unit whose kernel is 1x1.
@@ -157,9 +158,9 @@ def over_windows(unit: ConvBN, make: Callable, run: Run) -> Callable[[Tensor, Te
 
     def step(x: Tensor, skip: Tensor | None) -> Tensor:
         n, _, height, width = x.shape
-        return inner(to_image(read(x), n, *unit.output_size(height, width)), skip)
+        return inner.call(to_image(read(x), n, *unit.output_size(height, width)), skip)
 
-    return step
+    return Step(step, inner.tensors)
 
 
 def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
