@@ -12,11 +12,12 @@ compilers make constants anew whose elements are all alike: of vectors the value
 
 import functools
 import gc
+import operator
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,29 +39,37 @@ _PATIENCE = 64
 _lock = threading.RLock()
 
 
-class _Source(NamedTuple):
-    """A tensor as it was. A weak reference to it would keep `torch.utils.swap_tensors` from working."""
+class _Sources:
+    """Tensors as they were. Weak references to them would keep `torch.utils.swap_tensors` from working."""
 
-    tensor: Tensor
-    version: int
-    pointer: int
-    strides: tuple[int, ...]
-    storage: StorageWeakRef
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.versions, self.places, self.strides = _versions(tensors), _places(tensors), _strides(tensors)
+        # Memory that was let go may have been given out again, at the same address.
+        self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Source":
-        storage = StorageWeakRef(tensor.untyped_storage())
-        return cls(tensor, tensor._version, tensor.data_ptr(), tensor.stride(), storage)
-
-    def holds(self, tensor: Tensor) -> bool:
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same ones, as they were."""
         return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.pointer
-            and tensor.stride() == self.strides
-            # Memory that was let go may have been given out again, at the same address.
-            and not self.storage.expired()
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, tensors, self.tensors))
+            and _versions(tensors) == self.versions
+            and _places(tensors) == self.places
+            and _strides(tensors) == self.strides
+            and not internals.any_expired(self.storages)
         )
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tensor.stride() for tensor in tensors]
 
 
 class _Fold:
@@ -71,19 +80,20 @@ class _Fold:
         self.used = False
         self.made: dict[tuple, object] | None = {} if all(map(_is_followed, tensors)) else None
         self.calls: dict[tuple, tuple[object, object]] = {}
-        self.sources = [_Source.of(tensor) for tensor in tensors] if self.made is not None else []
+        groups = [tensors] if owner is not None else [[tensor] for tensor in tensors]
+        self.sources = [_Sources(group) for group in groups] if self.made is not None else []
         self.refused = tensors if self.made is None else []
         self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         if self.made is None:
             return len(self.refused) == len(tensors) and all(a is b for a, b in zip(self.refused, tensors, strict=True))
-        if len(self.sources) != len(tensors):
-            return False
         if self.values is None:
-            return all(source.holds(tensor) for source, tensor in zip(self.sources, tensors, strict=True))
+            return self.sources[0].hold(tensors)
+        if len(tensors) != len(self.values):
+            return False
         found = zip(self.sources, self.values, tensors, strict=True)
-        return all(source.holds(tensor) or _are_alike(values, tensor) for source, values, tensor in found)
+        return all(source.hold((tensor,)) or _are_alike(values, tensor) for source, values, tensor in found)
 
     def keep(self, key: tuple, found: tuple[object, object], which: tuple) -> None:
         """Keep what was made for a call and its kind, and let go of what goes beyond the bounds."""
@@ -100,7 +110,7 @@ class _Fold:
         if self.owner is not None:
             return False
         # Held by the fold, and by the call that counts.
-        return any(source.tensor.dim() > 1 and sys.getrefcount(source.tensor) == 2 for source in self.sources)
+        return any(source.tensors[0].dim() > 1 and sys.getrefcount(source.tensors[0]) == 2 for source in self.sources)
 
 
 def _are_alike(values: Tensor | None, tensor: Tensor) -> bool:
@@ -220,7 +230,7 @@ def drop(owner: object) -> None:
 def _drop_of(tensors: set[int]) -> None:
     """Let go of what follows from one of these tensors, given by their identities."""
     for key, fold in list(_folds.items()):
-        if any(id(source.tensor) in tensors for source in fold.sources):
+        if any(id(tensor) in tensors for source in fold.sources for tensor in source.tensors):
             _folds.pop(key, None)
 
 

@@ -160,6 +160,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return False
 
 
+def any_expired(storages: Sequence[object]) -> bool:
+    """Whether the memory is gone of any of these `torch.multiprocessing.reductions.StorageWeakRef`."""
+    expired = torch.Storage._expired
+    return any(expired(storage.cdata) for storage in storages)
+
+
 def gpu_sleep(cycles: int) -> None:
     """Have the current stream wait so many of the GPU's cycles."""
     torch.cuda._sleep(cycles)

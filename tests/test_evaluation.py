@@ -12,6 +12,7 @@ from blocks import Eager, add_biases, image, make, projection
 from fused_res import BasicBlock, Bottleneck, backends, explain, folds, planner, use_backend
 from fused_res.accuracy import random_block
 from fused_res.primitives import library
+from fused_res.primitives.step import Step
 from fused_res.spec import FORMS, POST_ACTIVATION, Block, ConvBN
 from fused_res.tolerance import MARGIN, floor
 
@@ -131,7 +132,7 @@ def simulated(unit, vectors, shape, relu, spare):
         y = y if skip is None else y + skip.float()
         return (y.relu() if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
-    return step
+    return Step(step, (weight, shift))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

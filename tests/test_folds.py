@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import pickle
 import threading
 import weakref
@@ -59,22 +60,22 @@ def test_every_change_of_every_tensor_is_followed(kind, change):
 
 
 def _without(field):
-    """`_Source.holds` as it would be if it did not look at this."""
+    """`_Sources.hold` as it would be if it did not look at this."""
 
-    def holds(self, tensor):
+    def hold(self, tensors):
         return all(
             asked
             for name, asked in {
-                "tensor": tensor is self.tensor,
-                "version": tensor._version == self.version,
-                "pointer": tensor.data_ptr() == self.pointer,
-                "strides": tensor.stride() == self.strides,
-                "storage": not self.storage.expired(),
+                "tensor": all(map(operator.is_, tensors, self.tensors)),
+                "version": [tensor._version for tensor in tensors] == self.versions,
+                "pointer": [tensor.data_ptr() for tensor in tensors] == self.places,
+                "strides": [tensor.stride() for tensor in tensors] == self.strides,
+                "storage": not any(storage.expired() for storage in self.storages),
             }.items()
             if name != field
         )
 
-    return holds
+    return hold
 
 
 def _turned(block, memory):
@@ -114,7 +115,7 @@ def test_each_part_of_what_is_looked_at_is_needed(field, change, monkeypatch):
             return torch.equal(block(x), fresh(block, x))
 
     assert changed()
-    monkeypatch.setattr(folds._Source, "holds", _without(field))
+    monkeypatch.setattr(folds._Sources, "hold", _without(field))
     assert not changed()
 
 
