@@ -15,7 +15,7 @@ from fused_res import planner, plans
 from fused_res.block.casting import present
 from fused_res.block.op import is_narrow, is_watched
 from fused_res.block.packing import pack
-from fused_res.block.prepared import Prepared
+from fused_res.block.prepared import Moved, Prepared
 from fused_res.block.validate import check_arguments, check_batch, compute_dtype
 from fused_res.spec import FORMS, AvgPool, Block, ConvBN
 
@@ -24,7 +24,8 @@ class Laid(NamedTuple):
     """A block as a call asks for it.
 
     tensors: of every unit the seven that it may have. numbers: of every unit, and the form; None where a part is of another type
-    than expected. present: the tensors that reach the operator. norms: as `Block.norms` returns them.
+    than expected. present: the tensors that reach the operator. norms: as `Block.norms` returns them. moved: what a call under
+    batch statistics writes to.
     """
 
     block: Block
@@ -32,20 +33,25 @@ class Laid(NamedTuple):
     numbers: tuple | None
     present: list[Tensor]
     norms: list[ConvBN]
+    moved: Moved
 
 
 def lay(block: Block) -> Laid:
     """What calls of a block ask for of its parts alone. Nothing is checked."""
     units, pool, tensors, numbers = block.units(), block.pool, [], [block.given, block.form, len(block.main)]
     if not all(isinstance(unit, ConvBN) for unit in units):
-        return Laid(block, (), None, [], [])
+        return Laid(block, (), None, [], [], Moved((), ()))
     for unit in units:
         tensors += unit[:7]
         numbers += *unit[7:12], unit.eps
     if pool is not None:
         numbers += [tuple(part) if isinstance(part, list) else part for part in pool]
     plain = {*map(type, units)} == {ConvBN} and (pool is None or type(pool) is AvgPool)
-    return Laid(block, tuple(tensors), tuple(numbers) if plain else None, present(block), block.norms())
+    norms = block.norms()
+    live = [unit for unit in norms if unit.training]
+    buffers = [b for unit in live for b in (unit.running_mean, unit.running_var, unit.num_batches_tracked) if b is not None]
+    moved = Moved(tuple(buffers), tuple([unit.momentum for unit in live]))
+    return Laid(block, tuple(tensors), tuple(numbers) if plain else None, present(block), norms, moved)
 
 
 def prepare(
@@ -104,4 +110,4 @@ def _prepare(
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
     prepared = (not watched or torch.compiler.is_compiling()) and planner.evaluation_level(block, dtype, backend, level) is not None
-    return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), {})
+    return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), {}, set())

@@ -165,4 +165,4 @@ def run(
     if call.casts:
         x, block, skip = as_dtype(x, call.dtype), with_dtype(block, call.dtype), as_dtype(skip, call.dtype)
         tensors = present(block)
-    return block_forward(x, skip, residual_scale, block, tensors, call, save, settle)
+    return block_forward(x, skip, residual_scale, block, tensors, call, save, settle, laid.moved)

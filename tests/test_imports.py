@@ -11,7 +11,7 @@ ORDER = (
     "version tolerance settings spec layout internals console notices aot_table shipped",
     "plans folds geometry reference originals kernels",
     "known aot",
-    "backends reading",
+    "backends reading standing",
     "primitives environment eligibility",
     "block",
     "tuning cost",

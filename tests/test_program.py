@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blocks import BLOCKS, eager, image, make, step
-from fused_res import backends, plans, use_backend
+from fused_res import backends, folds, plans, use_backend
 from fused_res.block import op, program
 from fused_res.planner import LEVELS
 
@@ -102,7 +102,7 @@ def test_what_a_graph_calls_is_replayed_too(runs, kind, level, training, monkeyp
 def test_evaluation_is_recorded_too(runs, kind, monkeypatch):
     block, outs = make(kind, torch.float32).eval(), []
     x = image(block, dtype=torch.float32)
-    # Natively evaluation from `epilogue` on has its weights prepared, and asks for no program (tests/test_folds.py).
+    # Natively evaluation from `epilogue` on has its weights prepared, and programs of its own: see below.
     with use_backend(runs, "bn_act" if runs == "native" else "prologue"), torch.no_grad():
         for _ in range(2):
             outs.append(block(x))
@@ -110,6 +110,44 @@ def test_evaluation_is_recorded_too(runs, kind, monkeypatch):
         by_schedule(monkeypatch)
         assert torch.equal(block(x), outs[0])
     assert torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_evaluation_on_prepared_weights_has_programs_for_every_shape_and_layout(kind, size, monkeypatch):
+    reason = backends.supports("native", torch.device("cpu"), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    block = make(kind, torch.float32).eval()
+    x = image(block, n=3, size=size, dtype=torch.float32)
+    inputs = [x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3), x[:1], x[:1].expand_as(x)]
+    with torch.no_grad():
+        outs = [[block(given) for given in inputs] for _ in range(2)]
+        programs = [p for _, found in folds._folds[id(block)].calls.values() for p in found.programs.values()]
+        assert len({id(p) for p in programs}) >= 4
+        assert program._NEVER not in programs
+        by_schedule(monkeypatch)
+        outs.append([block(given) for given in inputs])
+    for first, replayed, scheduled in zip(*outs, strict=True):
+        for out in (replayed, scheduled):
+            assert torch.equal(out, first)
+            assert out.stride() == first.stride()
+
+
+def test_momenta_that_change_are_followed_and_do_not_fill_memory(monkeypatch):
+    block, peer = make("projection", torch.float32), eager(make("projection", torch.float32))
+    peer.load_state_dict(block.state_dict())
+    x = image(block, dtype=torch.float32)
+    versions = [block.bn1.running_mean._version]
+    for i in range(12):
+        for model in (block, peer):
+            model.bn1.momentum = None if i % 5 == 3 else 0.1 + 0.05 * i
+            model(x)
+        versions.append(block.bn1.running_mean._version)
+    for name, buffer in peer.named_buffers():
+        torch.testing.assert_close(block.get_buffer(name), buffer, rtol=1e-5, atol=1e-6)
+    assert versions == sorted(set(versions))
+    assert len(recorded()) == 1 + op._MOST_MOMENTA  # and one for all others
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

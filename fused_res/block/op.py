@@ -110,16 +110,43 @@ def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     return output_in_layout(out, x, block, narrow), saved
 
 
-def _forward_as_called(x, skip, residual_scale, block, tensors, save, call):
-    """`_run` of a call that is not watched, by its program."""
+def _forward_as_called(x, skip, residual_scale, block, tensors, save, call, settle, moved):
+    """`_run` of a call that is not watched, by its program, to which belongs what `settle` writes, unless that is unusual."""
+    buffers, momenta = moved
+    plain = _are_usual(buffers, momenta, call.momenta)
 
     def schedule(x, skip, residual_scale, *_):
-        return _run(x, skip, residual_scale, block, save, call.level, call.backend, call.narrow)
+        out, saved = _run(x, skip, residual_scale, block, save, call.level, call.backend, call.narrow)
+        if plain:
+            settle(saved)
+        return out, saved
 
-    inputs = x, skip, residual_scale, *tensors
-    key = save, *_circumstances(x.device, inputs)
+    inputs = x, skip, residual_scale, *tensors, *buffers
+    key = save, plain and momenta, *_circumstances(x.device, inputs)
     with no_autocast(x.device.type):
-        return program.run(call.programs, key, schedule, inputs, call.backend)
+        out, saved = program.run(call.programs, key, schedule, inputs, call.backend)
+    if not plain:
+        settle(saved)
+    elif buffers:
+        torch.autograd.graph.increment_version(buffers)
+    return out, saved
+
+
+_MOST_MOMENTA = 4
+"""A momentum that changes at every step would have a program recorded at every step."""
+
+
+def _are_usual(buffers: Sequence[Tensor], momenta: tuple, known: set[tuple]) -> bool:
+    """Whether a program may move these buffers, by these momenta."""
+    for buffer in buffers:
+        if buffer.requires_grad or buffer.is_inference():
+            return False
+    if momenta in known:
+        return True
+    if len(known) >= _MOST_MOMENTA or not {*map(type, momenta)} <= {float, type(None)}:
+        return False
+    known.add(momenta)
+    return True
 
 
 def _circumstances(device: torch.device, inputs: Sequence[Tensor | None]) -> tuple:
@@ -336,9 +363,8 @@ class _Direct(internals.Function):
     """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
 
     @staticmethod
-    def forward(ctx, block, call, found, settle, x, skip, residual_scale, *tensors):
-        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, True, call)
-        settle(saved)
+    def forward(ctx, block, call, found, settle, moved, x, skip, residual_scale, *tensors):
+        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, True, call, settle, moved)
         ctx.call = call
         _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
         found += saved
@@ -349,22 +375,21 @@ class _Direct(internals.Function):
         call = functools.partial(_below_autograd, _backward_as_called, ctx.call)
         if torch.is_grad_enabled() or is_watched((dout,)):
             call = torch.ops.fused_res.block_backward.default
-        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[4:7], ctx.needs_input_grad[7:], call)
-        return None, None, None, None, *found, *of_tensors
+        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[5:8], ctx.needs_input_grad[8:], call)
+        return None, None, None, None, None, *found, *of_tensors
 
 
-def block_forward(x, skip, residual_scale, block, tensors, call, save, settle):
+def block_forward(x, skip, residual_scale, block, tensors, call, save, settle, moved):
     """The operator `fused_res::block_forward` on the block's tensors and the numbers of its call; directly where nobody watches.
 
     `settle` is called once with what was saved. Where it can be, it is before autograd packs that: a checkpoint without reentry
-    stops its recompute there, and eager's BNs have moved their statistics by then.
+    stops its recompute there, and eager's BNs have moved their statistics by then. moved: what it writes to.
     """
     if save and not call.watched:
         saved: list[Tensor] = []
-        return _Direct.call((block, call, saved, settle), (x, skip, residual_scale, *tensors)), saved
+        return _Direct.call((block, call, saved, settle, moved), (x, skip, residual_scale, *tensors)), saved
     if call.watched:
         out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
-    else:
-        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, False, call)
-    settle(saved)
-    return out, saved
+        settle(saved)
+        return out, saved
+    return _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, False, call, settle, moved)

@@ -4,6 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+
+class Moved(NamedTuple):
+    """The running statistics and counters that a call under batch statistics writes to, and the momenta by which they move."""
+
+    buffers: tuple[Tensor, ...]
+    momenta: tuple[float | None, ...]
 
 
 class Prepared(NamedTuple):
@@ -13,6 +21,7 @@ class Prepared(NamedTuple):
     `fused_res.block.packing.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
     evaluates: whether evaluation without gradients has its convolutions prepared (`fused_res.block.evaluation`).
     narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
+    momenta: those that have a program of their own.
     """
 
     dtype: torch.dtype
@@ -28,3 +37,4 @@ class Prepared(NamedTuple):
     evaluates: bool
     narrow: bool
     programs: dict
+    momenta: set[tuple[float | None, ...]]
