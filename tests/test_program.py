@@ -112,6 +112,22 @@ def test_evaluation_is_recorded_too(runs, kind, monkeypatch):
     assert torch.equal(outs[0], outs[1])
 
 
+@sampled(("pooled",), ("bottleneck",))
+def test_units_that_share_a_bn_move_it_one_after_the_other(runs, kind):
+    """Although a block that is alike, but shares none, has been recorded."""
+    apart, shared, peer = make(kind, torch.float32), make(kind, torch.float32), eager(make(kind, torch.float32))
+    x = image(apart, dtype=torch.float32)
+    for model in (shared, peer):
+        model.bn2 = model.bn1
+    with use_backend(runs, "bn_act"):
+        for _ in range(2):
+            step(apart, x)
+            step(shared, x)
+            step(peer, x)
+    for name, buffer in peer.named_buffers():
+        torch.testing.assert_close(shared.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [3, 9])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_evaluation_on_prepared_weights_has_programs_for_every_shape_and_layout(kind, size, monkeypatch):

@@ -19,6 +19,16 @@ int64_t place(const Steps& steps, int64_t window, int64_t tap) {
   return window * steps.stride - steps.padding + tap * steps.dilation;
 }
 
+// How many elements that is, in all.
+int64_t elements(std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(!__builtin_mul_overflow(total, size, &total) && total < int64_t{1} << 60,
+                    "kernel and sizes: expected fewer elements");
+  }
+  return total;
+}
+
 void check_steps(const Steps& steps) {
   constexpr int64_t most = int64_t{1} << 24;
   STD_TORCH_CHECK(steps.taps >= 1 && steps.stride >= 1 && steps.dilation >= 1 && steps.padding >= 0 && steps.size >= 1,
@@ -36,8 +46,9 @@ Tensor im2col(const Tensor& x, int64_t height, int64_t width, int64_t down, int6
   const Steps columns{width, right, pad_right, dilation_right, x.size(2)};
   check_steps(rows);
   check_steps(columns);
-  const int64_t across = columns.windows(), pixels = x.size(0) * rows.windows() * across;
+  const int64_t across = columns.windows(), pixels = elements({x.size(0), rows.windows(), across});
   const size_t bytes = static_cast<size_t>(x.size(3)) * x.element_size();
+  elements({pixels, height, width, x.size(3)});
   const Tensor windows = new_tensor(x, {pixels, height * width * x.size(3)});
   const char* from = static_cast<const char*>(data(x));
   char* to = static_cast<char*>(output(windows));
@@ -98,6 +109,7 @@ Tensor col2im(const Tensor& windows, int64_t image_height, int64_t image_width, 
   STD_TORCH_CHECK(windows.size(1) >= 1 && windows.size(1) % taps == 0, "windows: expected channels for each of ", taps,
                   " taps, got ", windows.size(1), " columns");
   const int64_t channels = windows.size(1) / taps, images = windows.size(0) / each;
+  elements({images, image_height, image_width, channels});
   const Tensor image = new_tensor(windows, {images, image_height, image_width, channels});
   const auto run = [&](auto zero) {
     using T = decltype(zero);

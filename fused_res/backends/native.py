@@ -234,10 +234,12 @@ def declined(primitive: str, unit: ConvBN, pixels: int) -> str | None:
     On a CPU it runs 1x1 without padding as one product, going back unstrided only, and unstrided 3x3. On a GPU it runs forward 1x1
     without padding, in tensor cores, which do not multiply float32 as IEEE 754 has it.
 
-    With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there.
+    With few pixels BN's gradients are small differences of large sums, and the library's order of summation loses less there. In
+    evaluation there are none, but F(2x2, 3x3) computes four pixels at a time.
     """
     weight = unit.weight
-    if (pixels <= 16 and primitive != "conv_bn_act") or unit.groups != 1:
+    few = pixels <= 16 and not (primitive == "conv_bn_act" and unit.is_pointwise())
+    if few or unit.groups != 1:
         return "no kernel"
     if not weight.is_cpu:
         old = before_ampere(weight.device)

@@ -137,10 +137,12 @@ _MOST_MOMENTA = 4
 
 
 def _are_usual(buffers: Sequence[Tensor], momenta: tuple, known: set[tuple]) -> bool:
-    """Whether a program may move these buffers, by these momenta."""
+    """Whether a program may move these buffers, by these momenta. BNs that two units share move one after the other."""
     for buffer in buffers:
         if buffer.requires_grad or buffer.is_inference():
             return False
+    if len({*map(id, buffers)}) < len(buffers):
+        return False
     if momenta in known:
         return True
     if len(known) >= _MOST_MOMENTA or not {*map(type, momenta)} <= {float, type(None)}:
