@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from fused_res.kernels.tiling import Tile, alignment, cdiv
 
@@ -41,13 +42,24 @@ def recording() -> Iterator[list[Launch]]:
         _local.noted = before
 
 
+class Again(NamedTuple):
+    """How a kernel is run once more, with other tensors in their places: of the same strides, dtypes and alignment to 16 bytes.
+
+    stream: None, or what returns a tensor's current stream. Where there is that, the function takes it as the keyword `stream`, and
+    addresses in place of tensors, which spares it to ask for either.
+    """
+
+    function: Callable
+    arguments: tuple
+    keywords: dict[str, Any]
+    stream: Callable[[Tensor], int] | None = None
+
+
 @contextmanager
 def watching(call: Callable) -> Iterator[None]:
     """Inside, in this thread, launches go through `call(launch, again)`, which is to call both.
 
-    `launch()` runs the kernel on the current device; `again(what launch returned)` is a function with its arguments, and its
-    keyword arguments, that runs it once more, with other tensors in their places: with the same strides, dtypes and alignment to
-    16 bytes.
+    `launch()` runs the kernel on the current device; `again(what launch returned)` is an `Again`.
     """
     before, _local.call = _local.call, call
     try:
@@ -79,14 +91,18 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
         _local.call(lambda: run(*arguments, **constants, num_warps=warps), lambda compiled: _again(found, compiled))
 
 
-def _again(launch: Launch, compiled: Any) -> tuple[Callable, tuple, dict[str, Any]]:
-    """As `watching` says. Of a compiled kernel the launcher itself, which asks for nothing that decides between kernels."""
+def _current_stream(tensor: Tensor) -> int:
+    return driver.active.get_current_stream(tensor.get_device())
+
+
+def _again(launch: Launch, compiled: Any) -> Again:
+    """Of a compiled kernel the launcher itself, which asks for nothing that decides between kernels."""
     kernel, programs, arguments, constants, warps = launch
     if compiled is None:  # in the interpreter
-        return kernel[(programs,)], arguments, constants | {"num_warps": warps}
+        return Again(kernel[(programs,)], arguments, constants | {"num_warps": warps})
     bound = kernel.signature.bind(*arguments, **constants)
     bound.apply_defaults()
-    return compiled[(programs, 1, 1)], tuple(bound.arguments.values()), {}
+    return Again(compiled[(programs, 1, 1)], tuple(bound.arguments.values()), {}, _current_stream)
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

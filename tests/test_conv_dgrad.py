@@ -246,7 +246,7 @@ def test_gradients_past_32_bits(device, proven_interpreter):
 
 def test_nothing_fused_is_the_library(device, monkeypatch):
     case = Case(SMALL, torch.float32, device)
-    monkeypatch.setattr("fused_res.primitives.conv_dgrad.plain", lambda dy, like, unit: dy)
+    monkeypatch.setattr("fused_res.primitives.conv_dgrad.plain", lambda dy, like, unit, run: dy)
     assert conv_dgrad(case.gradient, case.like, case.unit, run=of("triton")).image is case.image
 
 

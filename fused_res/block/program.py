@@ -73,6 +73,7 @@ class _Recorder(TorchDispatchMode):
         self._count = 0
         self._inputs = len(inputs)
         self._constants: dict[str, object] = {}
+        self._stream: Callable[[Tensor], int] | None = None
         # The text of a line, the names that it reads and makes, and whether it makes views alone.
         self._lines: list[tuple[str, list[str], list[str], bool]] = []
         for i, tensor in enumerate(inputs):
@@ -111,17 +112,21 @@ class _Recorder(TorchDispatchMode):
     def launch(self, call: Callable, again: Callable) -> None:
         """A kernel's launch, whose insides are its own; `again` says how it is launched with other tensors."""
         with disable_modes():
-            function, args, kwargs = again(call())
-        self._write(function, args, kwargs, None, None)
+            function, args, kwargs, stream = again(call())
+        self._stream = self._stream or stream
+        self._write(function, args, kwargs, None, None, on_stream=stream is not None)
 
-    def _write(self, call: Callable, args: Sequence, kwargs: dict, result: object, method: str | None) -> None:
+    def _write(
+        self, call: Callable, args: Sequence, kwargs: dict, result: object, method: str | None, on_stream: bool = False
+    ) -> None:
         if self.refused:
             return
         read: list[str] = []
         made: list[str] = []
         try:
-            arguments = [self._expression(value, read) for value in args]
+            arguments = [self._expression(value, read, on_stream) for value in args]
             keywords = [f"{name}={self._expression(value, read)}" for name, value in kwargs.items()]
+            keywords += ["stream=stream"] if on_stream else []
         except _Refused:
             self.refused = True
             return
@@ -138,17 +143,17 @@ class _Recorder(TorchDispatchMode):
         self._constants[name] = value
         return name
 
-    def _expression(self, value: object, read: list[str]) -> str:
+    def _expression(self, value: object, read: list[str], addresses: bool = False) -> str:
         if isinstance(value, Tensor):
             known = self._known.get(value)
             if known is None:
                 raise _Refused  # a tensor from elsewhere
             read.append(known.name)
-            return known.name
+            return f"{known.name}.data_ptr()" if addresses else known.name
         if isinstance(value, list):
-            return f"[{', '.join([self._expression(v, read) for v in value])}]"
+            return f"[{', '.join([self._expression(v, read, addresses) for v in value])}]"
         if isinstance(value, tuple):
-            inside = ", ".join([self._expression(v, read) for v in value])
+            inside = ", ".join([self._expression(v, read, addresses) for v in value])
             plain = type(value) is tuple or type(value) is torch.Size
             return f"({inside}{',' if len(value) == 1 else ''})" if plain else f"{self._constant(type(value))}({inside})"
         return repr(value) if value is None or type(value) in (bool, int, str) else self._constant(value)
@@ -183,7 +188,9 @@ class _Recorder(TorchDispatchMode):
             body += [f"    del {', '.join(last)}"] if last else []
             body.append(f"    {text}")
             later.update(reads)
-        source = "\n".join([f"def program({', '.join(f'i{n}' for n in range(self._inputs))}):", *reversed(body)])
+        head = f"def program({', '.join(f'i{n}' for n in range(self._inputs))}):"
+        first = [] if self._stream is None else [f"    stream = {self._constant(self._stream)}(i0)"]
+        source = "\n".join([head, *first, *reversed(body)])
         space = dict(self._constants)
         exec(compile(source, "<a program of fused_res>", "exec"), space)
         return space.pop("program")  # which then is in no cycle with what it calls
