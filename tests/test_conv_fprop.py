@@ -247,7 +247,7 @@ def test_tensor_float_32(device, poisoned_memory, monkeypatch):
 
 def test_nothing_fused_is_the_library(device, monkeypatch):
     x, _, unit, _ = operands(SMALL, torch.float32, device)
-    monkeypatch.setattr("fused_res.primitives.conv_fprop.plain", lambda x, unit: x)
+    monkeypatch.setattr("fused_res.primitives.conv_fprop.plain", lambda x, unit, run: x)
     assert conv_fprop(Activation(x), unit, run=of("triton")).image is x
 
 

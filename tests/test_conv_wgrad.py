@@ -221,7 +221,7 @@ def test_images_past_32_bits(device, proven_interpreter):
 
 def test_nothing_fused_is_the_library(device, monkeypatch):
     case = Case(SMALL, torch.float32, device, "plain")
-    monkeypatch.setattr("fused_res.primitives.conv_wgrad.plain", lambda dy, x, unit: x)
+    monkeypatch.setattr("fused_res.primitives.conv_wgrad.plain", lambda dy, x, unit, run: x)
     x = Activation(case.x.image)
     assert conv_wgrad(case.gradient, x, case.unit, run=of("triton")) is x.image
 
