@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import shutil
 import sys
 
 import pytest
@@ -165,6 +166,18 @@ def libraries():
 @pytest.fixture(scope="session")
 def timm_resnet():
     return _import("timm", "timm.models.resnet")
+
+
+@pytest.fixture
+def outcomes_alone(tmp_path):
+    """`fused_res.benchmarks.outcomes` in a package that has nothing else: pytest started in this folder loads no torch for it."""
+    package = tmp_path / "fused_res" / "benchmarks"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    for name in ("outcomes", "lines"):
+        shutil.copy(importlib.util.find_spec(f"fused_res.benchmarks.{name}").origin, package)
+    return tmp_path
 
 
 @pytest.fixture(autouse=True)

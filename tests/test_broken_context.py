@@ -1,7 +1,6 @@
 """What a hang and a broken CUDA context cost under pytest-xdist, and without: planted tests, in processes of their own."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,13 +59,14 @@ def run(folder, *options, hang):
 
 
 @pytest.mark.slow
-def test_each_costs_one_test(tmp_path):
+def test_each_costs_one_test(tmp_path, outcomes_alone):
     """With the plugin of `make gpu` that passes over what has passed: a worker that comes later must not pass over more."""
     pytest.importorskip("xdist")
     pytest.importorskip("pytest_timeout")
-    shutil.copy(Path(__file__).parents[1] / "benchmarks" / "outcomes.py", tmp_path)
     limits = ("-n", "1", "--dist", "worksteal", "--timeout", "5", "--timeout-method", "thread")
-    done, found = run(tmp_path, *limits, "-p", "outcomes", "--outcomes", "outcomes.jsonl", hang="time.sleep(100)")
+    done, found = run(
+        tmp_path, *limits, "-p", "fused_res.benchmarks.outcomes", "--outcomes", "outcomes.jsonl", hang="time.sleep(100)"
+    )
     failed = {name for outcome, name in found if outcome == "FAILED"}
     passed = {name for outcome, name in found if outcome == "PASSED"}
     assert failed == {"test_b_breaks_unseen", "test_d_breaks_and_fails", "test_f_hangs"}, done.stdout + done.stderr

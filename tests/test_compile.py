@@ -70,7 +70,7 @@ def images(n):
     return torch.randn(n, 3, 32, 32, dtype=torch.float64)
 
 
-COMPILERS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.long)]
+COMPILERS = ["eager", pytest.param("aot_eager", marks=pytest.mark.long), pytest.param("inductor", marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)

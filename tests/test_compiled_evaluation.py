@@ -70,7 +70,7 @@ def test_a_compiled_block_prepares_once_and_gives_the_blocks_own_output(kind, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("freezing", [pytest.param(False, marks=pytest.mark.long), True])
 def test_so_does_inductor(freezing, prepared):
     block = served("projection")
     x = image(block, dtype=torch.float32)

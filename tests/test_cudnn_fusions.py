@@ -194,7 +194,7 @@ def test_a_graph_that_ends_its_process_is_a_row_and_passed_over(package, tmp_pat
     assert (tmp_path / "rows.json").read_text() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_graph_without_end_is_a_row_too(package, tmp_path):
     package.setenv("CUDNN_STAND_IN", "hang 64")
     package.setitem(cudnn_fusions.LONGEST, "planning", 8.0)

@@ -337,7 +337,7 @@ SEEDS, FUSED_SEEDS, WINDOW = 4, 2, 50
 NARROW = ("--model", "timm:resnet18", "--model-args", "channels=(8,16,32,64)", "--size", "16")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("amp", [(), ("--amp", "bf16")], ids=["fp32", "bf16"])
 def test_300_steps_of_resnet18_stay_within_the_spread_of_eagers_own_seeds(timm_resnet, tmp_path, amp):
     """Of initialisation and data order. Training is chaotic: one seed's fused and eager runs part within 20 steps, by rounding.
@@ -360,7 +360,7 @@ def test_300_steps_of_resnet18_stay_within_the_spread_of_eagers_own_seeds(timm_r
     assert ours[:, -1].max() < ours[:, 0].min() - 1  # it has learned
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_under_torchrun_train_fused_and_resume_bit_identical(timm_resnet, tmp_path):
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -417,7 +417,7 @@ def detection_operators(detect, monkeypatch):
         yield
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_detectors_loss_falls_fused_as_unfused(detect, detection_operators, capsys):
     options = ("--size", "64", "--batch", "2", "--steps", "8", *CPU)
     fused, original = detect.main([*options, "--fuse"]), detect.main(options)
@@ -435,7 +435,7 @@ def test_a_detector_without_torchvisions_operators_says_so(detect):
         detect.main(CPU)
 
 
-@pytest.mark.parametrize(("name", "trainable"), [("resnet18", 5), pytest.param("resnet50", 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "trainable"), [("resnet18", 5), pytest.param("resnet50", 3, marks=pytest.mark.long)])
 def test_a_detectors_backbone_fused_is_the_original_over_three_steps(detect, name, trainable):
     """Outputs, losses, gradients and state, in float64, with frozen BNs and the first stages frozen or not."""
     results = []

@@ -114,7 +114,7 @@ def run(script, tmp_path, *options):
     return script.main([*CPU, *options, "--output", str(tmp_path / "out.png")])["numbers"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_deeper_plain_networks_train_worse_and_their_gradients_grow_towards_the_front(tmp_path):
     """Of residual networks so deep the digits, in so few steps, show less of it: not that the deeper one is the better one."""
     found = run(degradation, tmp_path, "--depths", "8", "38", "--width", "4", "--epochs", "4", "--seeds", "2")
@@ -136,7 +136,7 @@ def test_more_flows_around_the_block_first_and_through_it_later(tmp_path):
     assert all(step is not None and step > 30 for step in found["crossings"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_scale_leaves_zero_and_the_start_costs_nothing(tmp_path):
     found = run(identity_start, tmp_path, "--depth", "14", "--width", "4", "--epochs", "4", "--seeds", "2")
     assert found["|a| at the end"]["least"] > 0.02

@@ -142,7 +142,7 @@ def test_carried_kernels_are_unpacked_once_and_again_after_a_cut(tmp_path, monke
     assert len(unpacked) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_dry_run(tmp_path):
     """Without an installation: only the standard library, torch and pytest are given, the script finds the rest. Killed twice."""

@@ -48,7 +48,7 @@ def step(block, x, i):
     [
         ("native", LEVELS[-1]),
         pytest.param("native", LEVELS[0], marks=pytest.mark.slow),
-        pytest.param("reference", LEVELS[-1], marks=pytest.mark.slow),
+        pytest.param("reference", LEVELS[-1], marks=pytest.mark.long),
     ],
 )
 def test_many_steps_leave_nothing_behind(name, level):

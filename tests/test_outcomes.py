@@ -28,7 +28,7 @@ def test_skipped():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, outcomes_alone):
     """Runs pytest with the plugin on `TESTS`; returns its exit code and the names of the tests that it ran."""
     path = tmp_path / "a.outcomes.jsonl"
     (tmp_path / "test_planted.py").write_text(TESTS)
@@ -92,7 +92,7 @@ def test_what_failed_before_comes_last_and_files_are_mixed(run):
     assert sorted(ran) != ran
 
 
-def test_without_the_option_nothing_changes(tmp_path):
+def test_without_the_option_nothing_changes(tmp_path, outcomes_alone):
     (tmp_path / "test_planted.py").write_text("def test_b(): pass\ndef test_a(): pass\n")
     command = [
         sys.executable,

@@ -44,7 +44,7 @@ def projected(block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 def test_the_moment_form_keeps_half_of_what_eager_keeps(dtype):
     """For every image; and, whatever the batch, the moments of what the last convolutions and the projections read, in float64."""
     one, two = ({level: kept(level, dtype, batch) for level in ("eager", *LEVELS)} for batch in (1, 2))

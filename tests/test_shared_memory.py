@@ -57,12 +57,12 @@ def test_a_block_runs_with_little_shared_memory():
     assert kernels >= {"conv_fprop_kernel", "conv_dgrad_kernel", "conv_wgrad_partial_kernel"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     [
-        pytest.param(86, "bfloat16", marks=pytest.mark.slow),
-        *(pytest.param(other, "bfloat16", marks=pytest.mark.long) for other in SHARED if other != 86),
-        *(pytest.param(86, dtype, marks=pytest.mark.long) for dtype in ("float16", "float32", "float32 ieee")),
+        *((other, "bfloat16") for other in SHARED),
+        *((86, dtype) for dtype in ("float16", "float32", "float32 ieee")),
     ],
 )
 @pytest.mark.timeout(1200)
@@ -72,9 +72,8 @@ def test_every_block_runs_on_every_gpu(capability, dtype):
     check_blocks(capability, dtype, LEVELS, blocks)
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("float32", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.timeout(1200)
 def test_shared_memory_is_known_from_the_tile(dtype):
     """What compiled kernels take is what is said of their tiles, or a little less: those whose blocks are all full may keep what
