@@ -44,7 +44,7 @@ def test_another_process_finds_every_kernel(tmp_path):
     pytest.importorskip("triton")
 
     def compiled(cache):
-        case = ("--levels", "moment", "--cases", "resnet50.1.identity", "--batch", "64")
+        case = ("--levels", "bn_act", "--cases", "resnet50.1.identity", "--batch", "64")
         command = [sys.executable, ROOT / "tests" / "fake_gpu.py", "blocks", "90", "bfloat16", *case, "--cache", cache]
         variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
@@ -52,7 +52,7 @@ def test_another_process_finds_every_kernel(tmp_path):
         assert all(row["error"] is None and row["launches"] for row in rows)
         return [kernel for row in rows for kernel in row["kernels"]]
 
-    assert len(compiled(tmp_path / "here")) > 10
+    assert len(compiled(tmp_path / "here")) > 5
     kernel_cache.pack(tmp_path / "here", tmp_path / "kernels.tar.xz")
     kernel_cache.unpack(tmp_path / "kernels.tar.xz", tmp_path / "there")
     assert compiled(tmp_path / "there") == []

@@ -55,8 +55,10 @@ def whole(block, backend="eager", **options):
     return torch.compile(block, fullgraph=True, backend=backend, **options)
 
 
-@pytest.mark.parametrize("kind", ["identity", "projection", "pooled", "as it is"])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("kind", "context"),
+    [*((kind, torch.no_grad) for kind in ("identity", "projection", "pooled", "as it is")), ("projection", torch.inference_mode)],
+)
 def test_a_compiled_block_prepares_once_and_gives_the_blocks_own_output(kind, context, prepared):
     block = served(kind)
     call, x = whole(block, "aot_eager"), image(block, dtype=torch.float32)
@@ -83,11 +85,12 @@ def test_so_does_inductor(freezing, prepared):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_change_of_every_tensor_is_followed(change):
+def test_every_change_of_a_tensor_is_followed(change):
+    """Of every third tensor, which are others for the next change; of all, where nothing is compiled, in test_folds.py."""
     block = served("projection")
     call, x = whole(block), image(block, dtype=torch.float32)
     with torch.no_grad():
-        for name in tensors(block):
+        for name in list(tensors(block))[CHANGES.index(change) % 3 :: 3]:
             before = call(x)
             assert folds._folds
             try:

@@ -205,7 +205,7 @@ def test_a_graph_without_end_is_a_row_too(package, tmp_path):
     assert list(reasons.values()) == [None] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_time_did_not_suffice_for_is_named_and_done_later(package, tmp_path, capsys):
     path = tmp_path / "rows.json"
     code, document = command(path, "--limit", "0.5")

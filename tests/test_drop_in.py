@@ -74,7 +74,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * (n == "resnet50")) for n in NETWORKS])
 def test_three_training_steps_and_an_evaluation_give_torchvisions_numbers(torchvision_resnet, name):
     block, layers, options = NETWORKS[name]
     ours, theirs = _networks(torchvision_resnet, block, layers, **options)

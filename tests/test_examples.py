@@ -92,7 +92,9 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in ("eager bf16", "fused"))) for name in RESUMED]
+)
 def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(timm_resnet, tmp_path, name):
     options = (*TINY, "--epochs", "3", "--accumulate", "2", "--model-args", "drop_rate=0.2", *RESUMED[name])
     whole = train.main([*options, "--output", str(tmp_path / "whole")])

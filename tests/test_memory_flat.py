@@ -47,7 +47,7 @@ def step(block, x, i):
     ("name", "level"),
     [
         ("native", LEVELS[-1]),
-        pytest.param("native", LEVELS[0], marks=pytest.mark.slow),
+        pytest.param("native", LEVELS[0], marks=pytest.mark.long),
         pytest.param("reference", LEVELS[-1], marks=pytest.mark.long),
     ],
 )

@@ -217,7 +217,11 @@ def test_output_strides_are_eagers_for_one_channel_and_one_pixel(inputs, outputs
         out += x if downsample is None else downsample(x)  # in place, as torchvision adds
         expected = block.relu(out)
         assert block.unfused_reason(x) is None
-        for got in (block(x), torch.export.export(block, (x,)).module()(x) if size == (1, 1) and n == 2 else block(x)):
+        calls = [block]
+        # Each type of block and each stride is exported once for each layout of x and of the weights.
+        if size == (1, 1) and n == 2 and block_type is (BasicBlock, Bottleneck)[inputs - 1] and stride == outputs:
+            calls.append(torch.export.export(block, (x,)).module())
+        for got in (call(x) for call in calls):
             assert got.stride() == expected.stride(), (block_type, size, n, stride)
             torch.testing.assert_close(got, expected)
 

@@ -245,7 +245,7 @@ def test_every_size_has_its_level_where_no_size_is_left_open(dynamo, rule):
     [
         ("around", "eager", ((2, 7), (3, 9))),
         *(
-            pytest.param(where, "aot_eager", sizes, marks=pytest.mark.slow)
+            pytest.param(where, "aot_eager", sizes, marks=pytest.mark.slow if sizes == ((2, 7), (3, 9)) else pytest.mark.long)
             for where in ("around", "inside")
             for sizes in (((2, 7), (3, 7)), ((2, 7), (2, 9)), ((2, 7), (3, 9)))
         ),
