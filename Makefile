@@ -13,13 +13,14 @@ PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOB
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 
-.PHONY: help setup test test-slow fuzz same bench serving example experiments figures gpu gpu-carry lint format aot kernels loops headers wheel clean
+.PHONY: help setup test test-slow test-long fuzz same bench serving example experiments figures gpu gpu-carry lint format aot kernels loops headers wheel clean
 
 help:
 	@echo "make bench   numerical check, training on real images, block times: table, plot, result file (sets itself up)"
 	@echo "make serving evaluation beside ONNX Runtime, OpenVINO and torch.compile, in about two hours; when cut off, the same goes on"
 	@echo "make test    the tests (sets itself up)"
-	@echo "make test-slow   the few long ones, which CI runs too"
+	@echo "make test-slow   those of many seconds, which CI runs too"
+	@echo "make test-long   repetitions on more data, which CI does not run: before a release; ARGS=tests/test_FILE.py after touching what is tested"
 	@echo "make fuzz    random cases of every primitive and of blocks: ARGS=\"--minutes 10 --seed 1\" says how long and which"
 	@echo "make same    this checkout against another, bit for bit: ARGS=<other checkout>"
 	@echo "make example examples/train.py, a script to copy: trains a fused ResNet-18 on real images; ARGS='--help' for all it can"
@@ -97,6 +98,9 @@ gpu-carry: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) --dist worksteal -m slow $(ARGS)
+
+test-long: $(READY)
+	$(PYTEST) --dist worksteal -m long --timeout 1800 $(ARGS)
 
 fuzz: $(READY)
 	PYTHONPATH=tests OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m fuzz $(ARGS)
