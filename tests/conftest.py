@@ -11,6 +11,7 @@ import pytest
 import torch
 from broken_context import pytest_runtest_teardown  # noqa: F401, a hook
 from compare import every
+from fresh import Fresh
 
 import torchvision_operators
 from fused_res import backends, use_backend
@@ -166,6 +167,14 @@ def libraries():
 @pytest.fixture(scope="session")
 def timm_resnet():
     return _import("timm", "timm.models.resnet")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """Runs code in a process that has imported torch and nothing of ours: `fresh.run(code, NAME="value")`."""
+    processes = Fresh(tmp_path_factory.mktemp("fresh"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture

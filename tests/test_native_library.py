@@ -24,11 +24,6 @@ checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a c
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def run(code, **environment):
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", env=os.environ | environment)
-
-
 def module_at(path):
     spec = importlib.util.spec_from_file_location(f"fused_res_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -38,7 +33,7 @@ def module_at(path):
 
 @built
 @pytest.mark.parametrize("first", ["library", "package"])
-def test_library_and_block_operators_load_in_either_order(first):
+def test_library_and_block_operators_load_in_either_order(first, fresh):
     load = f"torch.ops.load_library({str(native.FILE)!r})"
     order = [load, "import fused_res"] if first == "library" else ["import fused_res", load]
     code = "\n".join(
@@ -49,17 +44,17 @@ def test_library_and_block_operators_load_in_either_order(first):
             "with fused_res.use_backend('native'): fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5)).sum().backward()",
         ]
     )
-    done = run(code)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 
 @built
-def test_importing_the_package_loads_no_library():
+def test_importing_the_package_loads_no_library(fresh):
     code = "import fused_res, torch; print(hasattr(torch.ops.fused_res, 'bn_stats'))"
-    assert run(code).stdout.strip() == "False"
+    assert fresh.run(code).stdout.strip() == "False"
 
 
-def test_switched_off_it_says_so():
+def test_switched_off_it_says_so(fresh):
     code = """
 import torch, fused_res
 block, x = fused_res.BasicBlock(4, 4), torch.rand(2, 4, 5, 5)
@@ -67,13 +62,13 @@ print(fused_res.explain(block, x).rows[0].backend)
 with fused_res.use_backend("native"):
     block(x)
 """
-    done = run(code, FUSED_RES_NATIVE="0")
+    done = fresh.run(code, FUSED_RES_NATIVE="0")
     assert done.stdout.strip() == "reference"
     assert "backend 'native' cannot run this block: switched off by FUSED_RES_NATIVE=0" in done.stderr
 
 
 @pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
-def test_a_missing_library_gives_its_reason_and_a_broken_one_the_versions(tmp_path, content):
+def test_a_missing_library_gives_its_reason_and_a_broken_one_the_versions(tmp_path, content, fresh):
     (tmp_path / "_native.json").write_text(json.dumps({"missing": "no compiler"} if content is None else {"torch": "2.99"}))
     if content is not None:
         (tmp_path / "_native.so").write_bytes(content)
@@ -85,7 +80,7 @@ native.FILE, native.RECORD = Path({str(tmp_path)!r}, "_native.so"), Path({str(tm
 with fused_res.use_backend("native"):
     fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 5, 5))
 """
-    error = run(code, FUSED_RES_NATIVE="1").stderr
+    error = fresh.run(code, FUSED_RES_NATIVE="1").stderr
     if content is None:
         assert "the compiled library is missing: no compiler" in error
     else:
@@ -93,7 +88,7 @@ with fused_res.use_backend("native"):
             assert words in error, error
 
 
-def test_blocks_that_run_on_the_formulas_for_want_of_a_library_say_so_once(tmp_path):
+def test_blocks_that_run_on_the_formulas_for_want_of_a_library_say_so_once(tmp_path, fresh):
     code = f"""
 import torch, fused_res, warnings
 from pathlib import Path
@@ -105,10 +100,10 @@ for _ in range(2):
     fused_res.BasicBlock(4, 4)(torch.rand(2, 4, 6, 6, dtype=torch.float64).float())
 """
     (tmp_path / "_native.json").write_text(json.dumps({"missing": "no compiler"}))
-    done = run(code, FUSED_RES_NATIVE="1")
+    done = fresh.run(code, FUSED_RES_NATIVE="1")
     expected = "blocks on cpu run on the plain formulas (backend 'reference'), more slowly. native: the compiled library is missing"
     assert done.stderr.count(f"{expected}: no compiler") == 1, done.stderr
-    assert "plain formulas" not in run(code, FUSED_RES_NATIVE="0").stderr  # asked for
+    assert "plain formulas" not in fresh.run(code, FUSED_RES_NATIVE="0").stderr  # asked for
 
 
 @checkout
@@ -132,13 +127,13 @@ with fused_res.use_backend("native"):
 
 
 @built
-def test_an_unknown_instruction_set_is_an_error():
+def test_an_unknown_instruction_set_is_an_error(fresh):
     code = "import torch; from fused_res.backends import native; native.load(); torch.ops.fused_res.bn_stats(torch.rand(3, 4))"
     assert (
         "FUSED_RES_CPU_CAPABILITY: this CPU or this library has no nonsense"
-        in run(code, FUSED_RES_CPU_CAPABILITY="nonsense").stderr
+        in fresh.run(code, FUSED_RES_CPU_CAPABILITY="nonsense").stderr
     )
-    assert run(code, FUSED_RES_CPU_CAPABILITY="plain").returncode == 0
+    assert fresh.run(code, FUSED_RES_CPU_CAPABILITY="plain").returncode == 0
 
 
 @pytest.fixture
@@ -166,7 +161,7 @@ def test_the_library_brings_all_of_torch_with_it():
 @built
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
 @pytest.mark.skipif(not native.record().get("cuda"), reason="the library has no CUDA kernels")
-def test_the_current_stream_is_found_where_torch_has_cuda():
+def test_the_current_stream_is_found_where_torch_has_cuda(fresh):
     """What the dynamic linker put into the slot of the weak symbol: no GPU is needed for that."""
     code = """
 import ctypes, re, subprocess
@@ -179,7 +174,7 @@ relocations = subprocess.run(["readelf", "--relocs", "--wide", library], capture
 (offset,) = re.findall(r"^([0-9a-f]+) .*\\baoti_torch_get_current_cuda_stream\\b", relocations, re.MULTILINE)
 print(ctypes.c_void_p.from_address(base + int(offset, 16)).value)
 """
-    done = run(code)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
     print(f"torch {torch.__version__}: {done.stdout}")
     assert (done.stdout.strip() != "None") == (torch.version.cuda is not None)
