@@ -17,7 +17,7 @@ from fused_res.backends import native
 from fused_res.geometry import Geometry, numbers_of
 from fused_res.modules import BasicBlock, Bottleneck
 from fused_res.primitives import bn_act, bn_act_backward, bn_finalize, moments, pointwise_tail_backward
-from fused_res.primitives.choice import Call, choose
+from fused_res.primitives.choice import Call, Choice, choose
 from fused_res.primitives.operands import Activation
 from fused_res.primitives.pointwise_tail import Pointwise
 from fused_res.primitives.run import PLAIN, of
@@ -301,7 +301,7 @@ def test_a_convolution_is_our_own_where_that_pays(weight, pixels, own):
     image, vectors = draw.normal(1, weight.shape[1], pixels, 1), draw.vectors(weight.shape[1])
     unit = ConvBN(weight, padding=(kernel // 2, kernel // 2))
     fused = Call("conv_fprop", "native", unit, (Activation(image, vectors), True, None))
-    assert choose(fused) == (own, None, "" if own else "faster at this size")
+    assert choose(fused) == Choice(own, why="" if own else "faster at this size")
     assert not choose(Call("conv_fprop", "native", unit, (Activation(image), False, None))).own
 
 
