@@ -187,8 +187,7 @@ def test_inference_mode_is_fine(net):
         assert len(explain(net, X).rows) == 6
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "a child"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("how", "training"), [("wrapped", True), ("in place", True), ("a child", True), ("wrapped", False)])
 def test_a_compiled_model_has_the_rows_of_its_blocks_and_is_not_compiled_again(dynamo, how, training):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), BasicBlock(8, 8)).train(training)
     expected = [(row.name, row.shape, row.backend) for row in explain(net, X).rows]
