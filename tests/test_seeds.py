@@ -84,3 +84,22 @@ def test_check_on_the_command_line_takes_a_selection(capsys):
     assert not any(other in shown for other in ("BasicBlock", "identity", " eval ", "prologue"))
     with pytest.raises(SystemExit):
         cli.main(["check", *chosen, "--block", "no such block"])
+
+
+def test_of_several_ways_the_wrong_one_is_named(monkeypatch):
+    plain = accuracy.step
+
+    def step(block, x, dout, dtype, backend, level, *rest, **options):
+        found = plain(block, x, dout, dtype, backend, level, *rest, **options)
+        if level == "prologue":
+            found.tensors["dx"] = 2 * found.tensors["dx"]
+        return found
+
+    monkeypatch.setattr(accuracy, "step", step)
+    make = lambda seed: check.problem(SHAPE, "train", CPU, seed)  # noqa: E731
+    ways = [("reference", "bn_act"), ("reference", "prologue")]
+    found = accuracy.judge_each(make, torch.float32, ways, range(2))
+    assert {level: failing({v.quantity: v for v in verdicts}) for (_, level), verdicts in found.items()} == {
+        "bn_act": set(),
+        "prologue": {"dx"},
+    }
