@@ -8,7 +8,7 @@ from compare import within
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fused_res.layout import to_image, to_rows
+from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives import products
 from fused_res.primitives.bn_act import pack_signs
 from fused_res.primitives.choice import Choice
@@ -349,14 +349,16 @@ def check_products(case: Conv, backend: str) -> None:
 
     dw = _wgrad(wide_dy, wide_x, unit, w), _wgrad(wide_dy.abs(), wide_x.abs(), unit, w), pixels
     dx = _dgrad(wide_dy, w, unit, shape), _dgrad(wide_dy.abs(), w.abs(), unit, shape), g.k * g.filter[0] * g.filter[1]
+    y = _conv(wide_x, w, unit), _conv(wide_x.abs(), w.abs(), unit), g.c * g.filter[0] * g.filter[1]
+    run = of(backend)
     if products.pointwise(x, unit):
-        y = _conv(wide_x, w, unit), _conv(wide_x.abs(), w.abs(), unit), g.c
         held(products.fprop(x, unit), *y, "products.fprop")
         held(products.dgrad(dy, x, unit), *dx, "products.dgrad")
         held(products.wgrad(dy, x, unit), *dw, "products.wgrad")
     if dtype.itemsize >= 4:
-        held(products.folded_dgrad(dy, x, unit), *dx, "products.folded_dgrad")
-    held(products.unfolded_wgrad(dy, x, unit), *dw, "products.unfolded_wgrad")
+        held(products.folded_dgrad(dy, x, unit, run), *dx, "products.folded_dgrad")
+    held(products.unfolded_fprop(nhwc(x), unit, run), *y, "products.unfolded_fprop")
+    held(products.unfolded_wgrad(dy, nhwc(x), unit, run), *dw, "products.unfolded_wgrad")
 
 
 TARGETS = {
