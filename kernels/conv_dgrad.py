@@ -95,7 +95,7 @@ def conv_dgrad_kernel(
         n, h, w, place = 0, 0, 0, row + p
         source, i, j = place, p * 0, p * 0
     else:
-        n, i, j = decode(row, tl.cdiv(g.height, g.stride_h), tl.cdiv(g.width, g.stride_w), BLOCK_P)
+        n, i, j = decode(row, tl.cdiv(g.height, g.stride_h), tl.cdiv(g.width, g.stride_w), p)
         h, w = phase_h + i * g.stride_h, phase_w + j * g.stride_w
         valid = valid & (h < g.height) & (w < g.width)
         place = (n * g.height + h) * g.width + w

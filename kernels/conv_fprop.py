@@ -13,11 +13,32 @@ from fused_res.kernels.ahead import Variant, meta, variant
 from fused_res.kernels.arguments import activation, check_dense, check_image, geometry, taps_first
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_tiles
 from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting, is_even
-from fused_res.kernels.device import SCALE, SHIFT, add_shortcut, affine, aligned, first_row, load_row, offset, relu, within
+from fused_res.kernels.device import (
+    SCALE,
+    SHIFT,
+    add_shortcut,
+    affine,
+    aligned,
+    apart,
+    first_row,
+    load_row,
+    offset,
+    relu,
+    sum_rows,
+    within,
+)
 from fused_res.kernels.implicit_gemm import decode, implicit_gemm
 from fused_res.kernels.launching import launch
 from fused_res.kernels.tiling import cdiv
 from fused_res.spec import ConvBN
+
+
+@triton.jit
+def _sum(v, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums over the rows of [1, BLOCK_P, BLOCK_K]: a thread that has a whole column makes eight, which need not wait for each other,
+    of it first.
+    """
+    return sum_rows(tl.reshape(v, (BLOCK_P // 8, 8, BLOCK_K)))
 
 
 @triton.jit
@@ -61,7 +82,7 @@ def conv_fprop_kernel(
     if POINTWISE:
         place, h, w = row + p, p * 0, p * 0
     else:
-        n, h, w = decode(row, g.out_height, g.out_width, BLOCK_P)
+        n, h, w = decode(row, g.out_height, g.out_width, p)
         h, w = h * g.stride_h - g.padding_h, w * g.stride_w - g.padding_w
         place = (n * g.height + h) * g.width + w
     acc = implicit_gemm(
@@ -89,20 +110,24 @@ def conv_fprop_kernel(
     if RELU:
         acc = relu(acc)
     stored = acc.to(y.dtype.element_ty)
-    tl.store(y + start + at, stored, mask=mask)
-    if partials is not None:
+    if partials is None:
+        tl.store(y + start + at, stored, mask=mask)
+    else:
         # Of the values as they are stored.
+        stored = apart(stored)
         v = stored.to(tl.float32)
         if EVEN:
-            mean = tl.sum(v, axis=0) / left
-            v -= mean[None, :]
+            tl.store(y + start + apart(at), stored)
+            mean = _sum(v, BLOCK_P, BLOCK_K) * (1 / BLOCK_P)
+            v -= mean[None, None, :]
         else:
-            valid = (p < left)[:, None]
-            mean = tl.sum(tl.where(valid, v, 0.0), axis=0) / left
-            v = tl.where(valid, v - mean[None, :], 0.0)
+            mask = apart(mask)
+            tl.store(y + start + apart(at), stored, mask=mask)
+            mean = _sum(tl.where(mask, v, 0.0), BLOCK_P, BLOCK_K) / left
+            v = tl.where(mask, v - mean[None, None, :], 0.0)
         start = partials + offset(t * 2, K)
         tl.store(start + k, mean, mask=k < K)
-        tl.store(start + K + k, tl.sum(v * v, axis=0), mask=k < K)
+        tl.store(start + K + k, _sum(v * v, BLOCK_P, BLOCK_K), mask=k < K)
 
 
 def _checked(output: Any, shape: tuple[int, ...], weight: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from fused_res.kernels.arguments import activation, geometry, gradient, sign_wor
 from fused_res.kernels.conv_cases import MetaCase, meta_activated, meta_cases, meta_gradient, meta_tiles
 from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
 from fused_res.kernels.device import aligned, first_row, offset
-from fused_res.kernels.implicit_gemm import read
+from fused_res.kernels.implicit_gemm import decode, read
 from fused_res.kernels.launching import launch
 from fused_res.kernels.tiling import cdiv, limits, next_power_of_2
 from fused_res.spec import ConvBN
@@ -70,11 +70,10 @@ def conv_wgrad_partial_kernel(
         valid, place = q < left, row + q
         inside, source = valid, place
         if not POINTWISE:
-            q += start
-            h = q // g.out_width % g.out_height * g.stride_h + top
-            w = q % g.out_width * g.stride_w + side
+            images, h, w = decode(start + i * BLOCK_P, g.out_height, g.out_width, p)
+            h, w = h * g.stride_h + top, w * g.stride_w + side
             inside = valid & (h.to(tl.uint32) < g.height) & (w.to(tl.uint32) < g.width)  # below 0 is far above
-            source = ((image + q // (g.out_height * g.out_width)) * g.height + h) * g.width + w
+            source = ((image + images) * g.height + h) * g.width + w
         rows_k = read(dy, place, place * wide_k, valid, first_k, K, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_K)
         rows_c = read(x, source, source * wide_c, inside, first_c, C, False, 8, PRECISION, BLOCK_P, BLOCK_C)
         acc = tl.dot(tl.trans(rows_k), rows_c, acc, input_precision=PRECISION)

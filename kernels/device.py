@@ -138,24 +138,43 @@ def through_bn(g, y, coefficients, C, c, LIVE: tl.constexpr):
 
 
 @triton.jit
+def apart(v):
+    """[P, C] as [1, P, C], on its way from a matrix product to sums over rows and memory.
+
+    The compiler lets values lie as the product left them, a column spread over many threads, until something else is asked for: it
+    knows no layout of a product with one more dimension, and takes one in which a thread has more of a column.
+    """
+    return v[None, :, :]
+
+
+@triton.jit
+def sum_rows(v):
+    """Sums over the rows of [1, P, C]."""
+    return tl.sum(tl.sum(v, axis=0), axis=0)
+
+
+@triton.jit
 def store_gradient(pointer, gradient, at, mask, y, vectors, partials, t, C, c):
     """Store a block of the gradient of z at elements `at`, where z is `relu(scale * y + shift)` if there are `partials`.
 
     It is then masked by that ReLU, and row t of `partials` [T, 2, C] becomes the sums over the block of g and g * (y - mean), of
     the values as they are stored.
     """
-    if partials is not None:
-        v = load_rows(y, at, mask)
-        opened = is_open(affine(v, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :]))
-        gradient = tl.where(opened, gradient, 0.0)
     stored = gradient.to(pointer.dtype.element_ty)
-    tl.store(pointer + at, stored, mask=mask)
-    if partials is not None:
-        g = stored.to(tl.float32)
+    if partials is None:
+        tl.store(pointer + at, stored, mask=mask)
+    else:
+        at = apart(at)
+        if mask is not None:
+            mask = apart(mask)
+        v = load_rows(y, at, mask)
+        scale, shift = load_row(vectors, SCALE, C, c), load_row(vectors, SHIFT, C, c)
+        g = tl.where(is_open(affine(v, scale[None, None, :], shift[None, None, :])), apart(stored).to(tl.float32), 0.0)
+        tl.store(pointer + at, g.to(pointer.dtype.element_ty), mask=mask)
         if mask is not None:
             g = tl.where(mask, g, 0.0)
-        moment = g * (v - load_row(vectors, MEAN, C, c)[None, :])
-        store_vectors(partials + offset(t * 2, C), (tl.sum(g, axis=0), tl.sum(moment, axis=0)), C, c)
+        moment = g * (v - load_row(vectors, MEAN, C, c)[None, None, :])
+        store_vectors(partials + offset(t * 2, C), (sum_rows(g), sum_rows(moment)), C, c)
 
 
 @triton.jit

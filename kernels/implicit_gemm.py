@@ -11,11 +11,30 @@ from fused_res.kernels.device import SCALE, SHIFT, activate, affine, is_open, lo
 
 
 @triton.jit
-def decode(first, H, W, BLOCK_P: tl.constexpr):
-    """Image, row and column of BLOCK_P pixels of H x W images, from pixel `first` on; the image in 64 bits."""
+def _quotient(n, d):
+    """n // d of the int32 n of a block, from 0 to less than d + 2^15, by a multiplication: a division is some twenty instructions.
+
+    With m = ceil(2^31 / d), which is less than 1 too large for d of it, n * m / 2^31 exceeds n / d by less than n / 2^31, and must
+    by less than 1 / d. Of a larger d there is no second multiple below d + 2^15.
+    """
+    d = tl.cast(d, tl.uint32)
+    n = n.to(tl.uint32)
+    return tl.where(d > 32768, (n >= d).to(tl.uint32), tl.umulhi(2 * n, 0x7FFFFFFF // d + 1)).to(tl.int32)
+
+
+@triton.jit
+def decode(first, H, W, p):
+    """Image, row and column of pixels first + p of H x W images; p: int32, from 0 to less than 2^15. The image has `first`'s type.
+
+    In a loop `first` is to be the same each time, so that what is computed of it alone comes before the loop.
+    """
     n = first // (H * W)
-    q = (first - n * (H * W)).to(tl.int32) + tl.arange(0, BLOCK_P)
-    return n + q // (H * W), q % (H * W) // W, q % W
+    q = (first - n * (H * W)).to(tl.int32)
+    w = q % W + p
+    down = _quotient(w, W)
+    h = q // W + down
+    images = _quotient(h, H)
+    return n + images, h - images * H, w - down * W
 
 
 @triton.jit

@@ -47,7 +47,7 @@ def masked_add_kernel(
         g = tl.where(unpack(bits, BLOCK_P, BLOCK_C), g, 0.0)
     places = dx + start + at
     if SCATTERED:
-        n, i, j = decode(row, h, w, BLOCK_P)
+        n, i, j = decode(row, h, w, p)
         places = dx + (((n * H + i * down) * W + j * right) * C)[:, None] + c[None, :]
     total = tl.load(places, mask=mask, other=0.0).to(tl.float32) + g
     tl.store(places, total.to(dx.dtype.element_ty), mask=mask)

@@ -12,9 +12,9 @@ from torch import Tensor
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_dense, check_image
 from fused_res.kernels.device import activate, load_where, narrow, offset, within
-from fused_res.kernels.implicit_gemm import load_signs
+from fused_res.kernels.implicit_gemm import decode, load_signs
 from fused_res.kernels.launching import launch
-from fused_res.kernels.tiling import cdiv, dot_precision
+from fused_res.kernels.tiling import cdiv, dot_precision, limits
 from fused_res.layout import to_rows
 
 
@@ -63,9 +63,10 @@ def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
 
 
 @triton.jit
-def sampled(z, r):
-    """The rows in memory of rows r, int32, of a sampled operand; in 64 bits."""
-    return (r // z.pixels).to(tl.int64) * z.image + r % z.pixels // z.width * z.line + r % z.width * z.step
+def sampled(z, first, p):
+    """The rows in memory of rows first + p, int32, of a sampled operand; in 64 bits. p: as `decode` takes it."""
+    n, h, w = decode(first, z.pixels // z.width, z.width, p)
+    return n.to(tl.int64) * z.image + h * z.line + w * z.step
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr, EVEN: tl
     if z.step is None:
         start, at = z.data + offset(row + first, K), p * K
     else:
-        start, at = z.data, sampled(z, row.to(tl.int32) + first + p) * K
+        start, at = z.data, sampled(z, row.to(tl.int32), first + p) * K
     mask = None
     if not EVEN:
         mask = within(first + p, left, k, K)
@@ -100,19 +101,55 @@ def load_gradient(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     EVEN: tl.constexpr = False,
+    PAIRS: tl.constexpr = False,
 ):
     """Rows from `first` on of the tile of `left` rows that begins at a row, and channels from a column on, of g.
 
-    g is dout where the outer ReLU was open, and 0 elsewhere and outside. EVEN: nothing lies outside.
+    g is dout where the outer ReLU was open, and 0 elsewhere and outside. EVEN: nothing lies outside. PAIRS: as `in_pairs` says.
     """
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
-    at = p[:, None] * C + c[None, :]
-    mask, inside = None, None
+    if PAIRS:
+        g = _load_pairs(dout, signs, row + first, p, left - first, column, C, BLOCK_P, BLOCK_C, EVEN)
+    else:
+        at = p[:, None] * C + c[None, :]
+        mask, inside = None, None
+        if not EVEN:
+            mask, inside = within(first + p, left, c, C), first + p < left
+        g = load_where(dout + offset(row + first, C) + at, mask)
+        signs += offset(row + first, (C + 7) // 8)
+        g = tl.where(load_signs(signs, p, column, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+    return g
+
+
+def in_pairs(dout: Tensor, word: int) -> bool:
+    """Whether a kernel that multiplies g as its left operand is to take it in pairs of channels: two of 2 bytes are one word.
+
+    That spares two of five instructions where `wgmma` reads the operand from registers, and costs some on other GPUs. word: what
+    `sign_word` says.
+    """
+    return word == 32 and dout.element_size() == 2 and dout.data_ptr() % 4 == 0 and limits(dout.device).results >= 128
+
+
+@triton.jit
+def _load_pairs(dout, signs, row, p, left, column, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr):
+    """Rows row + p, the first `left` of them, of g in a dtype of 2 bytes, masked in words of two channels."""
+    c, b = column // 2 + tl.arange(0, BLOCK_C // 2), column // 32 + tl.arange(0, BLOCK_C // 32)
+    mask, there = None, None
     if not EVEN:
-        mask, inside = within(first + p, left, c, C), first + p < left
-    g = load_where(dout + offset(row + first, C) + at, mask)
-    signs += offset(row + first, (C + 7) // 8)
-    return tl.where(load_signs(signs, p, column, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+        mask, there = within(p, left, c, C // 2), within(p, left, b, C // 32)
+    at, at_bits = p[:, None] * (C // 2) + c[None, :], p[:, None] * (C // 32) + b[None, :]
+    pairs = load_where(dout.to(tl.pointer_type(tl.uint32)) + offset(row, C // 2) + at, mask)
+    bits = load_where(signs.to(tl.pointer_type(tl.uint32)) + offset(row, C // 32) + at_bits, there)
+    # Of 16 channels the even ones' bits move into the lower half of a word, the odd ones' into the upper half: then a shift
+    # brings the bits of a pair to where its halves begin, and a multiplication fills these.
+    even, odd = bits & 0x55555555, bits & 0xAAAAAAAA
+    below, above = (even & 0xFFFF) | (odd << 15 & 0xFFFF0000), (even >> 16) | (odd >> 1 & 0xFFFF0000)
+    apart = tl.reshape(tl.join(below, above), (BLOCK_P, BLOCK_C // 16))
+    shifts = (2 * tl.arange(0, 8)).to(tl.uint32)
+    kept = (apart[:, :, None] >> shifts[None, None, :] & 0x10001) * 0xFFFF
+    pairs &= tl.reshape(kept, (BLOCK_P, BLOCK_C // 2))
+    halves = tl.join((pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16))
+    return tl.reshape(halves, (BLOCK_P, BLOCK_C)).to(dout.dtype.element_ty, bitcast=True)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from fused_res.kernels.arguments import check_image, sign_word
 from fused_res.kernels.device import aligned, first_row, load_row, load_rows, narrow, offset, store_gradient, store_vectors, within
 from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import (
+    in_pairs,
     incoming,
     load_gradient,
     load_matrix,
@@ -26,6 +27,7 @@ from fused_res.kernels.operands import (
     within_reach,
 )
 from fused_res.kernels.tiling import (
+    PLACES,
     STAGES,
     UNROLL,
     ProductTile,
@@ -186,7 +188,7 @@ def pointwise_tail_backward_reduce(
     one = channels <= block_c and inner <= block_k
     through = torch.empty(pixels, inner, dtype=g.dtype, device=device) if one and scaled is not None else None
     blocks = cdiv(channels, block_c) * cdiv(inner, block_k)
-    tiles, rows = split_rows(pixels, blocks, step, least=128)
+    tiles, rows = split_rows(pixels, blocks, step, least=128, most=PLACES)
     starts = torch.empty(tiles, inner, dtype=torch.float32, device=device)
     totals = torch.empty(tiles, 2, channels, dtype=torch.float32, device=device)
     products = torch.empty(tiles, channels, inner, dtype=torch.float32, device=device)
@@ -243,6 +245,7 @@ def pointwise_tail_backward_apply_kernel(
     ALIGN: tl.constexpr,
     ALIGN_K: tl.constexpr,
     WORD: tl.constexpr,
+    PAIRS: tl.constexpr,
     JOINS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -272,7 +275,8 @@ def pointwise_tail_backward_apply_kernel(
     result = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     if through is None:
         for column in tl.range(0, C, BLOCK_C, num_stages=STAGES):
-            g = narrow(load_gradient(dout, signs, row, 0, left, column, C, WORD, BLOCK_P, BLOCK_C, EVEN), DTYPE, PRECISION)
+            g = load_gradient(dout, signs, row, 0, left, column, C, WORD, BLOCK_P, BLOCK_C, EVEN, PAIRS)
+            g = narrow(g, DTYPE, PRECISION)
             factors = load_matrix(scaled, column + tl.arange(0, BLOCK_C), C, k, K, PRECISION, EVEN)
             result = tl.dot(g, factors, result, input_precision=PRECISION)
     else:
@@ -290,7 +294,7 @@ def pointwise_tail_backward_apply_kernel(
         result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
         if z.step is not None:
-            at = (sampled(z, row.to(tl.int32) + p) * K)[:, None] + k[None, :]
+            at = (sampled(z, row.to(tl.int32), p) * K)[:, None] + k[None, :]
         result += load_rows(dz, at, mask)
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
@@ -328,6 +332,7 @@ def pointwise_tail_backward_apply(
     block_p, block_k, depth, warps, stages = tile or default_apply_tile(size, narrow_dtype, limits(g.device).results)
     tiles = cdiv(pixels, block_p)
     partials = torch.empty(tiles, 2, size, dtype=torch.float32, device=g.device) if inner else None
+    word = sign_word(signs, channels, depth)
     launch(
         pointwise_tail_backward_apply_kernel,
         tiles * cdiv(size, block_k),
@@ -335,7 +340,8 @@ def pointwise_tail_backward_apply(
         *(pixels, channels, size),
         ALIGN=alignment(channels),
         ALIGN_K=alignment(size),
-        WORD=sign_word(signs, channels, depth),
+        WORD=word,
+        PAIRS=in_pairs(g, word),
         JOINS=into is not None,
         BLOCK_P=block_p,
         BLOCK_C=depth,

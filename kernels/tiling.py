@@ -19,6 +19,8 @@ UNROLL = 4
 # Programs of a reduction, about: they occupy the largest GPUs, are all resident on those of 108 multiprocessors, and one block
 # of a finalize kernel holds their partial results.
 PROGRAMS = 512
+# Rows of a tile at most whose pixels are counted from its first one (`implicit_gemm.decode`).
+PLACES = 2**14
 
 
 def cdiv(a: int, b: int) -> int:

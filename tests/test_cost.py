@@ -108,28 +108,34 @@ SASS = """
         /*0020*/              @!P0 BRA `(.L_x_2) ;
 .L_x_1:
         /*0030*/                   LDSM.16.M88.4 R4, [R8] ;
-        /*0040*/                   HMMA.16816.F32.BF16 R0, R4, R6, R0 ;
-        /*0050*/              @P1  BRA `(.L_x_1) ;
+        /*0040*/              @!P3 BRA `(.L_x_4) ;
+.L_x_5:
+        /*0050*/                   HMMA.16816.F32.BF16 R0, R4, R6, R0 ;
+        /*0060*/              @P1  BRA `(.L_x_1) ;
 .L_x_3:
-        /*0060*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0070*/              @P2  BRA `(.L_x_3) ;
+        /*0070*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0080*/              @P2  BRA `(.L_x_3) ;
 .L_x_2:
-        /*0080*/                   EXIT ;
+        /*0090*/                   EXIT ;
+.L_x_4:
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [R2], R3 ;
+        /*00b0*/              @!P3 BRA `(.L_x_4) ;
+        /*00c0*/                   BRA `(.L_x_5) ;
 """
 
 
 def test_loops_with_a_product_are_found_in_machine_code():
     code = counted.disassembled(SASS)
-    assert len(code.instructions) == 8
-    assert [len(body) for body in counted.loops(code)] == [3]
+    assert len(code.instructions) == 12
+    assert [len(body) for body in counted.loops(code)] == [4]
     launch = next(
         launch
         for launch in launches(IDENTITY.geometry(256), "epilogue", torch.bfloat16, 90)
         if not isinstance(launch, Step) and launch.kernel.__name__ == "conv_fprop_kernel"
     )
     found = counted.count(launch, code)
-    assert (found.rest, found.bodies, found.trips) == (5, [3], [256 // launch.constants["BLOCK_C"]])
-    assert found.program == 5 + 3 * found.trips[0]
+    assert (found.rest, found.bodies, found.trips) == (8, [4], [256 // launch.constants["BLOCK_C"]])
+    assert found.program == 8 + 4 * found.trips[0]
 
 
 def test_instructions_are_those_of_the_counted_loops():

@@ -4,35 +4,62 @@ import re
 from typing import Any, NamedTuple
 
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)")
+_END = re.compile(r"(?:BRA\s+`|EXIT\b|RET\.)")
 _PREDICATE = re.compile(r"^@!?U?P(?:T|\d+)\s+")
 _MATRIX = re.compile(r"(?:U?HGMMA|HMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 
 
 class Code(NamedTuple):
-    """Instructions of a kernel in their order, without predicates, and at which of them each label stands."""
+    """Instructions of a kernel in their order, without predicates; at which of them each label stands, and those that never go on
+    to the next one.
+    """
 
     instructions: list[str]
     labels: dict[str, int]
+    ends: set[int]
 
 
 def disassembled(sass: str) -> Code:
     """From what `nvdisasm` prints."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
+    ends: set[int] = set()
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.+);", line):
+            if _END.match(found[1].strip()):
+                ends.add(len(instructions))
             instructions.append(_PREDICATE.sub("", found[1].strip()))
-    return Code(instructions, labels)
+    return Code(instructions, labels, ends)
+
+
+def _passes(code: Code, header: int, end: int) -> bool:
+    """Whether all ways from the first instruction to the one at `end` pass the one at `header`."""
+    seen, left = {header}, [0]
+    while left:
+        at = left.pop()
+        if at in seen or at >= len(code.instructions):
+            continue
+        seen.add(at)
+        if at not in code.ends:
+            left.append(at + 1)
+        branch = _BRANCH.search(code.instructions[at])
+        if branch and branch[1] in code.labels:
+            left.append(code.labels[branch[1]])
+    return end == header or end not in seen
 
 
 def loops(code: Code) -> list[list[str]]:
-    """Bodies of the loops that multiply matrices, in the order of their ends, none inside another."""
+    """Bodies of the loops that multiply matrices, in the order of their ends, none inside another.
+
+    A branch that goes back closes a loop only where nothing comes to it but through the loop's first instruction: compilers move
+    the rare rest of a wait behind the end of a kernel, from where it goes back into the middle.
+    """
     found: list[tuple[int, int]] = []
     for end, instruction in enumerate(code.instructions):
         branch = _BRANCH.search(instruction)
-        if branch and code.labels.get(branch[1], end + 1) <= end:
+        if branch and code.labels.get(branch[1], end + 1) <= end and _passes(code, code.labels[branch[1]], end):
             found.append((code.labels[branch[1]], end + 1))
     bodies = [(a, b) for a, b in found if any(map(_MATRIX.match, code.instructions[a:b]))]
     inner = [(a, b) for a, b in bodies if not any((a <= c and d <= b) and (a, b) != (c, d) for c, d in bodies)]
