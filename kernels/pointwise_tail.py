@@ -114,11 +114,11 @@ def pointwise_tail_kernel(
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products: bool, results: int) -> ProductTile:
     """Pixels by channels, over the inner channels; of 2 bytes as measured on an H200 (benchmarks.tiles), if a thread may have so
-    many results.
+    many results, and otherwise what issues the least (docs/loops.csv).
     """
     wide = max(16, next_power_of_2(channels))
     if narrow_dtype and results < 128:
-        return ProductTile(64, min(128, wide), 64, 8, 3)
+        return ProductTile(64, min(128, wide), 32, 4, 3)
     if narrow_dtype:
         return ProductTile(64 if two_products else 128, min(128, wide), 64, 4, 3)
     return ProductTile(64, min(128 if precision == "tf32" else 64, wide), 32, 8, 3)

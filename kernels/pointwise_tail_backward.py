@@ -301,11 +301,11 @@ def pointwise_tail_backward_apply_kernel(
 
 def default_apply_tile(inner: int, narrow_dtype: bool, results: int) -> ProductTile:
     """Pixels by inner channels, over the channels and once more the inner channels; of 2 bytes as measured on an H200
-    (benchmarks.tiles), if a thread may have so many results.
+    (benchmarks.tiles), if a thread may have so many results, and otherwise what issues the least (docs/loops.csv).
     """
     wide = max(16, next_power_of_2(inner))
     if narrow_dtype and results < 128:
-        return ProductTile(64, min(128, wide), 64, 8, 3)
+        return ProductTile(64, min(128, wide), 64, 4, 3)
     return ProductTile(128, min(64, wide), 64, 4, 3) if narrow_dtype else ProductTile(64, min(64, wide), 32, 8, 3)
 
 
