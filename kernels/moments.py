@@ -31,10 +31,12 @@ _REACH, _SHARE = 0.875, 7
 
 
 @triton.jit
-def _halves(z, row, first, p, left, k, K, start, PRECISION: tl.constexpr):
+def _halves(z, row, first, p, left, k, K, start, EVEN: tl.constexpr, PRECISION: tl.constexpr):
     """c = z - start, 0 outside: in float32, and, `within_reach`, as the sum of two values that are multiplied as they are."""
-    v = load_operand(z, row, first, p, left, k, K, PRECISION)
-    centred = tl.where(within(first + p, left, k, K), v.to(tl.float32) - start, 0.0)
+    v = load_operand(z, row, first, p, left, k, K, PRECISION, EVEN)
+    centred = v.to(tl.float32) - start
+    if not EVEN:
+        centred = tl.where(within(first + p, left, k, K), centred, 0.0)
     reached = centred * within_reach(start, v.dtype)
     high = narrow(reached, v.dtype, PRECISION)
     return centred, high, narrow(reached - high.to(tl.float32), v.dtype, PRECISION)
@@ -52,6 +54,7 @@ def _accumulate(
     start,
     SPLIT: tl.constexpr,
     ONE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,11 +65,11 @@ def _accumulate(
     total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
     product = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        centred, high, low = _halves(z, row, first, p, left, k, K, start, PRECISION)
+        centred, high, low = _halves(z, row, first, p, left, k, K, start, EVEN, PRECISION)
         total += centred
         high_i, low_i = high, low
         if not ONE:
-            _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, PRECISION)
+            _, high_i, low_i = _halves(z, row, first, p, left, k_i, K, start_i, EVEN, PRECISION)
         # Tensor cores truncate what they add to an accumulator: each step has one of its own, and joins a sum that is rounded.
         # The limit on imprecise sums means nothing to these dtypes, but keeps the compiler from making the sum the accumulator.
         part = tl.dot(tl.trans(high_i), high, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_P)
@@ -94,6 +97,7 @@ def moments_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE: tl.constexpr,
+    EVEN: tl.constexpr,
     SPLIT: tl.constexpr,
     REACH: tl.constexpr,
     SHARE: tl.constexpr,
@@ -103,7 +107,7 @@ def moments_kernel(
     """Over tiles of `rows` rows: what the columns of z count from, their sums from there, and the products of all pairs of them.
 
     z: an `Operand`, its rows [P, K], its vectors [5, K], float32, or None. vectors: [T, 2, K], products: [T, K, K], float32, of
-    which blocks below the diagonal are not written.
+    which blocks below the diagonal are not written. EVEN: all blocks are full.
     """
     K = aligned(K, ALIGN)
     across = tl.cdiv(K, BLOCK_K)
@@ -121,9 +125,9 @@ def moments_kernel(
             far = tl.sum((start != 0).to(tl.int32)) + tl.sum((start_i != 0).to(tl.int32))
         columns = (k_i, k, K, start_i, start)
         if far == 0:
-            total, product = _accumulate(z, row, left, *columns, False, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+            total, product = _accumulate(z, row, left, *columns, False, ONE, EVEN, BLOCK_P, BLOCK_K, PRECISION, STAGES)
         else:
-            total, product = _accumulate(z, row, left, *columns, True, ONE, BLOCK_P, BLOCK_K, PRECISION, STAGES)
+            total, product = _accumulate(z, row, left, *columns, True, ONE, EVEN, BLOCK_P, BLOCK_K, PRECISION, STAGES)
         at = k_i[:, None] * K + k[None, :]
         tl.store(products + offset(t, K) * K + at, product, mask=within(k_i, K, k, K))
         if i == j:
@@ -213,6 +217,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
         BLOCK_P=step,
         BLOCK_K=block,
         ONE=across == 1,
+        EVEN=tiles * rows == pixels and channels % block == 0,
         SPLIT=narrow_dtype or precision == "tf32",
         REACH=_REACH,
         SHARE=_SHARE,

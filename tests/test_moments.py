@@ -17,8 +17,9 @@ from fused_res.spec import ConvBN
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
-# Images and channels; the last has several tiles and more than one panel of columns in every backend.
-SHAPES = [((1, 1, 1), 3), ((2, 1, 1), 5), ((1, 3, 1), 64), ((1, 1, 5), 20), ((2, 9, 7), 33), ((1, 20, 21), 100)]
+# Images and channels; the last two have several tiles, one of them none but full ones, the other more than one panel of columns
+# in every backend.
+SHAPES = [((1, 1, 1), 3), ((2, 1, 1), 5), ((1, 3, 1), 64), ((1, 1, 5), 20), ((2, 9, 7), 33), ((2, 16, 16), 64), ((1, 20, 21), 100)]
 EPS = 1e-5
 
 
