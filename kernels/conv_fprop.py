@@ -35,8 +35,8 @@ from fused_res.spec import ConvBN
 
 @triton.jit
 def _sum(v, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sums over the rows of [1, BLOCK_P, BLOCK_K]. A thread that has a whole column makes eight sums of it first, which need not wait
-    for each other.
+    """Sums over the rows of [1, BLOCK_P, BLOCK_K]. A thread that has a whole column makes eight sums of it first, which need not
+    wait for each other.
     """
     return sum_rows(tl.reshape(v, (BLOCK_P // 8, 8, BLOCK_K)))
 
