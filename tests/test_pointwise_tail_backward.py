@@ -199,6 +199,36 @@ def test_what_is_shut_out_does_not_matter(backend, device, poison):
     assert sums.product.isnan().any(1).nonzero().flatten().tolist() == [4]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "outer"), [((1, 9, 13), 96), ((2, 8, 8), 128)], ids=["ragged", "even"])
+def test_same_bits_masked_in_pairs(device, proven_interpreter, shape, outer, dtype):
+    """As on compute capability 9.0, beside one by one, as on 8.0."""
+    pytest.importorskip("triton")
+    from fused_res.kernels.pointwise_tail_backward import pointwise_tail_backward_apply as apply
+    from fused_res.kernels.tiling import compiling_for
+
+    draw, inner = Draw(12, device), 32
+    z = draw.activation(shape[0], inner, *shape[1:], dtype, prologue=False)
+    dout, scaled = draw.normal(shape[0], outer, *shape[1:], dtype=dtype), draw.normal(outer, inner, dtype=dtype)
+    opened = draw.normal(z.pixels, outer) > 0
+    rows = to_rows(dout)
+    rows[~opened] = float("nan")
+    rows[5, 33], opened[5, 33] = float("inf"), True
+    rows[7, 64], opened[7, 64] = float("nan"), True
+    frozen = SimpleNamespace(mean=None, quadratic=None, constant=None)
+    found = []
+    for capability in (80, 90):
+        with compiling_for(capability, 99 * 1024):
+            image = to_image(rows, shape[0], *shape[1:])
+            found.append(apply(image, pack_signs(opened), z, scaled, None, frozen, False, tile=(64, 32, 64, 4, 3))[0])
+    same(*found, nan=True)
+    finite = to_rows(found[0]).isfinite().all(1)
+    assert (~finite).nonzero().flatten().tolist() == [5, 7]
+    want = torch.where(opened, rows, 0).double() @ scaled.double()
+    bound = torch.where(opened, rows, 0).double().abs() @ scaled.double().abs() * 2.0 ** -(8 if dtype == torch.bfloat16 else 11)
+    within(to_rows(found[0])[finite].double(), want[finite], bound[finite])
+
+
 def test_bits_past_the_last_channel_do_not_matter(backend, device):
     c = case(Draw(7, device), backend, (3, 5, 7), 20, 33, torch.float32)
     clean = run(c, backend)
