@@ -26,8 +26,6 @@ class Addition(NamedTuple):
 
     image: Tensor | None
     signs: Tensor | None
-    down: int
-    right: int
 
 
 @triton.jit
@@ -56,7 +54,8 @@ def conv_dgrad_kernel(
     K,
     LIVE: tl.constexpr,
     WORD: tl.constexpr,
-    SCATTERED: tl.constexpr,
+    DOWN: tl.constexpr,
+    RIGHT: tl.constexpr,
     ADDEND_WORD: tl.constexpr,
     EVEN: tl.constexpr,
     R: tl.constexpr,
@@ -73,9 +72,10 @@ def conv_dgrad_kernel(
     """dx = the gradient dy through the weight, plus `addend`; with `partials` masked by the ReLU below, and summed for its BN.
 
     weight: [K, R, S, C]. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K], float32, and signs
-    [N * H' * W', ceil(K / 8)], uint8. dx, y: [N, H, W, C]. addend: an `Addition`, its image [N, h, w, C], its signs
-    [N * h * w, ceil(C / 8)], uint8. vectors: [5, C], partials: [T, 2, C], float32; y, vectors and partials may be None together.
-    P: pixels of one phase, padded to whole strides. step_h, step_w: from one tap of a phase to the next.
+    [N * H' * W', ceil(K / 8)], uint8. dx, y: [N, H, W, C]. addend: an `Addition` to every DOWN-th line's every RIGHT-th pixel, its
+    image [N, h, w, C], its signs [N * h * w, ceil(C / 8)], uint8. vectors: [5, C], partials: [T, 2, C], float32; y, vectors and
+    partials may be None together. P: pixels of one phase, padded to whole strides. step_h, step_w: from one tap of a phase to the
+    next. EVEN: all blocks are full, of a 1x1 convolution without a stride.
     """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(C, BLOCK_C)
@@ -91,9 +91,12 @@ def conv_dgrad_kernel(
     taps_h, taps_w = tl.cdiv(R - tap_h, step_h), tl.cdiv(S - tap_w, step_w)
     row = first_row(t // phases, BLOCK_P)
     valid = p < P - row
-    if POINTWISE and not SCATTERED:
-        n, h, w, place = 0, 0, 0, row + p
+    SCATTERED: tl.constexpr = DOWN != 1 or RIGHT != 1
+    if POINTWISE:
+        place, n, h, w = row + p, 0, 0, 0
         source, i, j = place, p * 0, p * 0
+        if SCATTERED:
+            n, h, w = decode(row, g.height, g.width, p)
     else:
         n, i, j = decode(row, tl.cdiv(g.height, g.stride_h), tl.cdiv(g.width, g.stride_w), p)
         h, w = phase_h + i * g.stride_h, phase_w + j * g.stride_w
@@ -122,12 +125,13 @@ def conv_dgrad_kernel(
     if not EVEN:
         mask, met = valid[:, None] & (c < C)[None, :], valid
     if addend.image is not None:
+        wanted = mask
         if SCATTERED:
-            met = valid & (h % addend.down == 0) & (w % addend.right == 0)
-            where = (n * tl.cdiv(g.height, addend.down) + h // addend.down) * tl.cdiv(g.width, addend.right) + w // addend.right
-        wanted = None
-        if not EVEN:
+            h, w = h.to(tl.uint32), w.to(tl.uint32)
+            hit = (h % DOWN == 0) & (w % RIGHT == 0)
+            met = hit if EVEN else valid & hit
             wanted = met[:, None] & (c < C)[None, :]
+            where = (n * tl.cdiv(g.height, DOWN) + h // DOWN) * tl.cdiv(g.width, RIGHT) + w // RIGHT
         more = load_rows(addend.image, (where * C)[:, None] + c[None, :], wanted)
         if addend.signs is not None:
             more = tl.where(load_signs(addend.signs, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C), more, 0.0)
@@ -161,7 +165,8 @@ def conv_dgrad(
         vectors = check_dense("inner.vectors", inner.vectors, (5, channels), torch.float32, weight)
         fresh = torch.empty if tiles else torch.zeros
         partials = fresh(max(1, tiles), 2, channels, dtype=torch.float32, device=weight.device)
-    addend = Addition(None, None, 1, 1) if add is None else _checked(add, like, weight)
+    addend = Addition(None, None) if add is None else _checked(add, like, weight)
+    down, right = (1, 1) if add is None else add.stride
     launch(
         conv_dgrad_kernel,
         tiles * cdiv(channels, config.block_c),
@@ -170,8 +175,9 @@ def conv_dgrad(
         *(pixels, channels, weight.shape[0]),
         LIVE=source.coefficients is not None and dy.training,
         WORD=sign_word(source.signs, weight.shape[0], config.block_k),
-        SCATTERED=(addend.down, addend.right) != (1, 1),
-        EVEN=is_even(unit, pixels, config) and (addend.down, addend.right) == (1, 1),
+        DOWN=down,
+        RIGHT=right,
+        EVEN=is_even(unit, pixels, config),
         ADDEND_WORD=sign_word(addend.signs, channels, config.block_c),
         **constants(config, unit),
     )
@@ -185,7 +191,7 @@ def _checked(add: Any, like: Tensor, weight: Tensor) -> Addition:
     signs = add.signs
     if signs is not None:
         signs = check_dense("add.signs", signs, (n * h * w, cdiv(c, 8)), torch.uint8, weight)
-    return Addition(check_image("add", add.image, (n, c, h, w), weight), signs, down, right)
+    return Addition(check_image("add", add.image, (n, c, h, w), weight), signs)
 
 
 def aot_variants(dtype: torch.dtype) -> Iterator[Variant]:

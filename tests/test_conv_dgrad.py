@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import same
-from convolutions import DTYPES, GEOMETRIES, Draw, every_geometry, every_tiled, huge, in_float64, misaligned
+from convolutions import DTYPES, GEOMETRIES, Draw, Geometry, every_geometry, every_tiled, huge, in_float64, misaligned
 
 from fused_res.accuracy import MARGIN, floor
 from fused_res.layout import to_rows
@@ -16,6 +16,8 @@ from fused_res.primitives.run import of
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 SMALL = GEOMETRIES["3x3, stride 2"]
+FULL = Geometry(2, 64, 64, (8, 16), (1, 1))
+"""Every block of Triton's is full, whatever the tile."""
 
 
 def convolve(dy, unit, size):
@@ -106,9 +108,9 @@ def test_prologue_and_inner_epilogue(backend, device, name, training, mode, dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)], ids=str)
 @pytest.mark.parametrize("signs", [False, True], ids=["all", "open"])
-@pytest.mark.parametrize("name", ["1x1", "3x3, stride 2"])
-def test_addend(backend, device, name, signs, stride, dtype):
-    case = Case(GEOMETRIES[name], dtype, device, "masked")
+@pytest.mark.parametrize("geometry", [GEOMETRIES["1x1"], SMALL, FULL], ids=["1x1", "3x3, stride 2", "full blocks"])
+def test_addend(backend, device, geometry, signs, stride, dtype):
+    case = Case(geometry, dtype, device, "masked")
     n, c, h, w = case.like.shape
     image = case.draw.integers(n, c, -(-h // stride[0]), -(-w // stride[1]), dtype=dtype)
     opened = case.draw.integers(*image.shape) > 0 if signs else torch.ones_like(image, dtype=torch.bool)

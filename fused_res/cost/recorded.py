@@ -58,7 +58,9 @@ def _product(name: str, found: dict, constants: dict) -> tuple[str, float, float
         return " ".join(filter(None, words)), p * k, p * k * c * taps
     if name == "conv_dgrad":
         macs = found["dy"].image.numel() * c * taps
-        added = "" if found["addend"].image is None else "scattered" if constants["SCATTERED"] else "addend"
+        added = (
+            "" if found["addend"].image is None else "scattered" if (constants["DOWN"], constants["RIGHT"]) != (1, 1) else "addend"
+        )
         words = [name, "prologue" * (found["dy"].coefficients is not None), "sums" * (found["partials"] is not None), added]
         return " ".join(filter(None, words)), found["dx"].numel(), macs
     if name == "conv_wgrad_partial":
