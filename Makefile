@@ -97,7 +97,7 @@ gpu-carry: $(READY)
 	$(BIN)/python -m fused_res.benchmarks.carry $(ARGS)
 
 test-slow: $(READY)
-	$(PYTEST) --dist worksteal -m slow $(ARGS)
+	$(PYTEST) --dist worksteal -m 'slow and not long' $(ARGS)
 
 test-long: $(READY)
 	$(PYTEST) --dist worksteal -m long --timeout 1800 $(ARGS)
