@@ -58,8 +58,9 @@ class Images(TorchDispatchMode):
 
         before = storages((args, kwargs))
         made = function(*args, **(kwargs or {}))
-        # Triton's interpreter lends its kernels views of what is there.
-        if function.overloadpacket is torch.ops.aten.set_:
+        # Triton's interpreter lends its kernels views of what is there. Windows are unfolded of so many images at a time as take
+        # 16 MiB, whatever the batch (`fused_res.primitives.products`).
+        if function.overloadpacket is torch.ops.aten.set_ or function.name() == "fused_res::im2col":
             return made
         for t in tree_leaves(made):
             if not isinstance(t, torch.Tensor) or t.untyped_storage()._cdata in before:
