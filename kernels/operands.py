@@ -73,7 +73,8 @@ def sampled(z, first, p):
 def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr, EVEN: tl.constexpr = False):
     """Rows first + p of the tile of `left` rows that begins at a row, and columns k, as a matrix product multiplies them.
 
-    Columns past the last one are 0; rows past the last one are not. EVEN: none lies past the last one.
+    Columns past the last one are 0; rows past the last one are not. EVEN: none lies past the last one. Tiles of a sampled operand
+    have at most `tiling.PLACES` rows.
     """
     if z.step is None:
         start, at = z.data + offset(row + first, K), p * K

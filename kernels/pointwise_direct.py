@@ -12,7 +12,7 @@ from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.device import aligned, first_row, offset, store_vectors
 from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import incoming, load_matrix, load_operand, load_wide, meta_activation, operand
-from fused_res.kernels.tiling import alignment, cdiv, dot_precision, split_rows
+from fused_res.kernels.tiling import PLACES, alignment, cdiv, dot_precision, split_rows
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def direct_partials(
     """The direct pass itself, for a weight [C, K] and rows of dout: for kernels that merge its tiles with `merge_direct`."""
     pixels, stats, (channels, inner) = z.pixels, dout is None, weight.shape
     block_p, block_c = 16, 64
-    tiles, rows = split_rows(pixels, cdiv(channels, block_c), block_p, least=256)
+    tiles, rows = split_rows(pixels, cdiv(channels, block_c), block_p, least=256, most=PLACES)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
     launch(
         pointwise_direct_kernel,
