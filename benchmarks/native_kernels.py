@@ -1,10 +1,10 @@
 """`python -m fused_res.benchmarks.native_kernels`: what nvcc makes of the CUDA C++ kernels of 1x1 convolutions and the moment form.
 
 One line for each kernel, number format and architecture: registers of a thread, shared memory of a block, bytes of local memory of
-a thread, and how many blocks and warps fit a multiprocessor. For those that multiply, and the 1x1 convolutions of ResNet-50's
-stages 1 and 2 at batch 256 for which their launcher takes that tile, also the issue slots of the whole kernel, counted in its
-machine code with both branches of every condition, over the time that its bytes take at the GPU's published bandwidth. It needs a
-source checkout, nvcc, and nvdisasm, which comes with Triton.
+a thread, and how many blocks and warps fit a multiprocessor. For those that multiply also the issue slots of the whole kernel for
+the 1x1 convolutions of ResNet-50's stages 1 and 2 at batch 256, counted in its machine code with both branches of every condition,
+over the time that its bytes take at the GPU's published bandwidth. It needs a source checkout, nvcc, and nvdisasm, which comes with
+Triton.
 
 `--update docs/native.md` writes all lines into docs/native.csv, and the page's table anew.
 """
@@ -70,6 +70,14 @@ def _functions(cubin: bytes) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def _length(instructions: list[str]) -> int:
+    """Less the padding behind a program: a branch to itself, which nothing reaches, and instructions that do nothing."""
+    end = len(instructions)
+    while end and instructions[end - 1].startswith("NOP"):
+        end -= 1
+    return end - 1 if end and instructions[end - 1].startswith("BRA") else end
+
+
 def _ratio(kernel: str, layer: Layer, size: int, tile: tuple[int, int], warps: int, arch: int, sass: str) -> float | None:
     """Issue slots of the whole kernel over the time that its bytes take."""
     found = work(kernel, layer, size, tile)
@@ -77,7 +85,7 @@ def _ratio(kernel: str, layer: Layer, size: int, tile: tuple[int, int], warps: i
         return None
     gpu, code = GPUS[MEASURED[arch]], disassembled(sass)
     bodies = [len(body) for body in loops(code)]
-    program = len(code.instructions) - sum(bodies) + sum(n * body for n, body in zip(found.steps, bodies, strict=True))
+    program = _length(code.instructions) - sum(bodies) + sum(n * body for n, body in zip(found.steps, bodies, strict=True))
     return round(found.blocks * warps * program / gpu.slots / (found.bytes / gpu.bandwidth), 2)
 
 
@@ -91,7 +99,7 @@ def _line(report: str, name: str, form: str, arch: int, sass: str) -> Line | Non
         flags = re.findall(r"Lb([01])", found[5])
         if flags[0] != "1":
             return None
-        kernel, tile = found[1] + (", projection" if flags[1:] == ["1"] else ""), (int(found[2]), int(found[3]))
+        kernel, tile = found[1] + (", projection" if flags[1:2] == ["1"] else ""), (int(found[2]), int(found[3]))
         warps = int(found[4]) * tile[1] // 64
     registers = int(re.search(r"(\d+) registers", report)[1])
     shared = int((re.search(r"(\d+) bytes smem", report) or (0, 0))[1])

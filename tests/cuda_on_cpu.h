@@ -254,6 +254,12 @@ T __shfl_down_sync(unsigned lanes, T value, unsigned by) {
 }
 
 template <class T>
+T __shfl_sync(unsigned lanes, T value, unsigned lane) {
+  const unsigned me = cuda_on_cpu::current->number;
+  return cuda_on_cpu::exchange(lanes, value, me / cuda_on_cpu::kLanes * cuda_on_cpu::kLanes + lane);
+}
+
+template <class T>
 T __shfl_xor_sync(unsigned lanes, T value, unsigned mask) {
   return cuda_on_cpu::exchange(lanes, value, cuda_on_cpu::current->number ^ mask);
 }
@@ -280,6 +286,17 @@ void __stwb(T* to, T value) {
 }
 
 inline float __fdividef(float a, float b) { return a / b; }
+
+/// c, and the products of four pairs of signed bytes.
+inline int __dp4a(int a, int b, int c) {
+  for (int byte = 0; byte < 4; ++byte) {
+    const auto of = [&](int word) {
+      return static_cast<int>(static_cast<std::int8_t>(static_cast<unsigned>(word) >> 8 * byte));
+    };
+    c += of(a) * of(b);
+  }
+  return c;
+}
 
 inline float __uint_as_float(std::uint32_t bits) {
   float value;

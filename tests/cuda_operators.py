@@ -179,7 +179,7 @@ class TailBackward:
         channels, inner = dout.shape[1], z.shape[-1]
         total, product = (torch.empty(*shape, dtype=torch.float64) for shape in ((channels,), (channels, inner)))
         through = None
-        if scaled is not None and max(channels, inner) <= 64 and z.dtype != torch.float32:
+        if scaled is not None and max(channels, inner) <= 64:
             through = torch.empty(len(dout), inner, dtype=z.dtype)
         outputs = [t for t in (total, product, through) if t is not None]
         numbers = (number(z), channels, *z.shape, down, right)

@@ -98,13 +98,19 @@ void tf32_kernel(Instruction i) {
   for (std::int64_t n = threadIdx.x; n < i.mode; n += 32) i.to[n] = ptx::to_tf32(i.a[n]);
 }
 
+/// Quotients of 128 numbers by `mode`.
+void divide_kernel(Instruction i) {
+  const Divider by(static_cast<int>(i.mode));
+  for (unsigned n = threadIdx.x; n < 128; n += 32) i.to[n] = by.quotient(i.a[n]);
+}
+
 void serve_instruction(Request& r) {
   const std::int64_t kind = r.integer(), mode = r.integer();
   const Instruction i{r.buffer<std::uint32_t>(), r.buffer<std::uint32_t>(), r.buffer<float>(),
                       r.buffer<std::uint32_t>(), mode};
-  void (*const kernels[])(Instruction) = {multiply_kernel<float>, multiply_kernel<Half>, multiply_kernel<BFloat16>,
-                                          matrices_kernel,        copies_kernel,         banks_kernel<std::uint32_t>,
-                                          banks_kernel<float2>,   banks_kernel<uint4>,   tf32_kernel};
+  void (*const kernels[])(Instruction) = {
+      multiply_kernel<float>,      multiply_kernel<Half>, multiply_kernel<BFloat16>, matrices_kernel, copies_kernel,
+      banks_kernel<std::uint32_t>, banks_kernel<float2>,  banks_kernel<uint4>,       tf32_kernel,     divide_kernel};
   launch(kernels[kind], 1, Queue{}, i, 32);
 }
 
@@ -130,14 +136,14 @@ void plain_kernel(Plain a) {
     typename Groups<float, Tiling>::Memory groups;
   };
   Memory& memory = shared_memory<Memory>();
-  const TileOf tile = tile_of<Tiling>(a.rows, a.columns);
+  const TileOf tile = tile_of<Tiling>(a.rows, a.columns, Divider(tiles_across<Tiling>(a.columns)));
   constexpr bool kDepthFirst = kFirst == Major::kDepth, kDepthSecond = kSecond == Major::kDepth;
   const int rows = static_cast<int>(a.rows), width = kDepthFirst ? a.depth : rows;
   const Lines<T> first = lines_of<T>(a.first, kDepthFirst ? rows : a.depth, width);
   const Lines<T> second = lines_of<T>(a.second, kDepthSecond ? a.columns : a.depth, kDepthSecond ? a.depth : a.columns);
   Accumulators<Tiling> sum;
   for (int times = 0; times < (a.again ? 2 : 1); ++times) {
-    Core::add(sum, memory.product, first, tile.row, Activated<T>{a.vectors, width}, second, tile.column, AsIs{},
+    Core::add(sum, memory.product, first, tile.row, activated<T>(a.vectors, width), second, tile.column, AsIs{},
               Range{a.begin, a.end});
   }
   const Place at = place_of<float, Tiling>(tile, a.columns);

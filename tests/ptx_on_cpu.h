@@ -75,10 +75,12 @@ inline int turns_beyond_one(const std::uintptr_t* addresses, std::size_t count, 
   return most - 1;
 }
 
-/// The n-th access of every lane at the same place is one instruction of the warp.
+/// The n-th access of every lane at the same place is one instruction of the warp. Neighbours whose accesses make up
+/// 128 bytes access memory at once, those of them that are not left out.
 inline void count_conflicts() {
   for (std::size_t warp = 0; warp < fibers.size(); warp += kLanes) {
-    std::map<std::tuple<const char*, int, int>, std::vector<std::vector<std::uintptr_t>>> instructions;
+    using Lane = std::pair<std::size_t, std::uintptr_t>;
+    std::map<std::tuple<const char*, int, int>, std::vector<std::vector<Lane>>> instructions;
     for (std::size_t lane = 0; lane < std::min<std::size_t>(kLanes, fibers.size() - warp); ++lane) {
       std::map<std::tuple<const char*, int, int>, std::size_t> met;
       for (const Access& access : works[warp + lane].accesses) {
@@ -86,15 +88,19 @@ inline void count_conflicts() {
         auto& list = instructions[key];
         const std::size_t n = met[key]++;
         if (list.size() <= n) list.resize(n + 1);
-        list[n].push_back(access.address);
+        list[n].push_back({lane, access.address});
       }
     }
     for (const auto& [place, list] : instructions) {
       const auto [file, line, bytes] = place;
       const std::size_t at_once = 128 / bytes;
-      for (const auto& addresses : list) {
-        for (std::size_t i = 0; i < addresses.size(); i += at_once) {
-          const int turns = turns_beyond_one(&addresses[i], std::min(at_once, addresses.size() - i), bytes);
+      for (const auto& lanes : list) {
+        for (std::size_t first = 0; first < kLanes; first += at_once) {
+          std::vector<std::uintptr_t> addresses;
+          for (const auto& [lane, address] : lanes) {
+            if (lane / at_once == first / at_once) addresses.push_back(address);
+          }
+          const int turns = turns_beyond_one(addresses.data(), addresses.size(), bytes);
           if (turns > 0) conflicts[{file, line}] += turns;
         }
       }
@@ -263,6 +269,19 @@ void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std:
 
 inline std::uint32_t to_tf32(std::uint32_t bits) {
   return std::isfinite(__uint_as_float(bits)) ? (bits + 0x1000u) & ~0x1fffu : bits;
+}
+
+template <class V>
+void keep(V&) {}
+
+inline float reciprocal(float v) { return 1.f / v; }
+
+inline std::uint32_t tops(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t bytes = 0;
+  for (int half = 0; half < 4; ++half) {
+    if ((half < 2 ? a : b) >> (16 * (half % 2) + 15) & 1u) bytes |= 0xffu << (8 * half);
+  }
+  return bytes;
 }
 
 template <class V>

@@ -38,7 +38,7 @@ over_dtypes = pytest.mark.parametrize("dtype", [BF16, F32, pytest.param(F16, mar
 # Image, stride, input and output channels: whole tiles in none of them; what 16-byte copies cannot take; single ones.
 SHAPES = [((1, 9, 10), (1, 1), 40, 72), ((2, 7, 5), (2, 3), 12, 21), ((1, 1, 3), (1, 2), 1, 1)]
 over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=["wide", "ragged", "single"])
-SHORTCUTS = ("none", "skip", "second", "projection")
+SHORTCUTS = ("none", "skip", "second", "projection", "activated projection")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,9 @@ def tail_arguments(shape, dtype, make, shortcut):
         arguments["skip"] = other
     if shortcut == "second":
         arguments |= {"y2": other, "vectors2": products.vectors(channels, seed=8, whole=whole)}
-    if shortcut == "projection":
-        arguments |= {"projection": branch((n, h, w), max(1, depth // 2), False, 9), "stride": (down, right)}
+    if "projection" in shortcut:
+        activated = shortcut.startswith("activated")
+        arguments |= {"projection": branch((n, h, w), max(1, depth // 2), activated, 9), "stride": (down, right)}
     return arguments
 
 
@@ -222,15 +223,22 @@ def all_kernels(emulator, dtype, shape, **options):
     y, partials = products.run_fprop(emulator, x, weight, v, stride, **options)
     yield "y", y
     yield "partials", partials
+    assert not emulator.conflicts
     for shortcut in ("second", "projection"):
         out, signs = products.run_tail(emulator, **tail_arguments(shape, dtype, products.real, shortcut), **options)
+        assert not emulator.conflicts
         yield f"{shortcut}, out", out
         yield f"{shortcut}, signs", signs
 
 
+# Several tiles of both kinds, the last ones of them cut off.
+TILED = ((1, 13, 17), (1, 1), 40, 136)
+
+
 @over_dtypes
-def test_alignment_tile_and_thread_order_change_no_bit(emulator, dtype):
-    runs = [dict(all_kernels(emulator, dtype, SHAPES[0], **o)) for o in ({}, {"tile": "large"}, {"shift": 1})]
+@pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(TILED, marks=pytest.mark.long)], ids=["one", "tiles"])
+def test_alignment_tile_and_thread_order_change_no_bit(emulator, dtype, shape):
+    runs = [dict(all_kernels(emulator, dtype, shape, **o)) for o in ({}, {"tile": "large"}, {"shift": 1})]
     for name, first in runs[0].items():
         for other in runs[1:]:
             same(first.view(torch.uint8), other[name].view(torch.uint8), name)

@@ -73,6 +73,17 @@ def test_a_product_cuts_float32_off_to_tf32_and_its_sum_to_float32(emulator):
     assert to[4, 1] == 1 - 2.0**-24
 
 
+@pytest.mark.parametrize("by", [1, 2, 3, 7, 49, 641, 3136, 2**16 - 1, 2**16, 2**16 + 1, 2**30 - 1, 2**30 + 1, 2**31 - 1])
+def test_a_divider_divides_all_that_it_may_be_given(emulator, by):
+    """Numbers below 2^31, at and next to multiples above all."""
+    generator = torch.Generator().manual_seed(by)
+    quotients = torch.randint(0, (2**31 - 1) // by + 1, (42,), generator=generator)
+    numbers = torch.cat([(quotients * by + step).clamp(0, 2**31 - 1) for step in (-1, 0, 1)])
+    numbers = torch.cat((numbers, torch.tensor([0, 2**31 - 1])))
+    got = products.run_instruction(emulator, "divide", numbers.int(), to=torch.empty(128, dtype=torch.int32), mode=by)
+    same(got.long(), numbers // by)
+
+
 def test_tf32_is_rounded_to_the_nearest_and_away_from_zero_between_two(emulator):
     half = 2.0**-11
     values = torch.tensor([1 + half, -1 - half, 1 + half - 2.0**-23, 3.4028235e38, float("inf"), -0.0, float("nan")])

@@ -27,17 +27,44 @@ struct Panel {
 
   alignas(16) std::uint32_t word[kLines * kChunks * 4];
 
+  /// A chunk's number in memory.
+  static __device__ __forceinline__ unsigned place(unsigned line, unsigned chunk) {
+    // Of single elements lanes read 8 of each of 4 lines, two chunks; and as matrices the same chunk of 8 lines.
+    const unsigned turn = kSingles       ? line % 4 * 2 + line / 4 % 2
+                          : kChunks >= 8 ? line % 8
+                          : kChunks == 4 ? line / 2 % 4
+                                         : line / 4 % 2;
+    return line * kChunks + (chunk ^ turn);
+  }
+
   /// Where a chunk is.
   __device__ __forceinline__ void* at(unsigned line, unsigned chunk) { return word + 4 * place(line, chunk); }
   __device__ __forceinline__ const void* at(unsigned line, unsigned chunk) const {
     return word + 4 * place(line, chunk);
   }
 
+  /// Where a lane's line is of what `load_first` takes from row `row` on, and `load_second` from column `column` on:
+  /// what it needs beside is constants away.
+  static __device__ __forceinline__ int first_place(unsigned row) {
+    const unsigned lane = threadIdx.x % 32;
+    return static_cast<int>(place(lane % 16, lane / 16) + row * kChunks);
+  }
+  static __device__ __forceinline__ int second_place(unsigned column) {
+    const unsigned lane = threadIdx.x % 32;
+    return static_cast<int>(place(lane / 16 * 8 + lane % 8, lane / 8 % 2) + column * kChunks);
+  }
+
+  /// What a lane reads of the step-th two chunks, `further` lines, a multiple of 8, behind such a place.
+  __device__ __forceinline__ void load(std::uint32_t (&to)[4], int from, unsigned further, unsigned step) const {
+    static_assert(kMajor == Major::kDepth);
+    ptx::load_matrices(to, word + 4 * (from ^ static_cast<int>(2 * step)) + 4 * further * kChunks);
+  }
+
   /// As a first factor: rows from `row` on, a multiple of 16, over the step-th two chunks of the depth.
   __device__ __forceinline__ void load_first(std::uint32_t (&to)[4], unsigned row, unsigned step) const {
     const unsigned lane = threadIdx.x % 32;
     if constexpr (kMajor == Major::kDepth) {
-      ptx::load_matrices(to, at(row + lane % 16, 2 * step + lane / 16));
+      load(to, first_place(row), 0, step);
     } else if constexpr (kSingles) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = single(8 * step + lane % 4 + i / 2 * 4, row + lane / 4 + i % 2 * 8);
@@ -50,7 +77,7 @@ struct Panel {
   __device__ __forceinline__ void load_second(std::uint32_t (&to)[4], unsigned column, unsigned step) const {
     const unsigned lane = threadIdx.x % 32;
     if constexpr (kMajor == Major::kDepth) {
-      ptx::load_matrices(to, at(column + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+      load(to, second_place(column), 0, step);
     } else if constexpr (kSingles) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) to[i] = single(8 * step + lane % 4 + i % 2 * 4, column + lane / 4 + i / 2 * 8);
@@ -60,15 +87,6 @@ struct Panel {
   }
 
  private:
-  static __device__ __forceinline__ unsigned place(unsigned line, unsigned chunk) {
-    // Of single elements lanes read 8 of each of 4 lines, two chunks.
-    const unsigned turn = kSingles       ? line % 4 * 2
-                          : kChunks >= 8 ? line % 8
-                          : kChunks == 4 ? line / 2 % 4
-                                         : line / 4 % 2;
-    return line * kChunks + (chunk ^ turn);
-  }
-
   __device__ __forceinline__ std::uint32_t single(unsigned line, unsigned element) const {
     return ptx::shared_load<std::uint32_t>(word + 4 * place(line, element / 4) + element % 4);
   }

@@ -23,7 +23,7 @@ __device__ __forceinline__ float rounded(float v) {
 /// need more digits than T has come in two parts.
 template <class T>
 struct Centred {
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kSums = true;
   static constexpr int kCount = kGroup<T>;
   using Column = Affine<kCount>;
   struct Piece {};
@@ -90,7 +90,8 @@ struct Pivots {
     if (prologue.on()) affine = prologue.template column<kWide>(channel, valid);
     const auto values = [&](std::int64_t row, float (&to)[kCount]) {
       const Pack lies = load<T, kWide>(valid > 0 ? z.at(row) + channel : z.data, valid);
-      const Pack value = prologue.on() ? prologue.apply(affine, {}, lies) : lies;
+      // Columns that there are not are 0, and near it.
+      const Pack value = prologue.on() && valid > 0 ? prologue.apply(affine, {}, lies) : lies;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) to[j] = rounded<T>(get<T>(value, j));
     };

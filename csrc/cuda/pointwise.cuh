@@ -38,18 +38,24 @@ __device__ __forceinline__ Lines<T> lines_of(const void* matrix, std::int64_t ro
 /// The prologue relu(scale * v + shift), rounded to T; without vectors, v.
 template <class T>
 struct Activated {
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kSums = false;
   using Column = Affine<kGroup<T>>;
   struct Piece {};
 
-  const float* vectors;
-  std::int64_t channels;
+  const float* scale;  // [K], or null for none
+  int channels;
 
-  __device__ __forceinline__ bool on() const { return vectors != nullptr; }
+  __device__ __forceinline__ bool on() const { return scale != nullptr; }
 
   template <bool kWide>
   __device__ __forceinline__ Column column(int channel, int valid) const {
-    return load_affine<kWide, kGroup<T>>(vectors, channels, Place{0, 0, 0, channel, valid});
+    static_assert(kShift == kScale + 1);
+    Column column;
+    // Outside of the matrix nothing is computed, and any channel's numbers will do.
+    const int from = valid > 0 ? channel : 0, count = kWide ? kGroup<T> : valid;
+    load_vector<kWide>(column.scale, scale + from, count);
+    load_vector<kWide>(column.shift, scale + from + channels, count);
+    return column;
   }
 
   __device__ __forceinline__ Piece piece(std::int64_t, int, int) const { return {}; }
@@ -62,21 +68,36 @@ struct Activated {
   }
 };
 
+/// vectors: [5, channels] or null.
+template <class T>
+__device__ __forceinline__ Activated<T> activated(const float* vectors, int channels) {
+  const float* scale = vectors == nullptr ? nullptr : vectors + std::int64_t{kScale} * channels;
+  ptx::keep(scale);
+  return {scale, channels};
+}
+
 template <class T>
 __device__ __forceinline__ Activated<T> activated(const Activation& a) {
-  return {a.vectors, a.channels};
+  return activated<T>(a.vectors, a.channels);
 }
 
 /// sum += (W z)^T over all of z's channels: rows of z from `row` on, rows of the weight [C, K] from `column` on.
+/// Without kActivated z has no BN and ReLU.
 template <class T, class Tiling, bool kWide>
 struct Pointwise {
   using Core = Product<T, Tiling, Major::kDepth, Major::kDepth, kWide>;
 
+  template <bool kActivated = true>
   static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, typename Core::Memory& memory,
                                              const Activation& z, const void* weight, int channels, std::int64_t row,
                                              int column) {
-    Core::add(sum, memory, lines_of<T>(z), row, activated<T>(z), lines_of<T>(weight, channels, z.channels), column,
-              AsIs{}, Range{0, z.channels});
+    const Lines<T> second = lines_of<T>(weight, channels, z.channels);
+    const Range depth{0, z.channels};
+    if constexpr (kActivated) {
+      Core::add(sum, memory, lines_of<T>(z), row, activated<T>(z), second, column, AsIs{}, depth);
+    } else {
+      Core::add(sum, memory, lines_of<T>(z), row, AsIs{}, second, column, AsIs{}, depth);
+    }
   }
 };
 
@@ -87,18 +108,23 @@ struct TileOf {
   int left;                // rows of it that there are
 };
 
+/// Tiles side by side.
 template <class Tiling>
-__device__ __forceinline__ TileOf tile_of(std::int64_t pixels, int channels) {
-  const unsigned across = static_cast<unsigned>((channels + Tiling::kColumns - 1) / Tiling::kColumns);
-  const std::int64_t tile = blockIdx.x / across, row = tile * Tiling::kRows;
-  const int column = static_cast<int>(blockIdx.x % across) * Tiling::kColumns;
+int tiles_across(int channels) {
+  return (channels + Tiling::kColumns - 1) / Tiling::kColumns;
+}
+
+template <class Tiling>
+__device__ __forceinline__ TileOf tile_of(std::int64_t pixels, int channels, const Divider& across) {
+  const unsigned tile = across.quotient(blockIdx.x), columns = (channels + Tiling::kColumns - 1) / Tiling::kColumns;
+  const std::int64_t row = std::int64_t{tile} * Tiling::kRows;
+  const int column = static_cast<int>(blockIdx.x - tile * columns) * Tiling::kColumns;
   return {tile, row, column, static_cast<int>(pixels - row < Tiling::kRows ? pixels - row : Tiling::kRows)};
 }
 
 template <class Tiling>
 unsigned tiles_of(std::int64_t pixels, int channels) {
-  const std::int64_t across = (std::int64_t{channels} + Tiling::kColumns - 1) / Tiling::kColumns;
-  return static_cast<unsigned>((pixels + Tiling::kRows - 1) / Tiling::kRows * across);
+  return static_cast<unsigned>((pixels + Tiling::kRows - 1) / Tiling::kRows * tiles_across<Tiling>(channels));
 }
 
 /// Where a lane's group of channels is.
@@ -115,13 +141,15 @@ using SmallTiling = Tiling<64, 64, 64, 4, 4>;
 /// Of warps with twice the rows, which issue fewer instructions for each result and leave no registers for a second
 /// one.
 using LargeForwardTiling = Tiling<64, 128, 64, 3, 2>;
+using TallForwardTiling = Tiling<128, 128, 64, 3, 2>;
 using SmallForwardTiling = Tiling<64, 64, 64, 4, 2>;
 
 enum class Tile { kSmall, kLarge };
 
 /// From the shape alone: a large one where there are enough of them to fill a GPU of 144 multiprocessors twice.
-inline Tile default_tile(std::int64_t pixels, int channels) {
-  return channels > 64 && tiles_of<LargeTiling>(pixels, channels) >= 288 ? Tile::kLarge : Tile::kSmall;
+template <class Large>
+Tile default_tile(std::int64_t pixels, int channels) {
+  return channels > 64 && tiles_of<Large>(pixels, channels) >= 288 ? Tile::kLarge : Tile::kSmall;
 }
 
 }  // namespace fused_res::cuda

@@ -21,7 +21,7 @@ std::tuple<Tensor, OptionalTensor, std::int64_t> pointwise_fprop_op(const Tensor
     partials = new_tensor(x, {(z.pixels + kFpropRows - 1) / kFpropRows, 2, channels}, ScalarType::Float);
   }
   const PointwiseFprop a{z, data(weight), output(y), static_cast<float*>(output(partials)), channels};
-  const Tile tile = default_tile(z.pixels, channels);
+  const Tile tile = default_tile<TallForwardTiling>(z.pixels, channels);
   with_number(number, [&](auto type) { pointwise_fprop<typename decltype(type)::type>(a, tile, device.queue()); });
   return {y, partials, kFpropRows};
 }

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, OptionalTensor> reduce_op(const Tensor& dout, const T
   const Tensor total = new_tensor(z, {channels}, ScalarType::Double);
   const Tensor product = new_tensor(z, {channels, inner}, ScalarType::Double);
   OptionalTensor through;
-  if (scaled && goes_through(number, channels, inner)) through = new_tensor(z, {operand.pixels, inner});
+  if (scaled && goes_through(channels, inner)) through = new_tensor(z, {operand.pixels, inner});
   const TailReduce a{incoming(dout, signs), operand,           data(scaled),        output(through),
                      floats_of(starts),     floats_of(totals), floats_of(products), tiles.rows};
   const TailSums sums{doubles(mean), doubles_of(total), doubles_of(product)};
@@ -63,6 +63,8 @@ OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const T
   STD_TORCH_CHECK(tiles <= most / (operand.channels / SmallTiling::kColumns + 1), "z: too many channels, ",
                   operand.channels, ", for ", operand.pixels, " pixels");
   const int channels = operand.channels;
+  STD_TORCH_CHECK(channels < 1 << 24 && dout.size(1) < 1 << 24, "z: expected fewer than 2^24 channels, got ", channels,
+                  " of ", dout.size(1));
   if (through) fused_res::check("through", *through, {operand.pixels, channels}, z.scalar_type(), z);
   const OnDevice device(z);
   check_multiplies(z);

@@ -18,7 +18,7 @@ struct Incoming {
 /// it is multiplied.
 template <class T>
 struct Masked {
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kSums = true;
   static constexpr int kCount = kGroup<T>;
   struct Column {};
   using Piece = unsigned;
@@ -70,13 +70,13 @@ struct TailReduce {
 };
 
 /// g A of the pixels of a stage, where one block has all channels of both: g lies in the stage already, A in memory of
-/// its own. Of 16 bits; the words of TF32 lie in other places when they are summed over pixels than over channels.
+/// its own. g is summed over pixels there, and here over channels: its lines are rows, not columns.
 template <class T, class Tiling, bool kWide>
 struct Through {
   static constexpr int kPixels = Tiling::kDepthBytes / static_cast<int>(sizeof(T)), kChannels = 64;
-  using First = Panel<T, kPixels, kChannels, Major::kDepth>;
+  static constexpr int kAcross = Tiling::kWarps * 16 / kPixels, kColumns = kChannels / kAcross, kTiles = kColumns / 8;
   using Second = Panel<T, kChannels, kChannels, Major::kExtent>;
-  static_assert(Tiling::kRows == kChannels && Tiling::kColumns == kChannels && Tiling::kWarps == 4 && kPixels == 32);
+  static_assert(Tiling::kRows == kChannels && Tiling::kColumns == kChannels && kTiles == kGroup<T> / 2);
 
   /// Its copies are a group of their own.
   static __device__ __forceinline__ void load(Second& factor, const void* scaled, int channels, int inner) {
@@ -86,36 +86,55 @@ struct Through {
     ptx::commit_copies();
   }
 
-  /// A warp has 16 pixels and 32 columns.
+  /// A warp has 16 pixels and kColumns columns, and a lane of a row one group of 16 bytes.
   template <class Panel>
   static __device__ __forceinline__ void store_rows(const Panel& g, const Second& factor, T* to, std::int64_t left,
                                                     int inner) {
-    static_assert(sizeof(Panel) == sizeof(First));
-    const First& first = reinterpret_cast<const First&>(g);
+    static_assert(Panel::kLines == kPixels);
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, member = lane % 4;
-    const int row = warp / 2 * 16, column = warp % 2 * 32;
-    float sum[4][4] = {};
+    const int row = warp / kAcross * 16, column = warp % kAcross * kColumns;
+    float sum[kTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kChannels / (2 * kGroup<T>); ++step) {
       std::uint32_t a[4];
-      first.load_first(a, row, step);
+      ptx::load_matrices(a, g.at(row + lane % 16, 2 * step + lane / 16));
 #pragma unroll
-      for (int j = 0; j < 4; j += 2) {
+      for (int j = 0; j < kTiles; j += 2) {
         std::uint32_t b[4];
         factor.load_second(b, column + 8 * j, step);
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+          for (std::uint32_t& word : b) word = ptx::to_tf32(word);
+        }
         ptx::multiply<T>(sum[j], a, b[0], b[1]);
         ptx::multiply<T>(sum[j + 1], a, b[2], b[3]);
       }
     }
-    // The four lanes of a row have two columns each of four groups of 8; each takes one group.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      std::uint32_t word[4];
+      const Pack group = group_of(sum, half, member);
+      // TF32: of 8 columns the lower four are those of the first two lanes.
+      const int r = row + 8 * half + lane / 4;
+      const int at = column + (sizeof(T) == 2 ? 8 * member : member % 2 * 8 + member / 2 * 4), there = inner - at;
+      store<T, kWide>(to + std::int64_t{r} * inner + at, group, r < left ? (there < kGroup<T> ? there : kGroup<T>) : 0);
+    }
+  }
+
+ private:
+  /// Of a row the four lanes have two columns each of every 8; each gets the group that is its own.
+  static __device__ __forceinline__ Pack group_of(const float (&sum)[kTiles][4], int half, int member) {
+    std::uint32_t word[4];
+    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        word[j] = narrow<T>(sum[j][2 * half]).bits | static_cast<std::uint32_t>(narrow<T>(sum[j][2 * half + 1]).bits)
-                                                         << 16;
-      }
+      for (int j = 0; j < 4; ++j) word[j] = __float_as_uint(sum[j / 2][2 * half + j % 2]);
+      const bool upper = member % 2 != 0;
+      const std::uint32_t first = __shfl_xor_sync(~0u, upper ? word[0] : word[2], 1);
+      const std::uint32_t second = __shfl_xor_sync(~0u, upper ? word[1] : word[3], 1);
+      if (upper) return {{first, second, word[2], word[3]}};
+      return {{word[0], word[1], first, second}};
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) word[j] = narrow_pair<T>(sum[j][2 * half], sum[j][2 * half + 1]);
 #pragma unroll
       for (int by = 1; by < 4; by *= 2) {
         const bool upper = member & by;
@@ -126,9 +145,7 @@ struct Through {
           (upper ? word[j] : word[j + by]) = other;
         }
       }
-      const int r = row + 8 * half + lane / 4, at = column + 8 * member, there = inner - at < 8 ? inner - at : 8;
-      store<T, kWide>(to + std::int64_t{r} * inner + at, Pack{{word[0], word[1], word[2], word[3]}},
-                      r < left ? there : 0);
+      return {{word[0], word[1], word[2], word[3]}};
     }
   }
 };
@@ -141,9 +158,7 @@ struct NoThrough {
 };
 
 /// Whether a block that reduces has all channels of both, and may write g A, too.
-inline bool goes_through(Number number, std::int64_t channels, std::int64_t inner) {
-  return number != Number::kFloat && channels <= 64 && inner <= 64;
-}
+inline bool goes_through(std::int64_t channels, std::int64_t inner) { return channels <= 64 && inner <= 64; }
 
 /// Of a multiprocessor at once, in the registers that there are.
 template <class Tiling, bool kWide>
@@ -160,7 +175,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, (kReduceBlocks<Tiling, kWide
   using Sums = ColumnSums<T, Tiling::kThreads>;
   constexpr int kAcross = Tiling::kRows / kGroup<T>;
   using Result = Groups<float, Tiling>;
-  constexpr bool kThrough = sizeof(T) == 2 && Tiling::kRows == 64;
+  constexpr bool kThrough = Tiling::kRows == 64;
   using Through = std::conditional_t<kThrough, Through<T, Tiling, kWide>, NoThrough>;
   struct alignas(512) Memory {
     union {
@@ -310,7 +325,7 @@ void pointwise_tail_backward_reduce(const TailReduce& a, const TailSums& sums, c
 /// its values.
 template <class T>
 struct FromMean {
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kSums = false;
   static constexpr int kCount = kGroup<T>;
   static constexpr float kReach = std::is_same_v<T, Half> ? 0.5f : 1.f;
   struct Column {
@@ -355,6 +370,7 @@ struct TailApply {
   void* dz;               // [P, K]; with `joins` images like z; it may be `through`
   float* partials;  // [T, 2, K], or null: sums of the BN below over tiles of kTailApplyRows, which makes z of its image
   bool joins;       // dz is added to
+  Divider across = 1;  // by tiles side by side, which the launcher knows
 };
 
 constexpr int kTailApplyRows = 64;
@@ -375,7 +391,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, kWide ? 384 / Tiling::kThrea
   };
   Memory& memory = shared_memory<Memory>();
   const std::int64_t P = a.z.pixels, K = a.z.channels;
-  const TileOf tile = tile_of<Tiling>(P, a.z.channels);
+  const TileOf tile = tile_of<Tiling>(P, a.z.channels, a.across);
   Accumulators<Tiling> sum;
   if (a.through == nullptr) {
     Core::add(sum, memory.product, lines_of<T>(a.g.dout, P, a.g.channels), tile.row, masked<T>(a.g),
@@ -468,8 +484,10 @@ void pointwise_tail_backward_apply(const TailApply& a, const Queue& queue) {
   const int C = a.g.channels, K = a.z.channels;
   const auto with = [&](auto tiling, auto wide) {
     using Tiling = typename decltype(tiling)::type;
+    TailApply arguments = a;
+    arguments.across = tiles_across<Tiling>(K);
     launch(pointwise_tail_backward_apply_kernel<T, Tiling, decltype(wide)::value>, tiles_of<Tiling>(a.z.pixels, K),
-           queue, a, Tiling::kThreads);
+           queue, arguments, Tiling::kThreads);
   };
   const bool wide = moves_wide(C, kGroup<T>, {a.g.dout}) && moves_wide(K, kGroup<T>,
                                                                        {a.z.image, a.z.vectors, a.scaled, a.quadratic,

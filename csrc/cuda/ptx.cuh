@@ -78,6 +78,27 @@ __device__ __forceinline__ std::uint32_t to_tf32(std::uint32_t bits) {
 }
 #undef FUSED_RES_PTX
 
+/// Have the compiler keep what a loop needs in a register, and not work it out anew in every step.
+__device__ __forceinline__ void keep(int& value) { asm("" : "+r"(value)); }
+template <class V>
+__device__ __forceinline__ void keep(V*& pointer) {
+  asm("" : "+l"(pointer));
+}
+
+/// 1 / v, to the last bit or the one before it, of a v that is neither 0 nor near it.
+__device__ __forceinline__ float reciprocal(float v) {
+  float found;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(v));
+  return found;
+}
+
+/// Four bytes, each all ones where the top bit of a half is set: of the lower and the upper half of a, then of b.
+__device__ __forceinline__ std::uint32_t tops(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(bytes) : "r"(a), "r"(b));
+  return bytes;
+}
+
 /// Accesses of 4, 8 or 16 bytes to shared memory. By name, for under test their bank conflicts are counted.
 template <class V>
 __device__ __forceinline__ V shared_load(const void* from) {
