@@ -174,7 +174,7 @@ def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     pixels, rows = dy.shape[2] * dy.shape[3], to_rows(dy)
     images = max(1, _WINDOWS // (pixels * unit.weight[0].numel() * x.itemsize))
     dweight = None
-    for first in range(0, x.shape[0], images):
+    for first in range(0, max(1, x.shape[0]), images):
         some = slice(first * pixels, (first + images) * pixels)
         factors = rows[some].t(), im2col(x[first : first + images], unit, run=run)
         dweight = torch.mm(*factors) if dweight is None else dweight.addmm_(*factors)
