@@ -27,9 +27,9 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227
 # Of these a sample takes one for each kind of matrix instruction, and the newest of those with little shared memory.
 _SAMPLE = (80, 90, 100, 120)
 # Local memory that does not count as a spill where no loop uses it, in bytes. On an H200 the tail's tile that parks 40 of them is
-# faster than any that parks none (docs/results-gpu.md); in float16 it parks up to 88. Without masks it parks up to 128, and issues
+# faster than any that parks none (docs/results-gpu.md); in float16 it parks up to 88. Without masks it parks up to 136, and issues
 # a seventh fewer instructions for a tile all the same, those of the parking among them (docs/loops.csv).
-PARKED = 128
+PARKED = 136
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
