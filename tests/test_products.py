@@ -5,6 +5,7 @@ import torch
 
 from fused_res.primitives import library as library_module
 from fused_res.primitives import products
+from fused_res.primitives.conv_bn_act import Place, conv_bn_act, way
 from fused_res.primitives.conv_dgrad import conv_dgrad
 from fused_res.primitives.conv_fprop import conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
@@ -80,14 +81,16 @@ def test_pointwise_convolutions(dtype, stride, layout):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unfolded_gradient_of_the_weight(dtype, kernel, stride, padding, dilation, layout):
+def test_unfolded_output_and_gradient_of_the_weight(dtype, kernel, stride, padding, dilation, layout):
     supported(dtype)
     unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
     (x, dy, unit), exact = operands(unit, dtype, layout=layout)
+    assert products.unfolded(x, unit) == (dtype.itemsize >= 4 and unit.weight.is_contiguous(memory_format=LAST))
     assert products.unfolded_backward(dy, x, unit)
-    dweight = products.unfolded_wgrad(dy, x, unit, RUN)
-    assert dweight.is_contiguous(memory_format=LAST)
-    assert_close(dweight, library(x, dy, unit)[2], library(*exact)[2])
+    y, dweight = products.unfolded_fprop(x, unit, RUN), products.unfolded_wgrad(dy, x, unit, RUN)
+    for ours, theirs, truth in zip((y, dweight), library(x, dy, unit)[::2], library(*exact)[::2], strict=True):
+        assert ours.is_contiguous(memory_format=LAST)
+        assert_close(ours, theirs, truth)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4])
@@ -100,19 +103,6 @@ def test_the_gradient_of_the_weight_takes_so_many_images_at_a_time(images, monke
     monkeypatch.setattr(products, "im2col", lambda some, *rest, **run: seen.append(len(some)) or im2col(some, *rest, **run))
     assert_close(products.unfolded_wgrad(dy, x, unit, RUN), library(x, dy, unit)[2], library(*exact)[2])
     assert seen == [len(some) for some in torch.arange(4).split(images)]
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unfolded_output(dtype, kernel, stride, padding, dilation, layout):
-    supported(dtype)
-    unit = ConvBN(torch.empty(150, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
-    (x, dy, unit), exact = operands(unit, dtype, layout=layout)
-    assert products.unfolded(x, unit) == (dtype.itemsize >= 4 and unit.weight.is_contiguous(memory_format=LAST))
-    y = products.unfolded_fprop(x, unit, RUN)
-    assert y.is_contiguous(memory_format=LAST)
-    assert_close(y, library(x, dy, unit)[0], library(*exact)[0])
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
@@ -214,3 +204,37 @@ def test_primitives_take_the_products(dtype):
     names = [event.name for event in profile.events()]
     assert names.count("aten::mm") == 4
     assert not [name for name in names if "convolution" in name]
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
+def test_a_small_convolution_of_evaluation_is_one_product(cpu_backend, kernel, stride, padding, dilation, relu):
+    """By the library's product, or by that of the backend's own 1x1 kernel; a NaN passes the ReLU."""
+    supported(torch.float32)
+    unit = ConvBN(torch.empty(24, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
+    (x, _, unit), (wide_x, _, wide) = operands(unit, torch.float32)
+    vectors, run = torch.rand(5, 24, generator=torch.Generator().manual_seed(1)) - 0.5, of(cpu_backend)
+    place = Place(tuple(x.shape), relu=relu)
+    if kernel != (1, 1):
+        assert way(unit, place, run) == "product"
+    step = conv_bn_act(unit, vectors, place, run=run)
+    scale, shift = (row.double().view(1, -1, 1, 1) for row in vectors[3:])
+    y = torch.conv2d(wide_x, wide.weight, None, stride, padding, dilation) * scale + shift
+    for skip in (None, torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).contiguous(memory_format=LAST)):
+        total = y if skip is None else y + skip
+        out = step.call(x, None if skip is None else skip.clone())
+        assert out.is_contiguous(memory_format=LAST)
+        torch.testing.assert_close(out.double(), total.relu() if relu else total, rtol=1e-5, atol=1e-5)
+    x[0, 1] = torch.nan
+    out = step.call(x, None)
+    assert out[0].isnan().any()
+    assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize(("pixels", "small"), [(227, True), (228, False)])
+def test_what_is_small_in_evaluation(pixels, small):
+    supported(torch.float32)
+    unit = ConvBN(torch.empty(32, 32, 3, 3), padding=(1, 1))
+    assert products.small((1, 32, 1, pixels), unit) is small
+    assert not products.small((1, 64, 1, 4), unit._replace(groups=2))
+    assert not products.small((1, 32, 1, 4), ConvBN(unit.weight.bfloat16(), padding=(1, 1)))
