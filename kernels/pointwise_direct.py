@@ -12,7 +12,7 @@ from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.device import aligned, first_row, offset, store_vectors
 from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import incoming, load_matrix, load_operand, load_wide, meta_activation, operand
-from fused_res.kernels.tiling import PLACES, alignment, cdiv, dot_precision, split_rows
+from fused_res.kernels.tiling import PLACES, alignment, cdiv, dot_precision, next_power_of_2, split_rows
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def direct_partials(
         ALIGN_K=alignment(inner),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
-        BLOCK_K=32,
+        BLOCK_K=min(32, next_power_of_2(inner)),
         PRECISION=dot_precision(weight),
         warps=4,
     )
