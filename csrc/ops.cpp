@@ -26,6 +26,10 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "Tensor? y2, Tensor? coefficients2, bool training2, bool keep_masked) -> (Tensor, Tensor?, Tensor?)");
   m.def("bn_stats_finalize(Tensor y, Tensor? gamma, Tensor? beta, float eps, Tensor? residual_scale) -> Tensor");
   m.def(
+      "bn_stats_act(Tensor y, Tensor? gamma, Tensor? beta, float eps, Tensor? residual_scale, Tensor? skip, Tensor? "
+      "y2, "
+      "Tensor? vectors2, bool keep_signs, bool relu) -> (Tensor, Tensor, Tensor?)");
+  m.def(
       "bn_act_backward(Tensor dout, Tensor y, Tensor vectors, Tensor? gamma, Tensor? beta, Tensor? residual_scale, "
       "Tensor? signs, bool training) -> (Tensor, Tensor)");
   m.def(
@@ -34,6 +38,15 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "col2im(Tensor windows, int image_height, int image_width, int height, int width, int down, int right, "
       "int pad_down, int pad_right, int dilation_down, int dilation_right) -> Tensor");
+  m.def(
+      "unfolded_fprop(Tensor x, Tensor weight, int down, int right, int pad_down, int pad_right, int dilation_down, "
+      "int dilation_right) -> Tensor");
+  m.def(
+      "folded_dgrad(Tensor dy, Tensor weight, int image_height, int image_width, int down, int right, int pad_down, "
+      "int pad_right, int dilation_down, int dilation_right) -> Tensor");
+  m.def(
+      "unfolded_wgrad(Tensor dy, Tensor x, int height, int width, int down, int right, int pad_down, int pad_right, "
+      "int dilation_down, int dilation_right, int bytes) -> Tensor");
   m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
   m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
   m.def(
@@ -92,6 +105,6 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "Tensor");
   m.def("pointwise_prepare(Tensor weight) -> Tensor");
   m.def(
-      "pointwise_bn_act(Tensor x, Tensor panels, int channels, int down, int right, Tensor vectors, Tensor? skip) -> "
-      "Tensor");
+      "pointwise_bn_act(Tensor x, Tensor panels, int channels, int down, int right, Tensor vectors, Tensor? skip, bool "
+      "relu=True) -> Tensor");
 }

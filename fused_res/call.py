@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_res import planner, plans
 from fused_res.block.casting import present
+from fused_res.block.held import kept_of
 from fused_res.block.op import is_narrow, is_watched
 from fused_res.block.packing import pack
 from fused_res.block.prepared import Moved, Prepared
@@ -24,13 +25,14 @@ class Laid(NamedTuple):
     """A block as a call asks for it.
 
     tensors: of every unit the seven that it may have. numbers: of every unit, and the form; None where a part is of another type
-    than expected. present: the tensors that reach the operator. norms: as `Block.norms` returns them. moved: what a call under
-    batch statistics writes to.
+    than expected. held: those of the tensors that are there. present: the tensors that reach the operator. norms: as `Block.norms`
+    returns them. moved: what a call under batch statistics writes to.
     """
 
     block: Block
     tensors: tuple[Tensor | None, ...]
     numbers: tuple | None
+    held: tuple[Tensor, ...]
     present: list[Tensor]
     norms: list[ConvBN]
     moved: Moved
@@ -40,7 +42,7 @@ def lay(block: Block) -> Laid:
     """What calls of a block ask for of its parts alone. Nothing is checked."""
     units, pool, tensors, numbers = block.units(), block.pool, [], [block.given, block.form, len(block.main)]
     if not all(isinstance(unit, ConvBN) for unit in units):
-        return Laid(block, (), None, [], [], Moved((), ()))
+        return Laid(block, (), None, (), [], [], Moved((), ()))
     for unit in units:
         tensors += unit[:7]
         numbers += *unit[7:12], unit.eps
@@ -51,7 +53,8 @@ def lay(block: Block) -> Laid:
     live = [unit for unit in norms if unit.training]
     buffers = [b for unit in live for b in (unit.running_mean, unit.running_var, unit.num_batches_tracked) if b is not None]
     moved = Moved(tuple(buffers), tuple([unit.momentum for unit in live]))
-    return Laid(block, tuple(tensors), tuple(numbers) if plain else None, present(block), norms, moved)
+    held = tuple([tensor for tensor in tensors if tensor is not None])
+    return Laid(block, tuple(tensors), tuple(numbers) if plain else None, held, present(block), norms, moved)
 
 
 def prepare(
@@ -110,4 +113,5 @@ def _prepare(
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
     prepared = (not watched or torch.compiler.is_compiling()) and planner.evaluation_level(block, dtype, backend, level) is not None
-    return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), {}, set())
+    kept = kept_of(tuple(spec), residual_scale is not None)
+    return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), kept, {}, set())

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_res import folds, internals, planner, reference
+from fused_res import again, folds, internals, planner, reference
+from fused_res.again import Again
 from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.evaluated import block_evaluation, evaluated
 from fused_res.block.exported import block_exported
-from fused_res.block.op import block_forward
+from fused_res.block.op import Called, block_forward
+from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments
 from fused_res.call import Laid, lay, prepare
 from fused_res.eligibility import acts, is_traced
@@ -134,14 +136,50 @@ def run(
     names: Sequence[str] | None,
     level: str | None = None,
     owner: object | None = None,
+    seen: list[Again] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """`residual_block_with_saved` of a block, with the value of a shortcut that is given, at the level that the block asks for.
 
-    `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then.
+    `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then. `seen`: earlier calls of the same
+    block, whose shortcut is not given; this one joins them.
     """
-    call = prepare(x, laid, skip, residual_scale, names, level)
+    if seen is None:
+        call = prepare(x, laid, skip, residual_scale, names, level)
+        return _run(x, laid, skip, residual_scale, call, _saves(x, laid, skip, residual_scale), owner)[0]
+    scale = () if residual_scale is None else (residual_scale,)
+    looks = x, *scale, *laid.held
+    known = again.find(seen, looks, level)
+    if known is None:
+        call, save = prepare(x, laid, skip, residual_scale, names, level), _saves(x, laid, skip, residual_scale)
+    elif known.program is None:
+        call, save = known.call, known.save
+    else:
+        folds.drop(owner)
+        return block_forward(known, x, None, residual_scale, laid.present)
+    found, called = _run(x, laid, skip, residual_scale, call, save, owner)
+    if known is None and not call.watched:
+        replayed = None if called is None or not save else called.program(x, None, residual_scale, laid.present)
+        again.keep(seen, Again(call, save, replayed, laid.moved.buffers).looks_for(looks, level))
+    return found
+
+
+def _saves(x: Tensor, laid: Laid, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
+    """Whether a backward may come."""
+    tensors = x, skip, residual_scale, *laid.present
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _run(
+    x: Tensor,
+    laid: Laid,
+    skip: Tensor | None,
+    residual_scale: Tensor | None,
+    call: Prepared,
+    save: bool,
+    owner: object | None,
+) -> tuple[tuple[Tensor, list[Tensor]], Called | None]:
+    """The block's output and what was saved; and how the operator was called, if it has computed them, of uncast tensors."""
     block, tensors = laid.block, laid.present
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, skip, residual_scale, *tensors))
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
     if owner is not None and not call.watched:
@@ -150,9 +188,9 @@ def run(
         else:
             out = evaluated(x, skip, residual_scale, block, tensors, call, owner)
             if out is not None:
-                return out, []
+                return (out, []), None
     if call.watched and call.evaluates and not save and not internals.is_exporting():
-        return block_evaluation(x, skip, residual_scale, tensors, call), []
+        return (block_evaluation(x, skip, residual_scale, tensors, call), []), None
     norms = laid.norms
 
     def settle(saved: list[Tensor | None]) -> None:
@@ -161,8 +199,10 @@ def run(
             move_statistics(moves, run=PLAIN if call.watched else run_of(call.backend))
 
     if call.watched and internals.is_exporting():
-        return block_exported(x, skip, residual_scale, tensors, call, norms, settle), []
+        return (block_exported(x, skip, residual_scale, tensors, call, norms, settle), []), None
     if call.casts:
         x, block, skip = as_dtype(x, call.dtype), with_dtype(block, call.dtype), as_dtype(skip, call.dtype)
         tensors = present(block)
-    return block_forward(x, skip, residual_scale, block, tensors, call, save, settle, laid.moved)
+    called = Called(call, block, save, settle, laid.moved)
+    found = block_forward(called, x, skip, residual_scale, tensors)
+    return found, None if call.casts or call.given else called

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_res import known, planner, recompute, standing
+from fused_res.again import Again
 from fused_res.anatomy import Anatomy, containers
 from fused_res.block.exported import expect_composition
 from fused_res.block.validate import compute_dtype
@@ -57,12 +58,16 @@ def labels(anatomy: Anatomy) -> tuple[str, ...]:
 
 
 class _Reading(NamedTuple):
-    """What a block's modules hold that a call asks for; names: what error messages call the units; frozen: those BNs, by name."""
+    """What a block's modules hold that a call asks for.
+
+    names: what error messages call the units. frozen: those BNs, by name. seen: earlier calls, where it is kept.
+    """
 
     laid: Laid
     names: tuple[str, ...]
     scale: Tensor | None
     frozen: Sequence[tuple[str, nn.Module]]
+    seen: list[Again] | None = None
 
 
 class Fusible:
@@ -209,8 +214,9 @@ class Fusible:
                 reason = self.standing_reason()
                 if reason is None:
                     read = self._reading(self._shortcut())
-                    if not read.laid.block.given:
-                        standing.keep(self, read)
+                    kept = read._replace(seen=[])
+                    if not read.laid.block.given and standing.keep(self, kept):
+                        read = kept
         reason = reason or self._input_reason(x, read.frozen)
         return self._run(x, read, self._fused_res_level) if reason is None else self._run_modules(x, reason)
 
@@ -231,7 +237,7 @@ class Fusible:
 
     def _run(self, x: Tensor, read: "_Reading", level: str | None) -> Tensor:
         skip = self._shortcuts_value(x) if read.laid.block.given else None
-        return run(x, read.laid, skip, read.scale, read.names, level, self)[0]
+        return run(x, read.laid, skip, read.scale, read.names, level, self, read.seen)[0]
 
     def _shortcuts_value(self, x: Tensor) -> Tensor:
         """What a shortcut that runs by itself makes of x."""

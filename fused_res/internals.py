@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards as _guards
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree
@@ -24,6 +25,8 @@ disable_modes = _disable_current_modes
 """A context inside which no `TorchDispatchMode` sees what is called."""
 tree_leaves = _pytree.tree_leaves
 """What lies in nested containers, as torch's own transforms look into them."""
+dict_version = _guards.dict_version
+"""A number that is another one after every change of a dictionary."""
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 _precision = torch._C._get_fp32_precision_getter
 _function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
@@ -108,6 +111,16 @@ class Function(torch.autograd.function._SingleLevelFunction):
     def call(cls, others: Sequence, tensors: Sequence[Tensor | None]) -> object:
         """`apply` to both; of tensors that outlived a transform to what is inside, as `torch.autograd.Function` does."""
         return cls.apply(*others, *[None if tensor is None else _alive(tensor) for tensor in tensors])
+
+
+def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Asks of as many tensors whether they look like these.
+
+    That is: whether they are of the same classes, dtypes, devices, shapes and strides, require gradients where these do, and
+    whether torch would do the same as now around an operator that is called with them (autograd, autocast, transforms).
+    """
+    sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+    return _guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
 
 
 def float32_precisions(device_type: str) -> tuple[str, str]:

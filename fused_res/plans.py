@@ -14,6 +14,12 @@ _decided: dict[Hashable, object] = {}
 _derived: dict[Hashable, object] = {}
 _MOST_DERIVED = 1024
 _remember: Callable[[Hashable], object | None] | None = None
+_age = object()
+
+
+def age() -> object:
+    """One and the same object for as long as what has been decided stands."""
+    return _age
 
 
 def decided(key: Hashable) -> object | None:
@@ -28,6 +34,8 @@ def decide(key: Hashable, value: T) -> T:
 
 def forget() -> None:
     """Settle everything anew from here on: for those who know that no recompute is to come of what ran before."""
+    global _age
+    _age = object()
     _decided.clear()
     _derived.clear()
 
@@ -67,10 +75,10 @@ def ask(key: Hashable, default: T) -> T:
 @contextmanager
 def afresh() -> Iterator[None]:
     """Nothing is decided inside, and what is decided inside is forgotten: for tests and for comparing plans."""
-    global _decided, _derived, _remember
-    before = _decided, _derived, _remember
-    _decided, _derived, _remember = {}, {}, None
+    global _decided, _derived, _remember, _age
+    before = _decided, _derived, _remember, _age
+    _decided, _derived, _remember, _age = {}, {}, None, object()
     try:
         yield
     finally:
-        _decided, _derived, _remember = before
+        _decided, _derived, _remember, _age = before

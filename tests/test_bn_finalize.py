@@ -5,8 +5,10 @@ import torch
 from compare import every, same, within
 from convolutions import assert_same_sums
 
+from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import Vectors, bn_finalize, bn_running, bn_stats_finalize
 from fused_res.primitives.bn_stats import bn_stats
+from fused_res.primitives.bn_stats_act import bn_stats_act
 from fused_res.primitives.run import of
 
 # numpy, under the interpreter, warns of NaN that is on its way on purpose.
@@ -181,3 +183,36 @@ def test_both_steps_in_one_call_give_the_same_bits(backend, device, dtype, full)
     partials, rows = bn_stats(y, run=of(backend))
     expected = bn_finalize(partials, rows, 333, gamma, beta, EPS, scale, run=of(backend))
     same(bn_stats_finalize(y, gamma, beta, EPS, scale, run=of(backend)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shortcut", ["none", "skip", "y2"])
+def test_all_steps_in_one_call_give_the_same_bits(backend, device, dtype, shortcut):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernels take no float64")
+    y, other = samples(333, 21, device).to(dtype), samples(333, 21, device).flip(0).to(dtype)
+    gamma, beta = (parameter(21, torch.float32, device, seed) for seed in (1, 2))
+    scale, run = torch.tensor(0.3, device=device), of(backend)
+    vectors2 = None if shortcut != "y2" else bn_stats_finalize(other, gamma, None, EPS, run=run)
+    ends = {"skip": other} if shortcut == "skip" else {"y2": other, "vectors2": vectors2} if shortcut == "y2" else {}
+    for end in ({"relu": False}, {"keep_signs": True}):
+        expected = bn_stats_finalize(y, gamma, beta, EPS, scale, run=run)
+        results = bn_act(y, expected, **ends, **end, run=run)
+        vectors, out, signs = bn_stats_act(y, gamma, beta, EPS, scale, **ends, **end, run=run)
+        same(vectors, expected)
+        same(out, results[0])
+        assert (signs is None) == (results[1] is None)
+        if signs is not None:
+            same(signs, results[1])
+
+
+def test_what_does_not_fit_is_named(backend, device):
+    y = samples(6, 4, device)
+    for ends, message in (
+        ({"skip": y, "y2": y, "vectors2": y[:5]}, "skip: expected either skip or y2"),
+        ({"y2": y}, "vectors2: expected together with y2"),
+        ({"skip": y[1:]}, "skip: expected shape"),
+        ({"keep_signs": True, "relu": False}, "keep_signs: expected False without a ReLU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bn_stats_act(y, None, None, EPS, **ends, run=of(backend))

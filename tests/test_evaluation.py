@@ -256,7 +256,7 @@ def test_explain_names_the_level_and_who_runs_what():
     block, x = block.float(), x.float()
     row = explain(block, x).rows[0]
     assert (row.backend, row.level) == ("native", "epilogue")
-    assert row.who_convolves() == "own/own/own/library (no ReLU)"
+    assert row.who_convolves() == "own"
     assert {c.primitive for c in row.convolutions} == {"conv_bn_act"}
     grouped, x = build("resnext", 0)
     assert explain(grouped.float(), x.float()).rows[0].who_convolves() == "own/library (grouped)/own"

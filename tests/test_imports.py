@@ -17,6 +17,7 @@ ORDER = (
     "tuning cost",
     "planner",
     "call recompute",
+    "again",
     "functional anatomy",
     "fusible traced",
     "chains",

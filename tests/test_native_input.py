@@ -33,6 +33,10 @@ def calls():
         "bn_act_backward_finalize": [torch.rand(3, 3, C), 2, P, v, gamma, beta, scale, True],
         "bn_act_backward_apply": [dout, y, v, c, signs, True, y2, c2, True, True],
         "bn_act with a skip": [y, v, skip, None, None, True],
+        "bn_stats_finalize": [y, gamma, beta, 1e-5, scale],
+        "bn_stats_act": [y, gamma, beta, 1e-5, scale, None, y2, v2, True, True],
+        "bn_stats_act with a skip": [y, gamma, beta, 1e-5, scale, skip, None, None, True, True],
+        "bn_act_backward": [dout, y, v, gamma, beta, scale, signs, True],
         "move_statistics": [*statistics(C, v), *statistics(K, torch.rand(5, K)), P, 2, 0.1, 0.5],
     } | products()
 
@@ -54,25 +58,44 @@ def products():
     small, its_signs = torch.randn(2, 1, 2, K), torch.randint(0, 256, (4, 2), dtype=torch.uint8)
     gradient, step = [images, y, v, c, signs, True], [dz, through, dout, signs]
     strided = [torch.randn(2, 1, 6, K), None, 1, 2, weight, mean, quadratic, constant]
+    return (
+        {
+            "masked_add": [torch.randn(2, 1, 3, K), small, its_signs, 2, 2],
+            "moments": [z, z_vectors, 1, 2],
+            "moments_finalize": [mean, covariance, weight, gamma, beta, 1e-5, scale, 2.0**-11, torch.randn(2, C).double()],
+            "pointwise_tail": [z, z_vectors, 1, 1, weight, v, None, None, x, x_vectors, 2, 2, weight2, v2, True],
+            "pointwise_tail with a skip": [z, z_vectors, 1, 1, weight, v, skip, None, None, None, 1, 1, None, None, True],
+            "pointwise_tail with y2": [z, z_vectors, 1, 1, weight, v, None, y2, None, None, 1, 1, None, v2, False],
+            "pointwise_tail_backward_reduce": [dout, signs, z, z_vectors, 1, 1, mean, weight],
+            "pointwise_tail_backward_finalize": [*finalize, gamma, beta, scale, 2.0**-11, mean.new_ones(C)],
+            "pointwise_tail_backward_apply": [*step, z, z_vectors, 1, 1, weight, mean, quadratic, constant, True, False],
+            "pointwise_tail_backward_apply that joins": [torch.randn(2, 1, 6, K), *step[1:], *strided, False, True],
+            "pointwise_fprop": [x, x_vectors, 2, 2, weight2, True],
+            "pointwise_dgrad": [*gradient, weight, z, z_vectors, None, None, 1, 1],
+            "pointwise_dgrad with an addend": [*gradient, weight, None, None, small, its_signs, 2, 2],
+            "pointwise_wgrad": [*gradient, x, x_vectors, 2, 2],
+            "pointwise_prepare": [weight],
+            "pointwise_bn_act": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, None, False],
+            "pointwise_bn_act with a skip": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, skip],
+        }
+        | filtered()
+        | unfolded()
+    )
+
+
+def unfolded():
+    """Right calls of what takes the windows of a convolution: images of 4 x 5 pixels, K channels to C, kernels of 3 x 2."""
+    x, dy, weight = (
+        torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in ((2, K, 4, 5), (2, C, 2, 6), (C, K, 3, 2))
+    )
+    steps = [2, 1, 1, 1, 1, 1]
     return {
-        "masked_add": [torch.randn(2, 1, 3, K), small, its_signs, 2, 2],
-        "moments": [z, z_vectors, 1, 2],
-        "moments_finalize": [mean, covariance, weight, gamma, beta, 1e-5, scale, 2.0**-11, torch.randn(2, C).double()],
-        "pointwise_tail": [z, z_vectors, 1, 1, weight, v, None, None, x, x_vectors, 2, 2, weight2, v2, True],
-        "pointwise_tail with a skip": [z, z_vectors, 1, 1, weight, v, skip, None, None, None, 1, 1, None, None, True],
-        "pointwise_tail with y2": [z, z_vectors, 1, 1, weight, v, None, y2, None, None, 1, 1, None, v2, False],
-        "pointwise_tail_backward_reduce": [dout, signs, z, z_vectors, 1, 1, mean, weight],
-        "pointwise_tail_backward_finalize": [*finalize, gamma, beta, scale, 2.0**-11, mean.new_ones(C)],
-        "pointwise_tail_backward_apply": [*step, z, z_vectors, 1, 1, weight, mean, quadratic, constant, True, False],
-        "pointwise_tail_backward_apply that joins": [torch.randn(2, 1, 6, K), *step[1:], *strided, False, True],
-        "pointwise_fprop": [x, x_vectors, 2, 2, weight2, True],
-        "pointwise_dgrad": [*gradient, weight, z, z_vectors, None, None, 1, 1],
-        "pointwise_dgrad with an addend": [*gradient, weight, None, None, small, its_signs, 2, 2],
-        "pointwise_wgrad": [*gradient, x, x_vectors, 2, 2],
-        "pointwise_prepare": [weight],
-        "pointwise_bn_act": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, None],
-        "pointwise_bn_act with a skip": [z, torch.ops.fused_res.pointwise_prepare(weight), len(weight), 1, 1, v, skip],
-    } | filtered()
+        "im2col": [torch.randn(2, 4, 5, K), 3, 2, *steps],
+        "col2im": [torch.randn(24, 6 * K), 4, 5, 3, 2, *steps],
+        "unfolded_fprop": [x, weight, *steps],
+        "folded_dgrad": [dy, weight, 4, 5, *steps],
+        "unfolded_wgrad": [dy, x, 3, 2, *steps, 1],
+    }
 
 
 def filtered():
@@ -148,6 +171,12 @@ FREE = {
     ("pointwise_prepare", 0): ("row", "column"),
     ("winograd_bn_act", 0): ("row",),
     ("pointwise_bn_act", 0): ("row", "no elements"),
+    ("bn_stats_finalize", 0): ("row",),
+    ("im2col", 0): ("row", "column", "no elements"),
+    ("col2im", 0): ("no elements",),
+    ("unfolded_fprop", 0): ("row", "column more", "no elements"),
+    ("unfolded_fprop", 1): ("row", "column more"),
+    ("folded_dgrad", 0): ("row", "no elements"),
 }
 # Parameters of a BN: of any floating-point dtype, whatever the others are.
 PARAMETERS = {
@@ -155,9 +184,13 @@ PARAMETERS = {
     "bn_act_backward_finalize": (4, 5, 6),
     "moments_finalize": (3, 4, 6),
     "pointwise_tail_backward_finalize": (7, 8, 9),
+    "bn_stats_finalize": (1, 2, 4),
+    "bn_stats_act": (1, 2, 4),
+    "bn_stats_act with a skip": (1, 2, 4),
+    "bn_act_backward": (3, 4, 5),
 }
 # Tensors whose dtype no other argument sets.
-ALONE = {"bn_stats": 0, "moments_finalize": 2, "pointwise_prepare": 0}
+ALONE = {"bn_stats": 0, "bn_stats_finalize": 0, "moments_finalize": 2, "pointwise_prepare": 0, "im2col": 0}
 # What the first argument in 16 bits goes with in float32.
 WIDER = ("moments", "pointwise_bn_act")
 # Arguments that are written to.
@@ -203,7 +236,7 @@ def test_other_dtypes_do_not_mix(name):
             if name in WIDER and position == 0 and dtype in (torch.float16, torch.bfloat16):
                 call(name, arguments)
                 continue
-            if name == "winograd_prepare" and dtype == torch.float64:
+            if name in ("winograd_prepare", "col2im") and dtype == torch.float64:
                 call(name, arguments)
                 continue
             alone = argument.dim() == 1 or (argument.dim() == 2 and dtype == torch.float64)

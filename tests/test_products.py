@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from compare import same
 
+from fused_res.backends import native
 from fused_res.primitives import library as library_module
 from fused_res.primitives import products
 from fused_res.primitives.conv_bn_act import Place, conv_bn_act, way
@@ -47,6 +49,14 @@ def library(x, dy, unit):
         x, geometry = x[:, :, ::down, ::right].contiguous(memory_format=LAST), ((1, 1), *geometry[1:])
     _, dw, _ = torch.ops.aten.convolution_backward(dy, x, unit.weight, None, *geometry, (False, True, False))
     return y, dx, dw
+
+
+@pytest.fixture
+def native_run():
+    reason = native.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    return of("native")
 
 
 def assert_close(got, expected, truth):
@@ -206,6 +216,29 @@ def test_primitives_take_the_products(dtype):
     assert not [name for name in names if "convolution" in name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
+def test_the_compiled_operators_have_every_bit_of_what_they_join(native_run, monkeypatch, kernel, stride, padding, dilation, dtype):
+    """Forward, and both ways back, in parts as well; where nothing is read, zeros."""
+    supported(dtype)
+    unit = ConvBN(torch.empty(7, 3, *kernel), stride=stride, padding=padding, dilation=dilation)
+    for images in (3, 0):
+        (x, dy, unit), _ = operands(unit, dtype, n=images)
+        for bytes_ in (products._WINDOWS, 1):
+            monkeypatch.setattr(products, "_WINDOWS", bytes_)
+            found = [
+                (
+                    products.unfolded_fprop(x, unit, run),
+                    products.folded_dgrad(dy, x, unit, run),
+                    products.unfolded_wgrad(dy, x, unit, run),
+                )
+                for run in (native_run, RUN)
+            ]
+            for got, expected in zip(*found, strict=True):
+                same(got, expected)
+                assert got.is_contiguous(memory_format=LAST)
+
+
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES, ids=str)
 def test_a_small_convolution_of_evaluation_is_one_product(cpu_backend, kernel, stride, padding, dilation, relu):
@@ -238,3 +271,13 @@ def test_what_is_small_in_evaluation(pixels, small):
     assert products.small((1, 32, 1, pixels), unit) is small
     assert not products.small((1, 64, 1, 4), unit._replace(groups=2))
     assert not products.small((1, 32, 1, 4), ConvBN(unit.weight.bfloat16(), padding=(1, 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_librarys_relu_is_torchs_and_passes_every_nan(dtype):
+    """Every number of 16 bits, as a float32 as well."""
+    numbers = torch.arange(2**16).to(torch.uint16)
+    y = numbers.view(dtype) if dtype.itemsize == 2 else numbers.view(torch.bfloat16).float()
+    out = library_module._relu_(y.clone())
+    same(out.nan_to_num(nan=-1), y.relu().nan_to_num(nan=-1))
+    same(out.isnan(), y.isnan())

@@ -1,8 +1,7 @@
-// bn_act on the CPU.
-#include "launch.h"
+// bn_act on the CPU, and that of a BN whose statistics are those of y.
+#include "bn_stats.h"
 
 namespace fused_res::cpu {
-namespace {
 
 std::tuple<Tensor, OptionalTensor> bn_act(const Tensor& y, const Tensor& vectors, const OptionalTensor& skip,
                                           const OptionalTensor& y2, const OptionalTensor& vectors2, bool keep_signs,
@@ -26,7 +25,22 @@ std::tuple<Tensor, OptionalTensor> bn_act(const Tensor& y, const Tensor& vectors
   return {out, signs};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_act", TORCH_BOX(&bn_act)); }
+namespace {
+
+std::tuple<Tensor, Tensor, OptionalTensor> bn_stats_act(const Tensor& y, const OptionalTensor& gamma,
+                                                        const OptionalTensor& beta, double eps,
+                                                        const OptionalTensor& residual_scale,
+                                                        const OptionalTensor& skip, const OptionalTensor& y2,
+                                                        const OptionalTensor& vectors2, bool keep_signs, bool relu) {
+  const Tensor vectors = bn_stats_finalize(y, gamma, beta, eps, residual_scale);
+  const auto [out, signs] = bn_act(y, vectors, skip, y2, vectors2, keep_signs, relu);
+  return {vectors, out, signs};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_stats_act", TORCH_BOX(&bn_stats_act));
+}
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -50,11 +50,15 @@ Tensor bn_finalize(const Tensor& partials, int64_t rows, int64_t pixels, const O
   return vectors;
 }
 
+}  // namespace
+
 Tensor bn_stats_finalize(const Tensor& y, const OptionalTensor& gamma, const OptionalTensor& beta, double eps,
                          const OptionalTensor& residual_scale) {
   const auto [partials, rows] = bn_stats(y);
   return bn_finalize(partials, rows, y.size(0), gamma, beta, eps, residual_scale);
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("bn_finalize", TORCH_BOX(&bn_finalize));

@@ -128,6 +128,7 @@ struct Product {
 };
 
 // out = relu(scale * main + shift + shortcut), the shortcut an image, a normalised image or a normalised product.
+// Without the ReLU the shortcut is an image or missing.
 struct PointwiseTail {
   Tiling tiling;
   Factors main, projection;
@@ -135,6 +136,7 @@ struct PointwiseTail {
   void* out;
   uint8_t* signs;
   bool stream;
+  bool relu = true;
 };
 
 // For every tile of rows the product left^T right, [channels of left, whole panels], and the sums of left. While a

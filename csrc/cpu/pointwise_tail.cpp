@@ -48,9 +48,9 @@ Tensor pointwise_prepare(const Tensor& weight) {
   return packed(weight, true);
 }
 
-// relu(scale * y + shift [+ skip]), rows [P, K], on panels that were prepared.
+// relu(scale * y + shift [+ skip]), or that without the ReLU, rows [P, K], on panels that were prepared.
 Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t down, int64_t right,
-                        const Tensor& vectors, const OptionalTensor& skip) {
+                        const Tensor& vectors, const OptionalTensor& skip, bool relu) {
   check_pointwise_bn_act(x, channels, down, right, vectors, skip);
   check("panels", panels, {whole_panels(channels) * x.size(3)}, statistics_dtype(x.scalar_type()), x);
   const int64_t height = divide_up(x.size(1), down), width = divide_up(x.size(2), right);
@@ -63,6 +63,7 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels,
   arguments.skip = data(skip);
   arguments.out = output(out);
   arguments.stream = streams(out, {output(out)});
+  arguments.relu = relu;
   const int64_t rows = arguments.tiling.rows;
   const int64_t elements = 2 * block_elements(rows, kStretch) + block_elements(rows, x.size(3));
   run_products(kernels().pointwise_tail[dtype_of(x)], arguments, arguments.tiling.tiles * arguments.tiling.stretches,

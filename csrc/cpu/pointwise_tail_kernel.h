@@ -38,7 +38,12 @@ void pointwise_tail(const PointwiseTail& a, int64_t begin, int64_t end, void* me
       T* out = results.begin(first + p);
       uint8_t* signs = a.signs == nullptr ? nullptr : a.signs + (first + p) * bytes + from / 8;
       const A* value = y + p * row;
-      if (projection) {
+      if (!a.relu) {
+        const T* skip = a.skip == nullptr ? nullptr : static_cast<const T*>(a.skip) + at;
+        const auto plain =
+            skip == nullptr ? bn_act_row<T, kNone, false, A, T, A> : bn_act_row<T, kSkip, false, A, T, A>;
+        plain(columns, value, scale, shift, skip, scale2, shift2, out, signs);
+      } else if (projection) {
         bn_act_row<T, kSecond>(columns, value, scale, shift, y2 + p * row, scale2, shift2, out, signs);
       } else if (a.skip != nullptr) {
         bn_act_row<T, kSkip>(columns, value, scale, shift, static_cast<const T*>(a.skip) + at, scale2, shift2, out,

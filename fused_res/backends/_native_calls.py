@@ -276,17 +276,20 @@ def conv_wgrad(dy: Gradient, x: Activation, unit: ConvBN) -> Tensor:
     return torch.ops.fused_res.pointwise_wgrad(*_gradient(dy), *_activation(sample)).view_as(unit.weight)
 
 
-def conv_bn_act(unit: ConvBN, vectors: Tensor) -> Step:
+def conv_bn_act(unit: ConvBN, vectors: Tensor, relu: bool) -> Step:
     pointwise = unit.is_pointwise()
+    if not (pointwise or relu):
+        raise ValueError("relu: expected with a 3x3 convolution")
     prepare = torch.ops.fused_res.pointwise_prepare if pointwise else torch.ops.fused_res.winograd_prepare
     call = torch.ops.fused_res.pointwise_bn_act.default if pointwise else torch.ops.fused_res.winograd_bn_act.default
     prepared = prepare.default(_matrix(unit.weight) if pointwise else _filter(unit.weight))
     channels, (down, right) = unit.weight.shape[0], unit.stride if pointwise else unit.padding
 
     def step(x: Tensor, skip: Tensor | None) -> Tensor:
-        out = call(_pixels_first(x), prepared, channels, down, right, vectors, _rows(skip))
+        arguments = _pixels_first(x), prepared, channels, down, right, vectors, _rows(skip)
         if not pointwise:
-            return out.permute(0, 3, 1, 2)
+            return call(*arguments).permute(0, 3, 1, 2)
+        out = call(*arguments, relu)
         n, _, h, w = x.shape
         return to_image(out, n, -(-h // down), -(-w // right))
 

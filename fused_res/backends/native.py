@@ -40,7 +40,10 @@ _CALLS = (
     *_CONVOLUTIONS,
 )
 # Which CPUs have beside them, called as they are.
-_ON_CPU = ("bn_stats_finalize", "bn_act_backward", "im2col", "col2im")
+_ON_CPU = (
+    *("bn_stats_finalize", "bn_stats_act", "bn_act_backward"),
+    *("im2col", "col2im", "unfolded_fprop", "folded_dgrad", "unfolded_wgrad"),
+)
 # Which of these have CUDA kernels.
 CUDA_CALLS = (
     *("masked_add", "move_statistics", "multiplied", "scaled_weight", "moments", "moments_finalize", "pointwise_tail"),
@@ -285,9 +288,9 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
     """Whether a convolution that it takes, with something fused into it, is no slower than the library's and what that leaves.
 
     Prepared 3x3 filters need no pixels to pay for their transforms: with 32 channels and more F(2x2, 3x3) was the faster one at
-    every size of ResNet's that was measured, at batch 1 and 8, with AVX2. Prepared 1x1 weights go by the rule for those that are
-    not prepared; with AVX2 wider ones pay, too, where they make more channels than they read: the library's ReLU is a pass of its
-    own.
+    every size of ResNet's that was measured, at batch 1 and 8, with AVX2 and AVX-512. Prepared 1x1 weights pay with AVX-512, which
+    was 0.97 to 1.4 times as fast as the library; with AVX2 they go by the rule for those that are not prepared, but where they make
+    more channels than they read, since the library's ReLU is a pass of its own.
 
     On a GPU nothing has been measured; there it runs 1x1 ones only, which memory binds, and Triton's paid on an H200.
     """
@@ -297,6 +300,7 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
         if _is_filtered(unit):
             return min(unit.weight.shape[:2]) >= 32
         out, channels = unit.weight.shape[:2]
-        widens = out > channels and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        return widens or _pays(tuple(unit.weight.shape), pixels)
+        capability = torch.backends.cpu.get_cpu_capability()
+        taken = capability == "AVX512" or (capability == "AVX2" and out > channels)
+        return taken or _pays(tuple(unit.weight.shape), pixels)
     return unit.weight.dtype != torch.float32 or _pays(tuple(unit.weight.shape), pixels)

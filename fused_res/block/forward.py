@@ -12,6 +12,7 @@ from fused_res.block.pool import pooled
 from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.bn_act import bn_act
 from fused_res.primitives.bn_finalize import bn_finalize, bn_running, bn_stats_finalize
+from fused_res.primitives.bn_stats_act import bn_stats_act
 from fused_res.primitives.common import statistics_dtype
 from fused_res.primitives.conv_fprop import conv_fprop, finished
 from fused_res.primitives.moments import Moments, moments, moments_finalize
@@ -86,6 +87,24 @@ def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: L
     return image, y, bn_finalize(partials, size, y.shape[0], *parameters, run=run)
 
 
+def conv_bn_act(
+    z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, run: Run, **ends: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `conv_bn`, with what follows the BN: the convolution's output as a matrix, the vectors, the result as an image, its signs.
+
+    ends: arguments of `bn_act`.
+    """
+    if unit.training and not level.epilogues:
+        image = conv_fprop(z, unit, run=level.convolutions(run)).image
+        y = to_rows(image)
+        v, out, signs = bn_stats_act(y, unit.gamma, unit.beta, unit.eps, residual_scale, **ends, run=run)
+    else:
+        image, y, v = conv_bn(z, unit, residual_scale, level, run)
+        out, signs = bn_act(y, v, **ends, run=run)
+    n, _, h, w = image.shape
+    return y, v, to_image(out, n, h, w), signs
+
+
 def _pointwise(z: Activation, unit: ConvBN, residual_scale: Tensor | None, run: Run) -> tuple[Pointwise, Found | None]:
     """A unit in the moment form: its vectors from the moments of its input."""
     unit = unit._replace(weight=multiplied(unit.weight, run))
@@ -133,13 +152,17 @@ def forward(
             vectors.append(running(unit, x.dtype, None, run))
             z = Activation(conv_fprop(z, unit, output=Output(vectors[-1]), run=run).image)
             continue
-        y, rows, v = conv_bn(z, unit, None, level, run)
+        if level.prologues:
+            y, rows, v = conv_bn(z, unit, None, level, run)
+            z = Activation(y, v)
+            del y
+        else:
+            rows, v, values, _ = conv_bn_act(z, unit, None, level, run)
+            z = Activation(values)
+            del values
         vectors.append(v)
         ys.append(rows if save else None)
-        z = Activation(y, v)
-        if not level.prologues:
-            z = Activation(z.values(run))
-        del y, rows
+        del rows
     if head is not None:
         end = _bare_tail(z, first or Activation(image), skip, residual_scale, block, level, run)
     else:
@@ -236,13 +259,10 @@ def _tail(
         vectors = running(unit, image.dtype, residual_scale, run)
         output = Output(vectors, None if skip is None else nhwc(skip), y2, vectors2, form.relu)
         return _End(conv_fprop(z, unit, output=output, run=run).image, [vectors, *others], [], None, [])
-    y, rows, vectors = conv_bn(z, unit, residual_scale, level, run)
-    del z
-    n, _, h, w = y.shape
-    shortcut = None if skip is None else to_rows(skip)
-    ends = {"keep_signs": save and form.relu, "relu": form.relu}
-    out, signs = bn_act(rows, vectors, skip=shortcut, y2=rows2, vectors2=vectors2, **ends, run=run)
-    return _End(to_image(out, n, h, w), [vectors, *others], [rows] if y2 is None else [rows, rows2], signs, [])
+    ends = {"skip": None if skip is None else to_rows(skip), "y2": rows2, "vectors2": vectors2}
+    ends |= {"keep_signs": save and form.relu, "relu": form.relu}
+    rows, vectors, out, signs = conv_bn_act(z, unit, residual_scale, level, run, **ends)
+    return _End(out, [vectors, *others], [rows] if y2 is None else [rows, rows2], signs, [])
 
 
 def _moment_tail(

@@ -6,9 +6,9 @@ it; a new level adds neither an argument nor an output. The backward's own deriv
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fused_res.block.forward import Saved, forward
 from fused_res.block.held import copy_of, kept_of
 from fused_res.block.levels import Level
 from fused_res.block.packing import tensor_fields, unpack
+from fused_res.block.prepared import Moved, Prepared
 from fused_res.block.through_reference import reference_gradients, second_gradients
 from fused_res.layout import as_parameter, empty_like_parameter, in_layout, is_channels_last, memory_format
 from fused_res.primitives.bn_act import sign_bytes
@@ -110,26 +111,50 @@ def _run(x, skip, residual_scale, block, save, level, backend, narrow):
     return output_in_layout(out, x, block, narrow), saved
 
 
-def _forward_as_called(x, skip, residual_scale, block, tensors, save, call, settle, moved):
-    """`_run` of a call that is not watched, by its program, to which belongs what `settle` writes, unless that is unusual."""
-    buffers, momenta = moved
-    plain = _are_usual(buffers, momenta, call.momenta)
+class Called(NamedTuple):
+    """A call that is not watched, on its way through autograd.
 
-    def schedule(x, skip, residual_scale, *_):
-        out, saved = _run(x, skip, residual_scale, block, save, call.level, call.backend, call.narrow)
-        if plain:
-            settle(saved)
+    settle: called once with what was saved. Where it can be, it is before autograd packs that: a checkpoint without reentry stops
+    its recompute there, and eager's BNs have moved their statistics by then. moved: what it writes to.
+    """
+
+    call: Prepared
+    block: Block
+    save: bool
+    settle: Callable[[list[Tensor]], None]
+    moved: Moved
+
+    def _key(self, inputs: Sequence[Tensor | None]) -> tuple[bool, tuple]:
+        """Whether its program has what `settle` writes in it, unless that is unusual, and the program's key."""
+        buffers, momenta = self.moved
+        plain = _are_usual(buffers, momenta, self.call.momenta)
+        return plain, (self.save, plain and momenta, *_circumstances(inputs[0].device, inputs))
+
+    def program(self, x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, tensors: Sequence[Tensor]) -> Callable | None:
+        """What has been recorded of such calls, with all that they write to in it; None if nothing has been."""
+        plain, key = self._key((x, skip, residual_scale, *tensors, *self.moved.buffers))
+        return program.recorded(self.call.programs, key) if plain else None
+
+    def forward(
+        self, x: Tensor, skip: Tensor | None, residual_scale: Tensor | None, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`_run` by its program, below autograd."""
+        call, inputs = self.call, (x, skip, residual_scale, *tensors, *self.moved.buffers)
+        plain, key = self._key(inputs)
+
+        def schedule(x, skip, residual_scale, *_):
+            out, saved = _run(x, skip, residual_scale, self.block, self.save, call.level, call.backend, call.narrow)
+            if plain:
+                self.settle(saved)
+            return out, saved
+
+        with no_autocast(x.device.type):
+            out, saved = program.run(call.programs, key, schedule, inputs, call.backend)
+        if not plain:
+            self.settle(saved)
+        elif self.moved.buffers:
+            torch.autograd.graph.increment_version(self.moved.buffers)
         return out, saved
-
-    inputs = x, skip, residual_scale, *tensors, *buffers
-    key = save, plain and momenta, *_circumstances(x.device, inputs)
-    with no_autocast(x.device.type):
-        out, saved = program.run(call.programs, key, schedule, inputs, call.backend)
-    if not plain:
-        settle(saved)
-    elif buffers:
-        torch.autograd.graph.increment_version(buffers)
-    return out, saved
 
 
 _MOST_MOMENTA = 4
@@ -222,6 +247,11 @@ def _run_backward(dout, x, residual_scale, tensors, saved, spec, eps, needs, lev
     return found
 
 
+def _backward_key(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
+    # How kernels read sign bits, which come last where there are any, depends on where they lie.
+    return tuple(needs), inputs[-1].data_ptr() % 16, *_circumstances(inputs[1].device, inputs)
+
+
 def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
     """`_backward`, gradients of vectors not apart, of a call that is not watched, by its program."""
 
@@ -231,10 +261,8 @@ def _backward_as_called(call, dout, x, residual_scale, tensors, saved, spec, eps
 
     numbers = spec, eps, needs
     inputs = dout, x, residual_scale, *tensors, *saved
-    # How kernels read sign bits, which come last where there are any, depends on where they lie.
-    key = tuple(needs), saved[-1].data_ptr() % 16, *_circumstances(x.device, inputs)
     with no_autocast(x.device.type):
-        return program.run(call.programs, key, schedule, inputs, call.backend)
+        return program.run(call.programs, _backward_key(inputs, needs), schedule, inputs, call.backend)
 
 
 def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, level, backend):
@@ -249,12 +277,11 @@ def _backward_fake(dout, x, residual_scale, tensors, saved, spec, eps, needs, le
     return found
 
 
-def _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend):
+def _keep(ctx, kept, x, residual_scale, tensors, saved, eps, level, backend):
     # Without this, autograd makes a tensor of zeros for each output, also for those whose gradient nobody reads.
     ctx.set_materialize_grads(False)
     # Running statistics are not kept: the next forward may write to them, and the backward reads `vectors` instead.
     scales = () if residual_scale is None else (residual_scale,)
-    kept = kept_of(tuple(spec), bool(scales))
     ctx.held = kept, scales != (), [tensors[i] for i in kept.biases], copy_of(kept, tensors)
     ctx.rest = eps, level, backend
     ctx.save_for_backward(x, *scales, *[tensors[i] for i in kept.saved], *saved)
@@ -295,7 +322,8 @@ def _save_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(*saved)
     ctx.save = save
     if save:
-        _keep(ctx, x, residual_scale, tensors, saved, spec, eps, level, backend)
+        kept = kept_of(tuple(spec), residual_scale is not None)
+        _keep(ctx, kept, x, residual_scale, tensors, saved, eps, level, backend)
 
 
 def refuse_gradient(operator: str) -> NoReturn:
@@ -365,33 +393,48 @@ class _Direct(internals.Function):
     """The operator without its registration, in which lists of tensors are taken apart and put together at every layer."""
 
     @staticmethod
-    def forward(ctx, block, call, found, settle, moved, x, skip, residual_scale, *tensors):
-        out, saved = _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, True, call, settle, moved)
-        ctx.call = call
-        _keep(ctx, x, residual_scale, tensors, saved, call.spec, call.eps, call.level, call.backend)
+    def forward(ctx, called, found, x, skip, residual_scale, *tensors):
+        out, saved = _below_autograd(called.forward, x, skip, residual_scale, tensors)
+        call = called.call
+        ctx.call, ctx.again = call, None if isinstance(called, Called) else called
+        _keep(ctx, call.kept, x, residual_scale, tensors, saved, call.eps, call.level, call.backend)
         found += saved
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        call = functools.partial(_below_autograd, _backward_as_called, ctx.call)
-        if torch.is_grad_enabled() or is_watched((dout,)):
-            call = torch.ops.fused_res.block_backward.default
-        *found, of_tensors = _gradients(ctx, dout, *ctx.needs_input_grad[5:8], ctx.needs_input_grad[8:], call)
-        return None, None, None, None, None, *found, *of_tensors
+        again, inputs, needs = ctx.again, None, ctx.needs_input_grad
+        watched = torch.is_grad_enabled() or is_watched((dout,))
+        if again is not None and not watched and dout is not None and not internals.is_dual():
+            x, residual_scale, tensors, saved = _kept(ctx, 0)
+            inputs = dout, x, residual_scale, *tensors, *saved
+            gradients = again.backward(needs, inputs)
+            if gradients is not None:
+                return None, None, *gradients
+        call = torch.ops.fused_res.block_backward.default
+        if not watched:
+            call = functools.partial(_below_autograd, _backward_as_called, ctx.call)
+        *found, of_tensors = _gradients(ctx, dout, *needs[2:5], needs[5:], call)
+        gradients = *found, *of_tensors
+        if inputs is not None:
+            asked = [*needs[2:5], *(needs[5 + i] for i in ctx.held[0].indices)]
+            recorded = program.recorded(ctx.call.programs, _backward_key(inputs, asked))
+            if recorded is not None:
+                again.keep_backward(needs, inputs, recorded, gradients)
+        return None, None, *gradients
 
 
-def block_forward(x, skip, residual_scale, block, tensors, call, save, settle, moved):
+def block_forward(called, x, skip, residual_scale, tensors):
     """The operator `fused_res::block_forward` on the block's tensors and the numbers of its call; directly where nobody watches.
 
-    `settle` is called once with what was saved. Where it can be, it is before autograd packs that: a checkpoint without reentry
-    stops its recompute there, and eager's BNs have moved their statistics by then. moved: what it writes to.
+    called: a `Called`, or a `fused_res.again.Again`, which has the same method.
     """
-    if save and not call.watched:
-        saved: list[Tensor] = []
-        return _Direct.call((block, call, saved, settle, moved), (x, skip, residual_scale, *tensors)), saved
+    call = called.call
     if call.watched:
-        out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, save, call.level, call.backend)
-        settle(saved)
+        out, saved = _operator(x, skip, residual_scale, tensors, call.spec, call.eps, called.save, call.level, call.backend)
+        called.settle(saved)
         return out, saved
-    return _below_autograd(_forward_as_called, x, skip, residual_scale, block, tensors, False, call, settle, moved)
+    if called.save:
+        saved: list[Tensor] = []
+        return _Direct.call((called, saved), (x, skip, residual_scale, *tensors)), saved
+    return _below_autograd(called.forward, x, skip, residual_scale, tensors)

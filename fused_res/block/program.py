@@ -213,8 +213,17 @@ def run(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Tensor 
     program = programs.get(key)
     if program is None:
         return _record(programs, key, schedule, inputs, backend)
-    if program is _NEVER:
-        return schedule(*inputs)
+    return schedule(*inputs) if program is _NEVER else replay(program, inputs)
+
+
+def recorded(programs: dict, key: tuple) -> Callable | None:
+    """What was recorded under this key, or None where nothing was, or could be."""
+    program = programs.get(key)
+    return None if program is _NEVER else program
+
+
+def replay(program: Callable, inputs: Sequence[Tensor | None]) -> object:
+    """What was recorded, with other tensors: on their GPU."""
     if not inputs[0].is_cuda:
         return program(*inputs)
     with torch.cuda.device_of(inputs[0]):

@@ -73,8 +73,17 @@ def bn_act(
         `out` [P, C] in y's dtype, and `signs` (uint8 [P, ceil(C / 8)], see `pack_signs`) or None. A bit is set where
         `not (out <= 0)`, so that NaN passes the gradient, as in `torch.relu`. NaN in gives NaN out.
     """
-    check_rows("y", y)
+    check_bn_act(y, skip, y2, vectors2, keep_signs, relu)
     check("vectors", vectors, (5, y.shape[1]), statistics_dtype(y.dtype), y.device)
+    kernel = run.find("bn_act", y.device) or plain
+    if relu:
+        return kernel(y, vectors, skip, y2, vectors2, keep_signs)
+    return kernel(y, vectors, skip, y2, vectors2, False, False)
+
+
+def check_bn_act(y: Tensor, skip: Tensor | None, y2: Tensor | None, vectors2: Tensor | None, keep_signs: bool, relu: bool) -> None:
+    """Raises ValueError or TypeError for arguments of `bn_act` that do not fit y."""
+    check_rows("y", y)
     if skip is not None and y2 is not None:
         raise ValueError("skip: expected either skip or y2, got both")
     for name, other in (("skip", skip), ("y2", y2)):
@@ -83,10 +92,6 @@ def bn_act(
     if (y2 is None) != (vectors2 is None):
         raise ValueError("vectors2: expected together with y2")
     if vectors2 is not None:
-        check("vectors2", vectors2, vectors.shape, vectors.dtype, y.device)
-    kernel = run.find("bn_act", y.device) or plain
-    if relu:
-        return kernel(y, vectors, skip, y2, vectors2, keep_signs)
-    if keep_signs:
+        check("vectors2", vectors2, (5, y.shape[1]), statistics_dtype(y.dtype), y.device)
+    if keep_signs and not relu:
         raise ValueError("keep_signs: expected False without a ReLU")
-    return kernel(y, vectors, skip, y2, vectors2, False, False)

@@ -44,7 +44,7 @@ def who(unit: ConvBN, place: Place, run: Run) -> Choice:
     why = kernels.declined("conv_bn_act", unit, n * down * right)
     if why is not None:
         return Choice(False, why=why)
-    if not place.relu:
+    if not (place.relu or unit.is_pointwise()):
         return Choice(False, why="no ReLU")
     asked = settings.convolutions()
     if asked == "library":
@@ -84,14 +84,14 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
     check("vectors", vectors, (5, unit.weight.shape[0]), statistics_dtype(unit.weight.dtype), unit.weight.device)
     found = way(unit, place, run)
     if found == "own":
-        return run.find("conv_bn_act", unit.weight.device)(unit, vectors)
+        return run.find("conv_bn_act", unit.weight.device)(unit, vectors, place.relu)
     if found == "fused":
         return library.fused(unit, vectors, place.shape, place.relu, place.spare)
     steps = {"stride": unit.stride, "padding": unit.padding, "dilation": unit.dilation, "groups": unit.groups}
     if found == "product":
         kernel = run.find("conv_bn_act", unit.weight.device)
-        if kernel is not None and place.relu and not unit.is_pointwise():
-            return products.over_windows(ConvBN(unit.weight, **steps), lambda inner: kernel(inner, vectors), run)
+        if kernel is not None and not unit.is_pointwise():
+            return products.over_windows(ConvBN(unit.weight, **steps), lambda inner: kernel(inner, vectors, place.relu), run)
         weight, shift = library.folded(unit, vectors)
         return products.conv_bn_act(ConvBN(weight, **steps), shift, place.relu, run)
     kept = ConvBN(unit.weight.clone(), **steps)

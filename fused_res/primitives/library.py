@@ -44,6 +44,19 @@ def wgrad(dy: Tensor, x: Tensor, unit: ConvBN) -> Tensor:
     return _backward(dy, x, unit, of_x=False)
 
 
+_MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
+"""The bits of it as a whole number. Those of the numbers below 0 are less, and those of every NaN with that sign are more."""
+
+
+def _relu_(y: Tensor) -> Tensor:
+    """ReLU in place; NaN stays NaN. In 16 bits by whole numbers: torch's own goes by float32 and took three times as long."""
+    least = _MINUS_INFINITY.get(y.dtype)
+    if least is None:
+        return y.relu_()
+    torch.threshold_(y.view(torch.int16), least, 0)
+    return y
+
+
 def fuses(dtype: torch.dtype) -> bool:
     """Whether oneDNN's convolution is here that adds a shift and a shortcut, and this CPU has what it needs for the dtype."""
     return internals.fused_convolution() is not None and (dtype == torch.float32 or internals.has_mkldnn(dtype))
@@ -70,7 +83,7 @@ def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spa
                 skip = skip.clone()
             y = onto(skip, x, *last) if spare or one_pixel else added(x, skip, *last)
         y = nhwc(y)
-        return y.relu_() if relu else y
+        return _relu_(y) if relu else y
 
     return Step(step, (weight, shift))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_res import internals
-from fused_res.layout import to_image, to_rows
+from fused_res.layout import nhwc, to_image, to_rows
 from fused_res.primitives.im2col import col2im, im2col, windows_reader
 from fused_res.primitives.run import Run
 from fused_res.primitives.step import Step
@@ -129,8 +129,12 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def unfolded_fprop(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
-    """`conv_fprop` of any ungrouped convolution."""
-    y = torch.mm(im2col(x, unit, run=run), _by_tap(unit.weight).t())
+    """`conv_fprop` of any ungrouped convolution whose weight is channels_last."""
+    own = run.find_joined("unfolded_fprop", x.device)
+    if own is None:
+        y = torch.mm(im2col(x, unit, run=run), _by_tap(unit.weight).t())
+    else:
+        y = own(x, unit.weight, *unit.stride, *unit.padding, *unit.dilation)
     return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
 
 
@@ -164,13 +168,20 @@ def over_windows(unit: ConvBN, make: Callable[[ConvBN], Step], run: Run) -> Step
 
 
 def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
-    """`conv_dgrad` of any ungrouped convolution."""
-    return col2im(torch.mm(to_rows(dy), _by_tap(unit.weight)), like.shape[2:], unit, run=run)
+    """`conv_dgrad` of any ungrouped convolution whose weight is channels_last, not in 16 bits."""
+    own = run.find_joined("folded_dgrad", dy.device)
+    if own is None:
+        return col2im(torch.mm(to_rows(dy), _by_tap(unit.weight)), like.shape[2:], unit, run=run)
+    dx = own(nhwc(dy), unit.weight, *like.shape[2:], *unit.stride, *unit.padding, *unit.dilation)
+    return dx.permute(0, 3, 1, 2)
 
 
 def unfolded_wgrad(dy: Tensor, x: Tensor, unit: ConvBN, run: Run) -> Tensor:
     """`conv_wgrad` of any ungrouped convolution; the result is channels_last. As many images at a time as `_WINDOWS` holds."""
     out, channels, *kernel = unit.weight.shape
+    own = run.find_joined("unfolded_wgrad", dy.device)
+    if own is not None:
+        return own(nhwc(dy), x, *kernel, *unit.stride, *unit.padding, *unit.dilation, _WINDOWS).permute(0, 3, 1, 2)
     pixels, rows = dy.shape[2] * dy.shape[3], to_rows(dy)
     images = max(1, _WINDOWS // (pixels * unit.weight[0].numel() * x.itemsize))
     dweight = None
