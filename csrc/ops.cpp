@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
   m.def(
       "unfolded_wgrad(Tensor dy, Tensor x, int height, int width, int down, int right, int pad_down, int pad_right, "
       "int dilation_down, int dilation_right, int bytes) -> Tensor");
+  m.def(
+      "unfolded_bn_act(Tensor x, Tensor panels, int channels, int height, int width, int down, int right, int "
+      "pad_down, "
+      "int pad_right, int dilation_down, int dilation_right, Tensor vectors, Tensor? skip, bool relu) -> Tensor");
   m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
   m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
   m.def(

@@ -88,13 +88,14 @@ def unfolded():
     x, dy, weight = (
         torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in ((2, K, 4, 5), (2, C, 2, 6), (C, K, 3, 2))
     )
-    steps = [2, 1, 1, 1, 1, 1]
+    steps, panels = [2, 1, 1, 1, 1, 1], torch.ops.fused_res.pointwise_prepare(torch.randn(C, 6 * K))
     return {
         "im2col": [torch.randn(2, 4, 5, K), 3, 2, *steps],
         "col2im": [torch.randn(24, 6 * K), 4, 5, 3, 2, *steps],
         "unfolded_fprop": [x, weight, *steps],
         "folded_dgrad": [dy, weight, 4, 5, *steps],
         "unfolded_wgrad": [dy, x, 3, 2, *steps, 1],
+        "unfolded_bn_act": [x, panels, C, 3, 2, *steps, torch.rand(5, C), torch.randn(24, C), True],
     }
 
 

@@ -48,6 +48,8 @@ Tensor pointwise_prepare(const Tensor& weight) {
   return packed(weight, true);
 }
 
+}  // namespace
+
 // relu(scale * y + shift [+ skip]), or that without the ReLU, rows [P, K], on panels that were prepared.
 Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t down, int64_t right,
                         const Tensor& vectors, const OptionalTensor& skip, bool relu) {
@@ -70,6 +72,8 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels,
                elements * arithmetic_size(x));
   return out;
 }
+
+namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("pointwise_tail", TORCH_BOX(&pointwise_tail));

@@ -139,4 +139,7 @@ inline Tensor packed(const Tensor& matrix, bool transposed, bool negative = fals
   return to;
 }
 
+Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t down, int64_t right,
+                        const Tensor& vectors, const OptionalTensor& skip, bool relu);
+
 }  // namespace fused_res::cpu

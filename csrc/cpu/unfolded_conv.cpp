@@ -160,10 +160,26 @@ Tensor wgrad(const Tensor& dy, const Tensor& x, int64_t height, int64_t width, i
   return dweight;
 }
 
+// relu(scale * y + shift [+ skip]), or that without the ReLU, [P, K], on panels of the weight as [K, R*S*C].
+Tensor bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t height, int64_t width, int64_t down,
+              int64_t right, int64_t pad_down, int64_t pad_right, int64_t dilation_down, int64_t dilation_right,
+              const Tensor& vectors, const OptionalTensor& skip, bool relu) {
+  check_channels_last("x", x);
+  const Windows w = windows_of(x.size(0), x.size(1), x.size(2), x.size(3), height, width,
+                               {down, right, pad_down, pad_right, dilation_down, dilation_right});
+  const int64_t pixels = w.images * w.each(), depth = w.taps() * w.channels;
+  const Unfolded windows(x, pixels, depth);
+  unfold(w, data(x), x.element_size(), windows.get());
+  const Tensor rows = torch::stable::from_blob(windows.get(), {1, 1, pixels, depth},
+                                               {pixels * depth, pixels * depth, depth, 1}, x.device(), x.scalar_type());
+  return pointwise_bn_act(rows, panels, channels, 1, 1, vectors, skip, relu);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
   m.impl("unfolded_fprop", TORCH_BOX(&fprop));
   m.impl("folded_dgrad", TORCH_BOX(&dgrad));
   m.impl("unfolded_wgrad", TORCH_BOX(&wgrad));
+  m.impl("unfolded_bn_act", TORCH_BOX(&bn_act));
 }
 
 }  // namespace

@@ -294,3 +294,17 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, relu: bool) -> Step:
         return to_image(out, n, -(-h // down), -(-w // right))
 
     return Step(step, (prepared, vectors))
+
+
+def unfolded_bn_act(unit: ConvBN, vectors: Tensor, relu: bool) -> Step:
+    """`conv_bn_act` of any ungrouped convolution, as a 1x1 one over its windows."""
+    prepared = torch.ops.fused_res.pointwise_prepare.default(unit.weight.permute(0, 2, 3, 1).flatten(1).contiguous())
+    channels, _, *kernel = unit.weight.shape
+    numbers = channels, *kernel, *unit.stride, *unit.padding, *unit.dilation
+    call = torch.ops.fused_res.unfolded_bn_act.default
+
+    def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        out = call(nhwc(x), prepared, *numbers, vectors, _rows(skip), relu)
+        return to_image(out, x.shape[0], *unit.output_size(*x.shape[2:]))
+
+    return Step(step, (prepared, vectors))

@@ -37,6 +37,7 @@ _CALLS = (
     "pointwise_tail_backward_finalize",
     "pointwise_tail_backward_apply",
     "conv_bn_act",
+    "unfolded_bn_act",
     *_CONVOLUTIONS,
 )
 # Which CPUs have beside them, called as they are.
@@ -69,6 +70,7 @@ _FUNCTIONAL = (
     "winograd_bn_act",
     "pointwise_prepare",
     "pointwise_bn_act",
+    "unfolded_bn_act",
 )
 # Of those that have no CPU kernels.
 _FUNCTIONAL_ON_GPU = ("moments_finalize_direct", "scaled_weight", "pointwise_tail_backward_finalize_direct")

@@ -89,9 +89,9 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
         return library.fused(unit, vectors, place.shape, place.relu, place.spare)
     steps = {"stride": unit.stride, "padding": unit.padding, "dilation": unit.dilation, "groups": unit.groups}
     if found == "product":
-        kernel = run.find("conv_bn_act", unit.weight.device)
-        if kernel is not None and not unit.is_pointwise():
-            return products.over_windows(ConvBN(unit.weight, **steps), lambda inner: kernel(inner, vectors, place.relu), run)
+        kernel = run.find("unfolded_bn_act", unit.weight.device)
+        if kernel is not None:
+            return kernel(ConvBN(unit.weight, **steps), vectors, place.relu)
         weight, shift = library.folded(unit, vectors)
         return products.conv_bn_act(ConvBN(weight, **steps), shift, place.relu, run)
     kept = ConvBN(unit.weight.clone(), **steps)

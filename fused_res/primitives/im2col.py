@@ -1,6 +1,6 @@
 """`im2col` and `col2im`: the windows of an image that a convolution reads, and the image that windows add up to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +51,8 @@ def im2col(x: Tensor, unit: ConvBN, *, run: Run) -> Tensor:
     Returns:
         [N*H'*W', R*S*C] in x's dtype: its product with the weight as [R*S*C, K] is the convolution's output.
     """
-    return windows_reader(unit, run=run)(x)
-
-
-def windows_reader(unit: ConvBN, *, run: Run) -> Callable[[Tensor], Tensor]:
-    """`im2col` of images for one unit, on the device of its weight."""
-    kernel, geometry = run.find("im2col", unit.weight.device) or plain_im2col, _geometry(unit)
-    return lambda x: kernel(x.permute(0, 2, 3, 1), *geometry)
+    kernel = run.find("im2col", x.device) or plain_im2col
+    return kernel(x.permute(0, 2, 3, 1), *_geometry(unit))
 
 
 def col2im(windows: Tensor, size: Sequence[int], unit: ConvBN, *, run: Run) -> Tensor:

@@ -5,14 +5,13 @@ and round once, as convolutions do.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fused_res import internals
 from fused_res.layout import nhwc, to_image, to_rows
-from fused_res.primitives.im2col import col2im, im2col, windows_reader
+from fused_res.primitives.im2col import col2im, im2col
 from fused_res.primitives.run import Run
 from fused_res.primitives.step import Step
 from fused_res.spec import ConvBN
@@ -149,22 +148,6 @@ def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Step:
         return to_image(y.relu_() if relu else y, x.shape[0], *unit.output_size(*x.shape[2:]))
 
     return Step(step, (shift, matrix))
-
-
-def over_windows(unit: ConvBN, make: Callable[[ConvBN], Step], run: Run) -> Step:
-    """`conv_bn_act` of any ungrouped convolution as a 1x1 one over its windows.
-
-    make: returns that step for a unit whose kernel is 1x1.
-    """
-    matrix = _by_tap(unit.weight)
-    inner = make(ConvBN(matrix.view(*matrix.shape, 1, 1)))
-    read = windows_reader(unit, run=run)
-
-    def step(x: Tensor, skip: Tensor | None) -> Tensor:
-        n, _, height, width = x.shape
-        return inner.call(to_image(read(x), n, *unit.output_size(height, width)), skip)
-
-    return Step(step, inner.tensors)
 
 
 def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
