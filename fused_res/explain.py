@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fused_res import planner
 from fused_res.block.casting import with_dtype
-from fused_res.block.dry_run import by_formula, convolutions, saved_bytes
+from fused_res.block.dry_run import by_formula, convolutions, saved_bytes, steps
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
 from fused_res.fusible import Fusible
 from fused_res.fusing import find
 from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
-from fused_res.primitives.choice import choose
+from fused_res.primitives.choice import StepCall, choose, has_step, settled_step
 from fused_res.primitives.conv_bn_act import who
 from fused_res.primitives.run import of
 from fused_res.reading import child
@@ -54,7 +54,8 @@ class Row:
     forward and, in training, in a backward to everything. `measured`: whether tuning found the level. `decided`: who gave it,
     "forced" by `use_backend` or `fuse`, "measured", "shipped" (a plan that came with the package), "model" or "rule".
 
-    `formulas`: on a GPU, the steps beside convolutions for which `native` has no kernel, each with the reason.
+    `formulas`: on a GPU, the steps beside convolutions for which `native` has no kernel, each with the reason. `lent`: the steps of
+    the moment form that a kernel of another backend runs, which it names, and why.
 
     `saved_bytes` and `eager_saved_bytes`: what this call would keep for a backward to everything, without parameters and output,
     fused and through the child modules; None where it runs unfused or in evaluation mode.
@@ -75,6 +76,7 @@ class Row:
     eager_saved_bytes: int | None = None
     decided: str | None = None
     formulas: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()
 
     def who_convolves(self) -> str:
         """For each unit, in order: "own", "library", the name of the backend that lends the kernel, how many of its directions are
@@ -118,7 +120,7 @@ class Explanation:
             what = (row.name or "(self)", row.block, "x".join(map(str, row.shape)), row.dtype)
             level = f"{row.level} ({row.decided})" if row.decided in _SAID else row.level or "-"
             saved = "-" if row.saved_bytes is None else f"{row.saved_bytes / 1e6:.1f}/{row.eager_saved_bytes / 1e6:.1f} MB"
-            why = "; ".join([*([row.reason] if row.reason else []), *row.formulas])
+            why = "; ".join([*([row.reason] if row.reason else []), *row.formulas, *row.lent])
             lines.append((*what, row.backend, level, row.who_convolves(), row.shortcut, saved, why))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -148,9 +150,25 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     who = planner.RULE if compiled else planner.who_decided(x, parts, level=block._fused_res_level)
     measured = who == planner.MEASURED
     saved = saved_bytes(x, block._scale(), parts, level, block.frozen()) if block.training else (None, None)
-    steps = by_formula(x, block._scale(), parts, level, backend, block.training)
-    formulas = tuple(f"{step}: {why}" for step, why in steps.items())
-    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved, who, formulas)
+    arguments = x, block._scale(), parts, level, backend, block.training
+    formulas = tuple(f"{step}: {why}" for step, why in by_formula(*arguments).items())
+    lent = _lent(steps(*arguments))
+    return Row(*what, backend, level, shortcut.kind, units, tuple(run), shortcut.reason, measured, *saved, who, formulas, lent)
+
+
+def _lent(calls: list[StepCall]) -> tuple[str, ...]:
+    """The steps that others' kernels run, each with the backends' names, how many of its calls these run, and why."""
+    found: dict[str, Counter] = {}
+    for call in calls:
+        choice = settled_step(call) if has_step(call) else None
+        found.setdefault(call.primitive, Counter())[(choice.lender, choice.why) if choice is not None else ("", "")] += 1
+    words = []
+    for step, counted in found.items():
+        for (lender, why), count in counted.items():
+            if lender:
+                some = "" if count == counted.total() else f" {count} of {counted.total()}"
+                words.append(f"{step}: {lender}{some} ({why})")
+    return tuple(words)
 
 
 def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> tuple[Convolution, ...]:

@@ -17,8 +17,9 @@ pixels) -> str | None`: why its convolution of that kind does not run this unit 
 step beside convolutions runs by its plain formula; without it, `explain` says nothing of them. `pays(primitive, unit, pixels) ->
 bool`: whether, with something fused into it, it is faster than the library's and the passes that it leaves; without it, it is
 taken to be. `tiles(primitive, weight, pixels, operands)`: the tiles of its convolution that are worth trying and that the
-weight's device can run, and `tile(*numbers)`: one of them from its numbers. `lends(device) -> bool`: whether its convolutions,
-which must then be torch operators, are tried beside another backend's when that one's are tuned; without it, they are not.
+weight's device can run, and `tile(*numbers)`: one of them from its numbers. `lends(device) -> bool`: whether its convolutions and
+its steps of the moment form that multiply, which must then be torch operators, are tried beside another backend's when that one's
+are tuned; without it, they are not.
 """
 
 import functools
@@ -64,7 +65,7 @@ def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def lenders(name: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The backends whose convolutions are tried beside those of this one."""
+    """The backends whose convolutions and steps are tried beside those of this one."""
     lending = [other for other in NAMES if other != name and getattr(load(other), "lends", lambda device: False)(device)]
     return [other for other in lending if supports(other, device, dtype) is None]
 

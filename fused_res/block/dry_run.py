@@ -10,7 +10,7 @@ from fused_res import backends
 from fused_res.block.backward import Gradients, backward
 from fused_res.block.forward import Saved, forward
 from fused_res.block.packing import pack, unpack
-from fused_res.primitives.choice import Call
+from fused_res.primitives.choice import Call, StepCall
 from fused_res.primitives.run import Recording
 from fused_res.spec import FORMS, Block, ConvBN
 
@@ -66,6 +66,15 @@ def convolutions(x: Tensor, residual_scale: Tensor | None, block: Block, level: 
     units = {id(unit.weight): i for i, unit in enumerate(bare.units())}
     numbered = ((units[id(call.unit.weight)], call) for call in run.calls)
     return [Asked(i, call._replace(unit=call.unit._replace(weight=block.units()[i].weight))) for i, call in numbered]
+
+
+def steps(x: Tensor, residual_scale: Tensor | None, block: Block, level: str, backend: str, training: bool) -> list[StepCall]:
+    """The steps of the moment form that backends lend each other, of the same forward and backward, in order.
+
+    Arguments: as of `convolutions`. The calls' operands have no data; their device is x's.
+    """
+    run, _ = _recorded(x, residual_scale, block, level, backend, training)
+    return [call._replace(device=x.device) for call in run.step_calls]
 
 
 # Primitives that the plain formulas of others ask for, and their kernels do without.

@@ -1,10 +1,11 @@
 """Who runs a convolution: the library (cuDNN; oneDNN or MKL on a CPU), or the backend's own kernel, with which tile; or, where that
-was measured to be the fastest, one that another backend lends.
+was measured to be the fastest, one that another backend lends. Likewise who runs a step of the moment form that multiplies.
 
 The backend's own kernel runs what has something fused into it, where the backend says that this pays, and the library the rest.
 What was tuned stands: the own kernel runs what it was measured to be right and faster at, as `fused_res.plans` knows, and under
 FUSED_RES_TUNE=1 nothing else. FUSED_RES_CONVOLUTIONS=library leaves all to the library, FUSED_RES_CONVOLUTIONS=own leaves to the
-kernel whatever has something fused into it.
+kernel whatever has something fused into it. A step of the moment form is the backend's own unless another one's was measured to be
+right and faster.
 """
 
 from collections.abc import Callable
@@ -51,6 +52,39 @@ class Call(NamedTuple):
         return (self.primitive, self.backend, *where, tuple(weight.shape), *shapes, *steps, self.fused)
 
 
+STEPS = ("moments", "pointwise_tail", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply")
+"""The steps of the moment form that multiply, which backends lend each other as they do convolutions."""
+
+
+class StepCall(NamedTuple):
+    """One of `STEPS` that a backend is asked for: `operands` are the arguments of its kernel's launcher, `device` and `dtype` those
+    of the image that it reads.
+    """
+
+    primitive: str
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    operands: tuple
+
+    def key(self) -> tuple:
+        """What a choice depends on: shapes, dtype, what there is of operands, and torch's own switches."""
+        operands = list(self.operands)
+        if self.primitive == "pointwise_tail_backward_apply":
+            operands[4] = None  # g A, which is there or not as whoever ran the step before has kernels for it
+        where = self.device, self.dtype, *switches(self.device)
+        return (self.primitive, self.backend, *where, *map(_described, operands))
+
+
+def _described(operand: object) -> object:
+    """Shapes and numbers in place of tensors."""
+    if isinstance(operand, Tensor):
+        return tuple(operand.shape)
+    if hasattr(operand, "image"):
+        return tuple(operand.image.shape), operand.kind, tuple(operand.stride)
+    return tuple(map(_described, operand)) if isinstance(operand, tuple) else operand
+
+
 def switches(device: torch.device) -> tuple:
     """torch's switches that change what its convolutions do, or how long they take."""
     library = torch.backends.cudnn if device.type == "cuda" else torch.backends.mkldnn
@@ -83,6 +117,31 @@ def lent_kernels(call: Call) -> dict[str, Callable]:
     lenders = backends.lenders(call.backend, weight.device, weight.dtype)
     lent = {name: own_kernel(call._replace(backend=name))[0] for name in lenders}
     return {name: kernel for name, kernel in lent.items() if kernel is not None}
+
+
+def lent_step(call: StepCall, name: str) -> Callable | None:
+    """The kernel of the backend `name` for the step, or None where it has none, or runs its plain formula."""
+    backend = backends.load(name)
+    formula = getattr(backend, "formula", None)
+    declined = None if formula is None else formula(call.primitive, call.device, call.dtype)
+    return backend.find(call.primitive, call.device) if declined is None else None
+
+
+def has_step(call: StepCall) -> bool:
+    """Whether the backend has a kernel of its own for the step."""
+    return call.backend != backends.LIBRARY and backends.load(call.backend).find(call.primitive, call.device) is not None
+
+
+def lent_steps(call: StepCall) -> list[str]:
+    """The other backends that lend a kernel for the step; none where the backend has no kernel of its own."""
+    if not has_step(call):
+        return []
+    return [name for name in backends.lenders(*call[1:4]) if lent_step(call, name) is not None]
+
+
+def settled_step(call: StepCall) -> Choice:
+    """The choice for a step that the backend's own kernel can run: that one, or a lender's."""
+    return plans.ask(call.key(), Choice(True)) if plans.remembers() else Choice(True)
 
 
 def choose(call: Call) -> Choice:

@@ -50,7 +50,7 @@ def moments(z: Activation, *, run: Run) -> Moments:
     """
     if z.pixels < 1:
         raise ValueError("z: expected at least one row, got none")
-    own = run.find("moments", z.image.device) if z.pixels > FEW else None
+    own = run.step("moments", z.image, z) if z.pixels > FEW else None
     return Moments(*(plain(z, run) if own is None else own(z)))
 
 

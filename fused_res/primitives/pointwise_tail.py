@@ -75,7 +75,7 @@ def pointwise_tail(main: Pointwise, shortcut: Joined, *, keep_signs: bool = Fals
             raise ValueError(f"{name}: expected {(n, channels, h, w)} of {image.dtype}, got {got}")
     if shortcut.projection is not None and shortcut.projection.z.pixels != main.z.pixels:
         raise ValueError(f"projection: expected {main.z.pixels} pixels, got {shortcut.projection.z.pixels}")
-    own = run.find("pointwise_tail", main.weight.device)
+    own = run.step("pointwise_tail", image, main, shortcut, keep_signs)
     out, signs = plain(main, shortcut, keep_signs, run) if own is None else own(main, shortcut, keep_signs)
     if signs is not None:
         check("signs", signs, (main.z.pixels, sign_bytes(channels)), torch.uint8, image.device)

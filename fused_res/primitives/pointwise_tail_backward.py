@@ -91,10 +91,9 @@ def pointwise_tail_backward_reduce(
     Returns:
         `Sums`. Sums over tiles are float32 or better within a tile and float64 across tiles.
     """
-    own = run.find("pointwise_tail_backward_reduce", dout.device) if z.pixels > FEW else None
-    if own is None:
-        return Sums(*plain_reduce(dout, signs, z, mean, run))
-    return Sums(*own(dout, signs, z, mean, scaled))
+    operands = dout, signs, z, mean, scaled
+    own = run.step("pointwise_tail_backward_reduce", dout, *operands) if z.pixels > FEW else None
+    return Sums(*(plain_reduce(dout, signs, z, mean, run) if own is None else own(*operands)))
 
 
 def plain_finalize(
@@ -233,7 +232,6 @@ def pointwise_tail_backward_apply(
         if into.shape != z.image.shape or not into.is_contiguous(memory_format=torch.channels_last):
             got = f"strides {into.stride()} for shape {tuple(into.shape)}"
             raise ValueError(f"into: expected a channels_last image of shape {tuple(z.image.shape)}, got {got}")
-    own = run.find("pointwise_tail_backward_apply", dout.device) if z.pixels > FEW else None
-    if own is None:
-        return plain_apply(dout, signs, z, scaled, gradients, inner, into, run)
-    return Inflow(*own(dout, signs, z, scaled, through, gradients, inner, into))
+    operands = dout, signs, z, scaled, through, gradients, inner, into
+    own = run.step("pointwise_tail_backward_apply", dout, *operands) if z.pixels > FEW else None
+    return plain_apply(dout, signs, z, scaled, gradients, inner, into, run) if own is None else Inflow(*own(*operands))

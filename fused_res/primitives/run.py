@@ -4,9 +4,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fused_res import backends
-from fused_res.primitives.choice import Call, Choice, own_kernel, settled
+from fused_res.primitives.choice import Call, Choice, StepCall, lent_step, own_kernel, settled, settled_step
 from fused_res.spec import ConvBN
 
 
@@ -49,12 +50,34 @@ class Run:
                 raise RuntimeError(f"{primitive}: was to be run by backend {choice.lender!r}, which has {why}")
         return kernel if choice.config is None else functools.partial(kernel, config=choice.config)
 
+    def step(self, primitive: str, image: Tensor, *operands: object) -> Callable | None:
+        """As `find`, of one of `fused_res.primitives.choice.STEPS`, which another backend may have been measured to be faster at.
+
+        Args:
+            image: what the step reads.
+            operands: the arguments of the kernel's launcher.
+        """
+        own = self.find(primitive, image.device)
+        if own is None:
+            return None
+        call = StepCall(primitive, self.backend, image.device, image.dtype, operands)
+        lender = self._choice_of_step(call).lender
+        if not lender:
+            return own
+        kernel = lent_step(call, lender)
+        if kernel is None:
+            raise RuntimeError(f"{primitive}: was to be run by backend {lender!r}, which has no kernel")
+        return kernel
+
     def library(self) -> "Run":
         """The same with the library's convolutions."""
         return _with_library(self.backend)
 
     def _choice(self, call: Call) -> Choice:
         return settled(call)
+
+    def _choice_of_step(self, call: StepCall) -> Choice:
+        return settled_step(call)
 
 
 of = functools.cache(Run)
@@ -78,7 +101,7 @@ _with_library = functools.cache(_Library)
 
 
 class Fixed(Run):
-    """One choice for every convolution that the backend's own kernel can run: what is being tried."""
+    """One choice for every convolution, and every step that is lent, that the backend's own kernel can run: what is being tried."""
 
     def __init__(self, backend: str, choice: Choice) -> None:
         super().__init__(backend)
@@ -87,17 +110,23 @@ class Fixed(Run):
     def _choice(self, call: Call) -> Choice:
         return self._fixed
 
+    def _choice_of_step(self, call: StepCall) -> Choice:
+        return self._fixed
+
 
 class Recording(Run):
     """By plain formulas, so that tensors without data will do; what is asked for is noted.
 
-    `calls` are the convolutions, `steps` the names of the other primitives, those inside of plain formulas too, in order.
+    `calls` are the convolutions, `steps` the names of the other primitives, those inside of plain formulas too, in order, and
+    `step_calls` those of them that backends lend each other.
     """
 
-    def __init__(self, backend: str, calls: list[Call] | None = None, steps: list[str] | None = None) -> None:
+    def __init__(self, backend: str, like: "Recording | None" = None) -> None:
+        """like: one whose lists this one goes on with."""
         super().__init__(backend)
-        self.calls: list[Call] = [] if calls is None else calls
-        self.steps: list[str] = [] if steps is None else steps
+        self.calls: list[Call] = [] if like is None else like.calls
+        self.steps: list[str] = [] if like is None else like.steps
+        self.step_calls: list[StepCall] = [] if like is None else like.step_calls
 
     def find(self, primitive: str, device: torch.device) -> None:
         self.steps.append(primitive)
@@ -108,5 +137,9 @@ class Recording(Run):
     def convolution(self, primitive: str, unit: ConvBN, *operands: object) -> None:
         self.calls.append(Call(primitive, self.backend, unit, operands))
 
+    def step(self, primitive: str, image: Tensor, *operands: object) -> None:
+        self.find(primitive, image.device)
+        self.step_calls.append(StepCall(primitive, self.backend, image.device, image.dtype, operands))
+
     def library(self) -> "Recording":
-        return Recording(backends.LIBRARY, self.calls, self.steps)
+        return Recording(backends.LIBRARY, self)

@@ -16,7 +16,7 @@ from fused_res.primitives.choice import Call, Choice, lent_kernels
 from fused_res.primitives.conv_dgrad import Inflow, conv_dgrad
 from fused_res.primitives.conv_fprop import Convolved, conv_fprop
 from fused_res.primitives.conv_wgrad import conv_wgrad
-from fused_res.primitives.operands import Gradient
+from fused_res.primitives.operands import Activation, Gradient
 from fused_res.primitives.run import Fixed, of
 from fused_res.tuning import synthetic
 from fused_res.tuning.trials import INPUTS, Candidate, Measure, Verdict, hold
@@ -52,16 +52,19 @@ def comparable(call: Call, found: Convolved | Inflow | Tensor) -> list[Tensor]:
         pixels = image.numel() // image.shape[1]
         vectors = bn_finalize(found.partials, found.rows, pixels, None, None, 1e-5, run=of(backends.LIBRARY))
         return [image, vectors[0], vectors[1]]
-    if isinstance(found, Inflow):
-        if found.partials is None:
-            return [found.image]
-        if found.masked:
-            return [found.image, *found.partials.sum(0)]
-        image, inner = nhwc(found.image), call.operands[2]
-        n, _, h, w = image.shape
-        g = masked(to_rows(image), to_rows(inner.image), inner.vectors, None)
-        return [to_image(g.to(image.dtype), n, h, w), *found.partials.sum(0)]
-    return [found]
+    return comparable_inflow(found, call.operands[2]) if isinstance(found, Inflow) else [found]
+
+
+def comparable_inflow(found: Inflow, inner: Activation | None) -> list[Tensor]:
+    """Likewise of a gradient. inner: the activation whose ReLU is to mask it."""
+    if found.partials is None:
+        return [found.image]
+    if found.masked:
+        return [found.image, *found.partials.sum(0)]
+    image = nhwc(found.image)
+    n, _, h, w = image.shape
+    g = masked(to_rows(image), to_rows(inner.image), inner.vectors, None)
+    return [to_image(g.to(image.dtype), n, h, w), *found.partials.sum(0)]
 
 
 def truth(call: Call) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Random operands for a convolution, and random blocks, of given shapes: what candidates are tried on.
+"""Random operands for a convolution or a step, and random blocks, of given shapes: what candidates are tried on.
 
 No pre-activation of an inner ReLU is near 0, so that its signs are the same in every precision: what is then compared are the
-convolutions. A ReLU that is closed in a draw with an even seed is open in one with an odd seed, so that it hides nothing in both.
+products. A ReLU that is closed in a draw with an even seed is open in one with an odd seed, so that it hides nothing in both.
 Nothing is drawn from torch's global generators.
 """
 
@@ -77,7 +77,8 @@ def clear(image: Tensor, vectors: Tensor, open_: Tensor | None = None) -> Tensor
     return nhwc(torch.where(wanted == total, image, ((wanted - shift) / scale).to(image.dtype)))
 
 
-def _activation(draw: Draw, like: Activation) -> Activation:
+def activation(draw: Draw, like: Activation) -> Activation:
+    """A random one of the same shape and dtypes."""
     shape, dtype = tuple(like.image.shape), like.image.dtype
     image = draw.image(shape, dtype)
     if like.vectors is None:
@@ -114,7 +115,7 @@ def _addend(draw: Draw, like: Addend) -> Addend:
     return Addend(draw.image(tuple(like.image.shape), like.image.dtype), signs, like.stride)
 
 
-_KINDS: dict[type, Callable] = {Activation: _activation, Gradient: _gradient, Output: _output, Addend: _addend}
+_KINDS: dict[type, Callable] = {Activation: activation, Gradient: _gradient, Output: _output, Addend: _addend}
 
 
 def operands(call: Call, device: torch.device, seed: int) -> Call:
@@ -147,6 +148,11 @@ def adverse_operands(call: Call) -> Call:
     return call._replace(operands=tuple(spoil(operand) for operand in call.operands))
 
 
+def renewed(operand: Activation | Gradient) -> Activation | Gradient:
+    """The operand with nothing computed yet, on the same tensors."""
+    return replace(operand, _values=None)
+
+
 def anew(call: Call, dtype: torch.dtype | None = None) -> Call:
     """The call with operands that have computed nothing yet, on the same tensors, or on these in another dtype."""
 
@@ -155,8 +161,7 @@ def anew(call: Call, dtype: torch.dtype | None = None) -> Call:
 
     def renew(operand: object) -> object:
         if isinstance(operand, (Activation, Gradient)):
-            fields = {name: cast(value) for name, value in vars(operand).items() if name != "_values"}
-            return replace(operand, **fields, _values=None)
+            return renewed(replace(operand, **{name: cast(value) for name, value in vars(operand).items()}))
         if isinstance(operand, (Output, Addend)):
             return type(operand)(*map(cast, operand))
         return cast(operand)

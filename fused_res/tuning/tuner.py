@@ -1,8 +1,9 @@
 """Tuning: at the first call of a block, with FUSED_RES_TUNE=1, its convolutions and its levels are tried, and the fastest stand.
 
 Each convolution that some level asks for is tried as the library's, as the backend's own, with every tile, and as other backends
-lend it; then the levels are, with those choices. Candidates run on random data of the block's shapes and have to be right before
-they are timed (`fused_res.tuning.trials`). What is found is kept between processes (`fused_res.tuning.files`).
+lend it, and each step of the moment form that multiplies as the backend's own and as others lend it; then the levels are, with
+those choices. Candidates run on random data of the block's shapes and have to be right before they are timed
+(`fused_res.tuning.trials`). What is found is kept between processes (`fused_res.tuning.files`).
 
 Nothing is tried while torch.compile or torch.export trace, on tensors without data, or while a CUDA graph is captured: what
 stands then is what was found before, or the default. A recompute finds what its forward found.
@@ -19,13 +20,12 @@ import torch
 
 from fused_res import backends, environment, plans, settings
 from fused_res.backends import native
-from fused_res.block.dry_run import convolutions
-from fused_res.block.levels import LEVELS
+from fused_res.block import dry_run
+from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry
 from fused_res.internals import has_dispatch_modes
-from fused_res.primitives.choice import Call, Choice, own_kernel, switches
-from fused_res.tuning import synthetic, trials
-from fused_res.tuning.convolutions import shares, try_both, try_convolution, variants
+from fused_res.primitives.choice import STEPS, Call, Choice, StepCall, lent_steps, own_kernel, switches
+from fused_res.tuning import convolutions, steps, synthetic, trials
 from fused_res.tuning.files import PlanFiles, any_kept, warn_once
 from fused_res.tuning.levels import try_levels
 
@@ -54,7 +54,7 @@ def level(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geom
 
 
 def convolutions_at(level: str, backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> None:
-    """Try the convolutions of a level that was asked for."""
+    """Try the convolutions and steps of a level that was asked for."""
     plans.remember_by(recall)
     with _lock:
         if can_try(device, dtype, geometry):
@@ -72,14 +72,14 @@ def can_try(device: torch.device, dtype: torch.dtype, geometry: Geometry) -> boo
 
 
 def recall(key: tuple) -> Choice | None:
-    """The choice that was found for a convolution before, by its `Call.key()`."""
+    """The choice that was found for a convolution or a step before, by its key."""
     files, text = _files(key[2]), _text(key)
     value = _value(files, text)
     try:
         if value is None:
             return None
         own, config, lender = value["own"], value["config"], value.get("lender", "")
-        if not isinstance(own, bool):
+        if not isinstance(own, bool) or (key[0] in STEPS and not own):
             raise TypeError(f"own is {own!r}")
         if lender and lender not in backends.lenders(key[1], key[2], key[3]):
             raise ValueError(f"{lender!r} lends no kernels here")
@@ -116,13 +116,13 @@ class Piece(NamedTuple):
 def pieces(
     backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry, level: str | None = None
 ) -> tuple[list[Piece], Piece | None]:
-    """The trials of a block's convolutions that nobody has made, at one level or at all, and that of its levels.
+    """The trials of a block's convolutions and steps that nobody has made, at one level or at all, and that of its levels.
 
     The latter means something once the former have been made; there is none where a level is given. `can_try` must hold.
     """
     plans.remember_by(recall)
     levels = LEVELS[1:] if level is None else [level]
-    found = _guarded(lambda: _convolution_pieces(levels, backend, device, dtype, geometry), device) or []
+    found = _guarded(lambda: _product_pieces(levels, backend, device, dtype, geometry), device) or []
 
     def work() -> bool:
         return _guarded(lambda: _try_levels(backend, device, dtype, geometry), device) is not None
@@ -133,7 +133,7 @@ def pieces(
 
 def _tune(backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry) -> str | None:
     def work() -> str:
-        for piece in _convolution_pieces(LEVELS[1:], backend, device, dtype, geometry):
+        for piece in _product_pieces(LEVELS[1:], backend, device, dtype, geometry):
             piece.work()
         return _try_levels(backend, device, dtype, geometry)
 
@@ -149,22 +149,18 @@ def _try_levels(backend: str, device: torch.device, dtype: torch.dtype, geometry
     return found
 
 
-def _convolution_pieces(
+def _product_pieces(
     levels: list[str] | tuple[str, ...], backend: str, device: torch.device, dtype: torch.dtype, geometry: Geometry
 ) -> list[Piece]:
-    if settings.convolutions() != "auto":
-        return []
+    """Those of all that multiplies: convolutions and steps of the moment form."""
     block, x = synthetic.block(geometry, dtype, device, 0)
-    groups: dict[tuple, tuple[Call, ...]] = {}
+    groups: dict[tuple, Group] = {}
     for name in levels:
-        asked = [c.call for c in convolutions(x, None, block, name, backend, geometry.training)]
-        taken = False
-        for call, following in zip(asked, [*asked[1:], None], strict=True):
-            group = (call, following) if shares(call, following) else (call,)
-            if not taken:
-                for alike in zip(*map(variants, group), strict=True):
-                    groups.setdefault(tuple(one.key() for one in alike), alike)
-            taken = len(group) == 2
+        arguments = x, None, block, name, backend, geometry.training
+        if settings.convolutions() == "auto":
+            _join(groups, [c.call for c in dry_run.convolutions(*arguments)], convolutions.shares, convolutions.variants)
+        if Level.of(name, block).moment_main:
+            _join(groups, dry_run.steps(*arguments), steps.shares, lambda call: [call])
     del block, x
     found, settled = [], set()
     for keys, group in groups.items():
@@ -177,25 +173,45 @@ def _convolution_pieces(
     return found
 
 
-def _is_open(call: Call, key: tuple) -> bool:
-    return own_kernel(call)[0] is not None and plans.decided(key) is None and recall(key) is None
+Group = tuple[Call, ...] | tuple[StepCall, ...]
+"""What is tried together: one call, or two in the order in which they run."""
 
 
-def _piece(group: tuple[Call, ...], keys: tuple[tuple, ...], device: torch.device) -> Piece:
-    def work() -> bool:
-        def trial() -> bool:
-            made = try_both(*group, device, measure) if len(group) == 2 else [try_convolution(group[0], device, measure)]
-            for key, (choice, verdict) in zip(keys, made, strict=True):
-                plans.decide(key, choice)
-                config = None if choice.config is None else list(choice.config)
-                value = {"own": choice.own, "config": config, "lender": choice.lender}
-                _keep(_files(device), _text(key), value, verdict)
-            return True
+def _join(groups: dict[tuple, Group], asked: list, shares: Callable, variants: Callable) -> None:
+    """Add calls, by their keys, those that share something in twos."""
+    taken = False
+    for call, following in zip(asked, [*asked[1:], None], strict=True):
+        group = (call, following) if shares(call, following) else (call,)
+        if not taken:
+            for alike in zip(*map(variants, group), strict=True):
+                groups.setdefault(tuple(one.key() for one in alike), alike)
+        taken = len(group) == 2
 
-        return _guarded(trial, device) is not None
 
-    weight = group[0].unit.weight
-    return Piece(f"{' and '.join(call.primitive for call in group)} of {'x'.join(map(str, weight.shape))}", work)
+def _is_open(call: Call | StepCall, key: tuple) -> bool:
+    able = bool(lent_steps(call)) if isinstance(call, StepCall) else own_kernel(call)[0] is not None
+    return able and plans.decided(key) is None and recall(key) is None
+
+
+def _piece(group: Group, keys: tuple[tuple, ...], device: torch.device) -> Piece:
+    of_steps = isinstance(group[0], StepCall)
+
+    def trial() -> list[tuple[Choice, trials.Verdict]]:
+        if len(group) == 2:
+            return (steps if of_steps else convolutions).try_both(*group, device, measure)
+        return [(steps.try_step if of_steps else convolutions.try_convolution)(group[0], device, measure)]
+
+    def keep() -> bool:
+        for key, (choice, verdict) in zip(keys, trial(), strict=True):
+            plans.decide(key, choice)
+            config = None if choice.config is None else list(choice.config)
+            value = {"own": choice.own, "config": config, "lender": choice.lender}
+            _keep(_files(device), _text(key), value, verdict)
+        return True
+
+    names = " and ".join(call.primitive for call in group)
+    label = names if of_steps else f"{names} of {'x'.join(map(str, group[0].unit.weight.shape))}"
+    return Piece(label, lambda: _guarded(keep, device) is not None)
 
 
 def _guarded(work: Callable, device: torch.device) -> object | None:
