@@ -174,13 +174,11 @@ def test_what_is_not_pointwise():
     assert not products.folded(y[:1].bfloat16(), ConvBN(three.bfloat16().contiguous(memory_format=LAST)))
 
 
-@pytest.mark.parametrize(("capability", "taken"), [("AVX2", True), ("AVX512", False)])
-def test_strided_gradients_of_many_pixels(capability, taken, monkeypatch):
+def test_strided_gradients_of_many_pixels():
     supported(torch.float32)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     x, dy = torch.randn(2, 6, 16, 16), torch.randn(2, 4, 8, 8)
     unit = ConvBN(torch.randn(4, 6, 3, 3), stride=(2, 2), padding=(1, 1))
-    assert products.unfolded_backward(dy, x, unit) is taken
+    assert products.unfolded_backward(dy, x, unit)
     assert not products.unfolded_backward(torch.randn(2, 4, 16, 16), x, unit._replace(stride=(1, 1)))
     assert not products.unfolded_backward(dy.double(), x.double(), unit)
 
