@@ -8,7 +8,7 @@ changes of each. The values of tensors, their shapes and dtypes are not part of 
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -36,15 +36,24 @@ class _Kept(Generic[T]):
         self.hooks = list(chain.from_iterable(map(_hooks, map(vars, self.children))))
         spaces = list(map(vars, modules))
         self.dicts = [*spaces, *chain.from_iterable(map(_held, spaces))]
-        self.versions = list(map(dict_version, self.dicts))
+        self.versions, self.contents = list(map(dict_version, self.dicts)), _contents(self.dicts)
 
     def holds(self) -> bool:
-        return (
-            list(map(dict_version, self.dicts)) == self.versions
-            and list(map(type, self.children)) == self.types
-            and not any(self.hooks)
-            and all(kind.forward is forward for kind, forward in self.forwards)
-        )
+        if any(self.hooks) or list(map(type, self.children)) != self.types:
+            return False
+        versions = list(map(dict_version, self.dicts))
+        if versions != self.versions:
+            # Something was taken away and put back, perhaps, as `fully_shard` does with parameters at every call.
+            now = _contents(self.dicts)
+            if len(now) != len(self.contents) or not all(map(is_, now, self.contents)):
+                return False
+            self.versions = versions
+        return all(kind.forward is forward for kind, forward in self.forwards)
+
+
+def _contents(dicts: Sequence[dict]) -> list[object]:
+    """Keys and values of all of them."""
+    return list(chain.from_iterable(chain.from_iterable(map(dict.items, dicts))))
 
 
 _kept: dict[int, _Kept] = {}

@@ -110,6 +110,19 @@ def test_a_change_between_two_calls_is_followed_and_then_kept():
     assert standing.last(block) is not None
 
 
+def test_what_is_put_back_as_it_was_is_no_change():
+    block, x = block_of(), torch.randn(2, 4, 6, 5)
+    block(x)
+    first, weight, statistics = standing.last(block), block.conv1.weight, block.bn1.running_mean
+    block.conv1.weight, block.bn1.running_mean = scaled(block.conv1), torch.ones(6)
+    block.conv1.weight, block.bn1.running_mean = weight, statistics
+    block.train()
+    assert standing.last(block) is first
+    del block.conv1.weight  # and comes back behind the bias
+    block.conv1.weight = weight
+    assert standing.last(block) is None
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -67,8 +67,8 @@ def unfolded_backward(dy: Tensor, x: Tensor, unit: ConvBN) -> bool:
     """Whether the gradient of the weight is taken as one product with the windows of x, and that runs here.
 
     Where the pixels are at most twice the output channels: then the windows are of the size of the weight, which the library
-    passes over several times. And of every strided convolution in float32: for ResNet's at batch 1 to 32 the library took 1.7 to 2.2
-    times as long with AVX2, and 0.97 to 14 times with AVX-512, on one thread.
+    passes over several times. And of every strided convolution in float32: for ResNet's at batch 1 to 32, on one thread, the
+    library took 1.7 to 2.2 times as long with AVX2, and 0.97 to 14 times with AVX-512.
     """
     n, channels, height, width = dy.shape
     slow = unit.is_strided() and x.dtype == torch.float32
