@@ -188,8 +188,9 @@ def problems(row: Row, compiled, variant) -> Iterator[str]:
     if row.shared > SHARED[row.arch]:
         yield f"shared memory: {row.shared} bytes of {SHARED[row.arch]}"
     apart = (1, 4, 8) if variant.matrix else (1,)  # sign bytes; per-channel vectors, of which a thread may want few
-    for kind, sizes, wide in (("loads", row.loads, variant.loads), ("stores", row.stores, variant.stores)):
-        narrow = {size: count for size, count in sizes.items() if size < 16 and size not in apart}
+    single = 3 * ("REACH" in variant.launch.constants)  # `pivot` reads three rows before the loop, one element a thread
+    for kind, sizes, wide, few in (("loads", row.loads, variant.loads, single), ("stores", row.stores, variant.stores, 0)):
+        narrow = {size: count for size, count in sizes.items() if size < 16 and size not in apart and count > few}
         if wide and (narrow or not any(size >= 16 for size in sizes)):
             yield f"narrow {kind}: bytes x instructions {sizes}"
     if variant.matrix and not row.matrix and "ieee" not in variant.launch.constants.values():

@@ -21,6 +21,7 @@ from fused_res.kernels.device import (
     locate,
     locate_signs,
     offset,
+    places,
     store_vectors,
     through_bn,
     unpack,
@@ -53,7 +54,7 @@ def bn_act_backward_reduce_kernel(
     scale * y + shift. y2 and vectors2 may be None. partials: [T, 2 or 3, C], float32.
     """
     C = aligned(C, ALIGN)
-    t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
+    t, row, c, _ = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)
     p = tl.arange(0, BLOCK_P)
 
@@ -64,15 +65,15 @@ def bn_act_backward_reduce_kernel(
         scale, shift = load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :]
     else:
         # Bytes are too narrow for asynchronous copies: they are fetched one block ahead.
-        S, b, at_signs = locate_signs(C, BLOCK_P, BLOCK_C)
+        S, b, _ = locate_signs(C, BLOCK_P, BLOCK_C)
         signs += offset(row, S)
-        ahead = tl.load(signs + at_signs, mask=within(p, left, b, S), other=0)
+        ahead = tl.load(signs + places(p, left, b, S), mask=within(p, left, b, S), other=0)
     if y2 is not None:
         mean2 = load_row(vectors2, MEAN, C, c)[None, :]
         sum_y2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     start, step = offset(row, C), BLOCK_P * C
     for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        mask = within(p, left - first, c, C)
+        at, mask = places(p, left - first, c, C), within(p, left - first, c, C)
         g = load_rows(dout + start, at, mask)
         value = load_rows(y + start, at, mask)
         if signs is None:
@@ -80,7 +81,8 @@ def bn_act_backward_reduce_kernel(
         else:
             opened = unpack(ahead, BLOCK_P, BLOCK_C)
             following = first + BLOCK_P
-            ahead = tl.load(signs + offset(following, S) + at_signs, mask=within(p, left - following, b, S), other=0)
+            at_signs, there = places(p, left - following, b, S), within(p, left - following, b, S)
+            ahead = tl.load(signs + offset(following, S) + at_signs, mask=there, other=0)
         g = tl.where(opened, g, 0.0)
         sum_g += g
         sum_y += g * (value - mean)
@@ -240,10 +242,10 @@ def bn_act_backward_apply_kernel(
     g = tl.where(opened, g, 0.0)
     if masked is not None:
         tl.store(masked + start + at, g.to(masked.dtype.element_ty), mask=mask)
-    result = through_bn(g, value, coefficients, C, c, TRAINING)
+    result = through_bn(g, value, coefficients, C, c, c < C, TRAINING)
     tl.store(dy + start + at, result.to(dy.dtype.element_ty), mask=mask)
     if y2 is not None:
-        result = through_bn(g, value2, coefficients2, C, c, TRAINING2)
+        result = through_bn(g, value2, coefficients2, C, c, c < C, TRAINING2)
         tl.store(dy2 + start + at, result.to(dy2.dtype.element_ty), mask=mask)
 
 

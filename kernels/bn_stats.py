@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, meta, variant
-from fused_res.kernels.device import aligned, load_rows, locate, offset, within
+from fused_res.kernels.device import aligned, load_rows, locate, offset, places, within
 from fused_res.kernels.launching import launch_tiles
 from fused_res.kernels.tiling import STAGES, row_tiles, tile
 
@@ -22,7 +22,7 @@ def bn_stats_kernel(
     y: [P, C]. partials: [T, 2, C], float32.
     """
     C = aligned(C, ALIGN)
-    t, row, c, at = locate(C, rows, BLOCK_P, BLOCK_C)
+    t, row, c, _ = locate(C, rows, BLOCK_P, BLOCK_C)
     left = tl.minimum(P - row, rows).to(tl.int32)
     p = tl.arange(0, BLOCK_P)
 
@@ -37,7 +37,7 @@ def bn_stats_kernel(
     n = 0.0
     values = y + offset(row, C)
     for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        delta = load_rows(values, at, within(p, left - first, c, C))
+        delta = load_rows(values, places(p, left - first, c, C), within(p, left - first, c, C))
         if WIDE:
             delta -= pivot[None, :]
         delta -= mean

@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_dense, check_image, geometry, gradient, sign_word, taps_first
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient, meta_tiles
-from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting, is_even
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
 from fused_res.kernels.device import aligned, first_row, load_rows, store_gradient
 from fused_res.kernels.implicit_gemm import decode, implicit_gemm, load_signs
 from fused_res.kernels.launching import launch
@@ -57,10 +57,11 @@ def conv_dgrad_kernel(
     DOWN: tl.constexpr,
     RIGHT: tl.constexpr,
     ADDEND_WORD: tl.constexpr,
-    EVEN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     ALIGN_C: tl.constexpr,
     ALIGN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,7 +76,7 @@ def conv_dgrad_kernel(
     [N * H' * W', ceil(K / 8)], uint8. dx, y: [N, H, W, C]. addend: an `Addition` to every DOWN-th line's every RIGHT-th pixel, its
     image [N, h, w, C], its signs [N * h * w, ceil(C / 8)], uint8. vectors: [5, C], partials: [T, 2, C], float32; y, vectors and
     partials may be None together. P: pixels of one phase, padded to whole strides. step_h, step_w: from one tap of a phase to the
-    next. EVEN: all blocks are full, of a 1x1 convolution without a stride.
+    next. EVEN, FULL: as `conv_tiling.constants` says.
     """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(C, BLOCK_C)
@@ -94,7 +95,7 @@ def conv_dgrad_kernel(
     SCATTERED: tl.constexpr = DOWN != 1 or RIGHT != 1
     if POINTWISE:
         place, n, h, w = row + p, 0, 0, 0
-        source, i, j = place, p * 0, p * 0
+        origin, source, i, j = row, p, 0, 0
         if SCATTERED:
             n, h, w = decode(row, g.height, g.width, p)
     else:
@@ -104,16 +105,19 @@ def conv_dgrad_kernel(
         place = (n * g.height + h) * g.width + w
         i += (phase_h + g.padding_h - tap_h * g.dilation_h) // g.stride_h
         j += (phase_w + g.padding_w - tap_w * g.dilation_w) // g.stride_w
-        source = (n * g.out_height + i) * g.out_width + j
+        origin, source = 0, (n * g.out_height + i) * g.out_width + j
     acc = implicit_gemm(
         dy,
-        (source, i, j, valid),
+        (origin, source, i, j, valid),
         (g.out_height, g.out_width, K),
         (taps_h * taps_w, taps_w, -(step_h * g.dilation_h // g.stride_h), -(step_w * g.dilation_w // g.stride_w)),
-        (weight, tap_h * S + tap_w, step_h * S, step_w, C, R * S * C, 1, c, C),
+        (weight, tap_h * S + tap_w, step_h * S, step_w, C, R * S * C, 1, first, C),
         LIVE,
         WORD,
+        False,
+        POINTWISE,
         EVEN,
+        FULL,
         PRECISION,
         BLOCK_P,
         BLOCK_K,
@@ -134,7 +138,7 @@ def conv_dgrad_kernel(
             where = (n * tl.cdiv(g.height, DOWN) + h // DOWN) * tl.cdiv(g.width, RIGHT) + w // RIGHT
         more = load_rows(addend.image, (where * C)[:, None] + c[None, :], wanted)
         if addend.signs is not None:
-            more = tl.where(load_signs(addend.signs, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C), more, 0.0)
+            more = tl.where(load_signs(addend.signs, 0, where, first, met, C, ADDEND_WORD, BLOCK_P, BLOCK_C, FULL), more, 0.0)
         acc += more
     store_gradient(dx, acc, at, mask, y, vectors, partials, t, C, c)
 
@@ -177,9 +181,8 @@ def conv_dgrad(
         WORD=sign_word(source.signs, weight.shape[0], config.block_k),
         DOWN=down,
         RIGHT=right,
-        EVEN=is_even(unit, pixels, config),
         ADDEND_WORD=sign_word(addend.signs, channels, config.block_c),
-        **constants(config, unit),
+        **constants(config, unit, pixels),
     )
     return dx, partials, inner is not None
 

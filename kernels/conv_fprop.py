@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_res.kernels.ahead import Variant, meta, variant
 from fused_res.kernels.arguments import activation, check_dense, check_image, geometry, taps_first
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_tiles
-from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting, is_even
+from fused_res.kernels.conv_tiling import Config, configurations, constants, fitting
 from fused_res.kernels.device import (
     SCALE,
     SHIFT,
@@ -25,6 +25,7 @@ from fused_res.kernels.device import (
     offset,
     relu,
     sum_rows,
+    widen,
     within,
 )
 from fused_res.kernels.implicit_gemm import decode, implicit_gemm
@@ -56,10 +57,11 @@ def conv_fprop_kernel(
     C,
     K,
     RELU: tl.constexpr,
-    EVEN: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     ALIGN_C: tl.constexpr,
     ALIGN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,24 +78,27 @@ def conv_fprop_kernel(
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     across = tl.cdiv(K, BLOCK_K)
     t = tl.program_id(0) // across
-    k = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) % across * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
     p, row = tl.arange(0, BLOCK_P), first_row(t, BLOCK_P)
     left = tl.minimum(P - row, BLOCK_P).to(tl.int32)
-    if POINTWISE:
-        place, h, w = row + p, p * 0, p * 0
-    else:
+    origin, place, h, w = row, p, 0, 0
+    if not POINTWISE:
         n, h, w = decode(row, g.out_height, g.out_width, p)
         h, w = h * g.stride_h - g.padding_h, w * g.stride_w - g.padding_w
-        place = (n * g.height + h) * g.width + w
+        origin, place = 0, (n * g.height + h) * g.width + w
     acc = implicit_gemm(
         x,
-        (place, h, w, p < left),
+        (origin, place, h, w, p < left),
         (g.height, g.width, C),
         (R * S, S, g.dilation_h, g.dilation_w),
-        (weight, 0, S, 1, C, 1, R * S * C, k, K),
+        (weight, 0, S, 1, C, 1, R * S * C, first, K),
         False,
         8,
+        True,
+        POINTWISE,
         EVEN,
+        FULL,
         PRECISION,
         BLOCK_P,
         BLOCK_C,
@@ -115,7 +120,7 @@ def conv_fprop_kernel(
     else:
         # Of the values as they are stored.
         stored = apart(stored)
-        v = stored.to(tl.float32)
+        v = widen(stored)
         if EVEN:
             tl.store(y + start + apart(at), stored)
             mean = _sum(v, BLOCK_P, BLOCK_K) * (1 / BLOCK_P)
@@ -176,8 +181,7 @@ def conv_fprop(
         tiles * cdiv(channels_out, config.block_k),
         *(taps_first(weight), source, y, partials, *after, g, pixels, channels, channels_out),
         RELU=ends,
-        EVEN=is_even(unit, pixels, config),
-        **constants(config, unit),
+        **constants(config, unit, pixels),
     )
     return y, partials, config.block_p if statistics else 0
 

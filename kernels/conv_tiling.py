@@ -66,7 +66,11 @@ def configurations(
         else:  # parts of the pixels make up for few blocks
             config = Config(tile.depth, min(tile.rows, k), min(tile.columns, c), *tile[3:])
             programs, wide = PROGRAMS, tile.rows > k or tile.columns > c
-        fitted.setdefault(config, (tile.rows * tile.columns > area, wide, -min(programs, PROGRAMS)))
+        key = tile.rows * tile.columns > area, wide, -min(programs, PROGRAMS)
+        # What a larger tile comes to, of few channels, may be one of the table itself, and is judged as that; but for wgrad, where
+        # larger tiles compute less of what they read.
+        known = fitted.get(config, key)
+        fitted[config] = known if direction == "wgrad" else min(key, known)
     return sorted(fitted, key=fitted.get)
 
 
@@ -119,21 +123,19 @@ def fitting(direction: str, configs: list[Config], weight: Tensor, *operands: An
     return filter(fits, configs)
 
 
-def is_even(unit: ConvBN, pixels: int, config: Config) -> bool:
-    """Whether the convolution is a product of its input as it lies, all of whose blocks are full: nothing has to be masked."""
-    k, c = unit.weight.shape[:2]
-    return (
-        unit.is_pointwise() and not unit.is_strided() and pixels % config.block_p == k % config.block_k == c % config.block_c == 0
-    )
+def constants(config: Config, unit: ConvBN, pixels: int) -> dict[str, Any]:
+    """What the kernels of this convolution are compiled for; pixels: those that are cut into blocks.
 
-
-def constants(config: Config, unit: ConvBN) -> dict[str, Any]:
-    """What the kernels of this convolution are compiled for."""
+    FULL: channels fill their blocks. EVEN: pixels do so, too, of a product of the input as it lies: nothing has to be masked.
+    """
     k, c, r, s = unit.weight.shape
+    pointwise, full = unit.is_pointwise() and not unit.is_strided(), k % config.block_k == c % config.block_c == 0
     return {
         "R": r,
         "S": s,
-        "POINTWISE": unit.is_pointwise() and not unit.is_strided(),
+        "POINTWISE": pointwise,
+        "EVEN": pointwise and full and pixels % config.block_p == 0,
+        "FULL": full,
         "ALIGN_C": alignment(c),
         "ALIGN_K": alignment(k),
         "PRECISION": dot_precision(unit.weight),

@@ -36,6 +36,8 @@ def conv_wgrad_partial_kernel(
     R: tl.constexpr,
     S: tl.constexpr,
     POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     ALIGN_C: tl.constexpr,
     ALIGN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,7 +50,7 @@ def conv_wgrad_partial_kernel(
 
     partials: [T, K, R, S, C], float32. dy: a `Source`, whose images are [N, H', W', K], vectors [5, K], coefficients [7, K],
     float32, and signs [N * H' * W', ceil(K / 8)], uint8. x: a `Source`, its image [N, H, W, C], its vectors [5, C], float32, or
-    None. P: N * H' * W'.
+    None. P: N * H' * W'. EVEN, FULL: as `conv_tiling.constants` says.
     """
     C, K = aligned(C, ALIGN_C), aligned(K, ALIGN_K)
     blocks_c, blocks_k = tl.cdiv(C, BLOCK_C), tl.cdiv(K, BLOCK_K)
@@ -60,26 +62,28 @@ def conv_wgrad_partial_kernel(
 
     row, p = first_row(t, rows), tl.arange(0, BLOCK_P)
     left = tl.minimum(P - row, rows).to(tl.int32)
-    wide_c, wide_k = tl.cast(C, tl.int64), tl.cast(K, tl.int64)  # sizes of 1 are constants
     image = row // (g.out_height * g.out_width)
     start = (row - image * (g.out_height * g.out_width)).to(tl.int32)
     top, side = tap // S * g.dilation_h - g.padding_h, tap % S * g.dilation_w - g.padding_w
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for i in tl.range(0, tl.cdiv(left, BLOCK_P), num_stages=STAGES):
-        q = i * BLOCK_P + p
-        valid, place = q < left, row + q
-        inside, source = valid, place
+        first = i * BLOCK_P
+        valid, at = None, p
+        if not EVEN:
+            valid = first + p < left
+            at = tl.where(valid, p, 0)
+        inside, origin, source = valid, row + first, at
         if not POINTWISE:
-            images, h, w = decode(start + i * BLOCK_P, g.out_height, g.out_width, p)
+            images, h, w = decode(start + first, g.out_height, g.out_width, p)
             h, w = h * g.stride_h + top, w * g.stride_w + side
             inside = valid & (h.to(tl.uint32) < g.height) & (w.to(tl.uint32) < g.width)  # below 0 is far above
-            source = ((image + images) * g.height + h) * g.width + w
-        rows_k = read(dy, place, place * wide_k, valid, first_k, K, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_K)
-        rows_c = read(x, source, source * wide_c, inside, first_c, C, False, 8, PRECISION, BLOCK_P, BLOCK_C)
+            origin, source = 0, tl.where(inside, ((image + images) * g.height + h) * g.width + w, 0)
+        rows_k = read(dy, row + first, at, valid, first_k, K, False, LIVE, WORD, FULL, PRECISION, BLOCK_P, BLOCK_K)
+        rows_c = read(x, origin, source, inside, first_c, C, False, False, 8, FULL, PRECISION, BLOCK_P, BLOCK_C)
         acc = tl.dot(tl.trans(rows_k), rows_c, acc, input_precision=PRECISION)
 
     k, c = first_k + tl.arange(0, BLOCK_K), first_c + tl.arange(0, BLOCK_C)
-    at = ((t * wide_k + k) * (R * S) + tap) * wide_c
+    at = ((offset(t, K) + k) * (R * S) + tap) * C
     tl.store(partials + at[:, None] + c[None, :], acc, mask=(k < K)[:, None] & (c < C)[None, :])
 
 
@@ -149,7 +153,7 @@ def conv_wgrad(dy: Any, x: Any, unit: ConvBN, *, config: tuple | None = None) ->
         *(partials, left, right, g, rows, pixels, c, k),
         LIVE=left.coefficients is not None and dy.training,
         WORD=sign_word(left.signs, k, config.block_k),
-        **constants(config, unit),
+        **constants(config, unit, pixels),
     )
     dweight = torch.empty_like(weight)
     block_t = min(64, next_power_of_2(parts))

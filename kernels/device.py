@@ -58,6 +58,16 @@ def within(rows, P, columns, C):
 
 
 @triton.jit
+def places(p, left, c, C):
+    """Places of rows p and of the channels c, [rows, channels], of which those past row `left` or channel C stand for others.
+
+    A load that is masked has to point inside of its tensor all the same where a loop is pipelined: compilers have been seen to lose
+    the mask of such a copy (https://github.com/pytorch/pytorch/issues/186440).
+    """
+    return (tl.minimum(p, left - 1) * C)[:, None] + (c % C)[None, :]
+
+
+@triton.jit
 def affine(y, scale, shift):
     """scale * y + shift with one rounding, so that forward and backward take the same sign for every element."""
     return tl.fma(y, scale, shift)
@@ -71,8 +81,8 @@ def is_open(v):
 
 @triton.jit
 def relu(v):
-    """max(v, 0) that keeps NaN."""
-    return tl.where(v <= 0, 0.0, v)
+    """max(v, 0) that keeps NaN: one instruction, where a comparison and a choice are two."""
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -87,9 +97,21 @@ def narrow(v, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_where(pointers, mask):
+    """What lies there, and 0 where masked. mask: None where all of it counts, which saves an instruction for each element."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
 def load_row(vectors, row: tl.constexpr, C, c):
     """Row of a [rows, C] tensor of per-channel vectors, at the channels c; 0 past the last channel."""
     return tl.load(vectors + row * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def load_row_where(vectors, row: tl.constexpr, C, c, mask):
+    """The same, 0 where masked. mask: None where all channels c count."""
+    return load_where(vectors + row * C + c, mask)
 
 
 @triton.jit
@@ -100,21 +122,28 @@ def store_vectors(pointer, vectors, C, c):
 
 
 @triton.jit
-def load_where(pointers, mask):
-    """What lies there, and 0 where masked. mask: None where all of it counts, which saves an instruction for each element."""
-    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+def widen(v):
+    """v in float32.
+
+    bfloat16 is its upper half: said in integers, the upper one of two that lie in a register takes one instruction, where the
+    compiler's own conversion takes two.
+    """
+    if v.dtype == tl.bfloat16:
+        return (v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return v.to(tl.float32)
 
 
 @triton.jit
 def load_rows(pointer, at, mask):
     """A tile of activations in float32; 0 where masked. mask: as in `load_where`."""
-    return load_where(pointer + at, mask).to(tl.float32)
+    return widen(load_where(pointer + at, mask))
 
 
 @triton.jit
-def activate(v, vectors, C, c):
-    """relu(scale * v + shift), with the vectors of the channels c."""
-    return relu(affine(v, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :]))
+def activate(v, vectors, C, c, mask):
+    """relu(scale * v + shift), with the vectors of the channels c; 0 where v is 0 and they are masked. mask: None, or [C]."""
+    scale, shift = load_row_where(vectors, SCALE, C, c, mask), load_row_where(vectors, SHIFT, C, c, mask)
+    return relu(affine(v, scale[None, :], shift[None, :]))
 
 
 @triton.jit
@@ -123,17 +152,22 @@ def add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c):
     if skip is not None:
         v += load_rows(skip + start, at, mask)
     if y2 is not None:
-        scale, shift = load_row(vectors2, SCALE, C, c), load_row(vectors2, SHIFT, C, c)
+        there = None if mask is None else c < C
+        scale, shift = load_row_where(vectors2, SCALE, C, c, there), load_row_where(vectors2, SHIFT, C, c, there)
         v += affine(load_rows(y2 + start, at, mask), scale[None, :], shift[None, :])
     return v
 
 
 @triton.jit
-def through_bn(g, y, coefficients, C, c, LIVE: tl.constexpr):
-    """p * g + q * y + r, with the coefficients of the channels c; p * g where the statistics are no function of y."""
-    result = g * load_row(coefficients, ROW_P, C, c)[None, :]
+def through_bn(g, y, coefficients, C, c, mask, LIVE: tl.constexpr):
+    """p * g + q * y + r, with the coefficients of the channels c; p * g where the statistics are no function of y.
+
+    mask: of the channels, whose coefficients are then 0; None where all of them count.
+    """
+    result = g * load_row_where(coefficients, ROW_P, C, c, mask)[None, :]
     if LIVE:
-        result += tl.fma(y, load_row(coefficients, ROW_Q, C, c)[None, :], load_row(coefficients, ROW_R, C, c)[None, :])
+        q, r = load_row_where(coefficients, ROW_Q, C, c, mask), load_row_where(coefficients, ROW_R, C, c, mask)
+        result += tl.fma(y, q[None, :], r[None, :])
     return result
 
 
@@ -164,24 +198,28 @@ def store_gradient(pointer, gradient, at, mask, y, vectors, partials, t, C, c):
     if partials is None:
         tl.store(pointer + at, stored, mask=mask)
     else:
-        at = apart(at)
+        at, there = apart(at), None
         if mask is not None:
-            mask = apart(mask)
+            mask, there = apart(mask), c < C
         v = load_rows(y, at, mask)
-        scale, shift = load_row(vectors, SCALE, C, c), load_row(vectors, SHIFT, C, c)
-        g = tl.where(is_open(affine(v, scale[None, None, :], shift[None, None, :])), apart(stored).to(tl.float32), 0.0)
+        scale, shift = load_row_where(vectors, SCALE, C, c, there), load_row_where(vectors, SHIFT, C, c, there)
+        g = tl.where(is_open(affine(v, scale[None, None, :], shift[None, None, :])), widen(apart(stored)), 0.0)
         tl.store(pointer + at, g.to(pointer.dtype.element_ty), mask=mask)
         if mask is not None:
             g = tl.where(mask, g, 0.0)
-        moment = g * (v - load_row(vectors, MEAN, C, c)[None, None, :])
+        moment = g * (v - load_row_where(vectors, MEAN, C, c, there)[None, None, :])
         store_vectors(partials + offset(t * 2, C), (sum_rows(g), sum_rows(moment)), C, c)
 
 
 @triton.jit
-def pack(bits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Booleans [BLOCK_P, BLOCK_C] as sign bytes [BLOCK_P, BLOCK_C / 8], the first channel in the lowest bit."""
-    grouped = tl.reshape(bits.to(tl.int32), (BLOCK_P, BLOCK_C // 8, 8))
-    return tl.sum(grouped << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+def pack(bits, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WORD: tl.constexpr = 8):
+    """Booleans [BLOCK_P, BLOCK_C] as sign words [BLOCK_P, BLOCK_C / WORD] of 8 or 32 bits, the first channel in the lowest bit.
+
+    Threads put together what they have of a word before they exchange it: the longer the word, the fewer exchanges.
+    """
+    grouped = tl.reshape(bits.to(tl.uint32), (BLOCK_P, BLOCK_C // WORD, WORD))
+    words = tl.sum(grouped << tl.arange(0, WORD)[None, None, :], axis=2)
+    return words if WORD == 32 else words.to(tl.uint8)
 
 
 @triton.jit

@@ -7,7 +7,18 @@ over runs through the taps of the filter and the channels of the other side (fpr
 import triton
 import triton.language as tl
 
-from fused_res.kernels.device import SCALE, SHIFT, activate, affine, is_open, load_row, load_rows, load_where, narrow, through_bn
+from fused_res.kernels.device import (
+    SCALE,
+    SHIFT,
+    activate,
+    affine,
+    is_open,
+    load_row_where,
+    load_where,
+    narrow,
+    through_bn,
+    widen,
+)
 
 
 @triton.jit
@@ -38,64 +49,97 @@ def decode(first, H, W, p):
 
 
 @triton.jit
-def load_signs(signs, place, first, inside, C, WORD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sign bits [BLOCK_P, BLOCK_C] as booleans, of pixels `place` and channels from `first` on, in words of WORD bits.
+def load_signs(
+    signs,
+    row,
+    place,
+    first,
+    inside,
+    C,
+    WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr = False,
+):
+    """Sign bits [BLOCK_P, BLOCK_C] as booleans, of pixels row + place and channels from `first` on, in words of WORD bits.
 
-    inside: which of the pixels count; None where all of them and of the channels do.
+    inside: which of the pixels count; None where all do. FULL: all channels are there.
     """
     words = signs
     if WORD == 32:  # wide enough for asynchronous copies
         words = signs.to(tl.pointer_type(tl.uint32))
-    S = (C + WORD - 1) // WORD
-    b = first // WORD + tl.arange(0, BLOCK_C // WORD)
-    mask = None
+    S, b = (C + WORD - 1) // WORD, tl.arange(0, BLOCK_C // WORD)
+    start, mask = words + tl.cast(row, tl.int64) * S, None
     if inside is not None:
-        mask = inside[:, None] & (b < S)[None, :]
-    bits = load_where(words + place[:, None] * S + b[None, :], mask)
+        mask = inside[:, None]
+    if FULL:
+        start += first // WORD
+    else:
+        b += first // WORD
+        mask = mask & (b < S)[None, :]
+        b %= S
+    bits = load_where(start + ((place * S)[:, None] + b[None, :]), mask)
     grouped = (bits.to(tl.uint32)[:, :, None] >> tl.arange(0, WORD)[None, None, :]) & 1
     return tl.reshape(grouped, (BLOCK_P, BLOCK_C)) != 0
 
 
 @triton.jit
+def _pointers(image, start, at, c, ALONG: tl.constexpr):
+    """To elements of an image from `start` on, at [BLOCK_P, 1] and channels c, added in the order that `read` says."""
+    if ALONG:
+        return (image + start + at) + c[None, :]
+    return image + start + (at + c[None, :])
+
+
+@triton.jit
 def read(
     source,
+    row,
     place,
-    base,
     inside,
     first,
     C,
+    ALONG: tl.constexpr,
     LIVE: tl.constexpr,
     WORD: tl.constexpr,
+    FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The source [BLOCK_P, BLOCK_C] at pixels `place`, whose first channels lie at `base`, and at channels from `first` on.
+    """The source [BLOCK_P, BLOCK_C] at pixels row + place and at channels from `first` on.
 
     0 where not inside: padding comes after the ReLU, and behind the last pixel there is nothing. inside: None where every pixel
-    and channel is. LIVE: the gradient's BN used the batch's statistics; where not, y only gives signs.
+    is; there row + place is to be a pixel of the image all the same. FULL: all channels are there. LIVE: the gradient's BN used the
+    batch's statistics; where not, y only gives signs.
+
+    ALONG: a loop goes on along the channels, from the same pixels, and adds 32 bits to the pointers to these; otherwise it goes on
+    from pixel to pixel, and adds a row to the places of a block.
     """
-    c = first + tl.arange(0, BLOCK_C)
-    mask = None
+    c, mask = first + tl.arange(0, BLOCK_C), None
     if inside is not None:
-        mask = inside[:, None] & (c < C)[None, :]
-    at = base[:, None] + c[None, :]
-    value = load_where(source.image + at, mask)
+        mask = inside[:, None]
+    if not FULL:
+        mask = mask & (c < C)[None, :]
+        c %= C
+    start, at = tl.cast(row, tl.int64) * C, (place * C)[:, None]
+    value = load_where(_pointers(source.image, start, at, c, ALONG), mask)
     if source.coefficients is not None:
-        g = value.to(tl.float32)
+        g = widen(value)
         v = g
         if LIVE or source.vectors is not None:
-            v = load_rows(source.y, at, mask)
+            v = widen(load_where(_pointers(source.y, start, at, c, ALONG), mask))
         if source.signs is not None:
-            g = tl.where(load_signs(source.signs, place, first, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+            g = tl.where(load_signs(source.signs, row, place, first, inside, C, WORD, BLOCK_P, BLOCK_C, FULL), g, 0.0)
         elif source.vectors is not None:
-            scale, shift = load_row(source.vectors, SCALE, C, c), load_row(source.vectors, SHIFT, C, c)
+            scale = load_row_where(source.vectors, SCALE, C, c, None)
+            shift = load_row_where(source.vectors, SHIFT, C, c, None)
             g = tl.where(is_open(affine(v, scale[None, :], shift[None, :])), g, 0.0)
-        value = through_bn(g, v, source.coefficients, C, c, LIVE)
+        value = through_bn(g, v, source.coefficients, C, c, None, LIVE)
     elif source.vectors is not None:
-        value = activate(value.to(tl.float32), source.vectors, C, c)
-    if inside is not None and (source.coefficients is not None or source.vectors is not None):
-        value = tl.where(inside[:, None], value, 0.0)
+        value = activate(widen(value), source.vectors, C, c, None)
+    if mask is not None and (source.coefficients is not None or source.vectors is not None):
+        value = tl.where(mask, value, 0.0)
     return narrow(value, source.image.dtype.element_ty, PRECISION)
 
 
@@ -108,7 +152,10 @@ def implicit_gemm(
     filters,
     LIVE: tl.constexpr,
     WORD: tl.constexpr,
+    DENSE: tl.constexpr,
+    POINTWISE: tl.constexpr,
     EVEN: tl.constexpr,
+    FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -117,36 +164,51 @@ def implicit_gemm(
 ):
     """`sum over taps and d of source[pixel moved by the tap, d] * weight[tap, d, j]`, [BLOCK_P, BLOCK_J] in float32.
 
-    pixels: numbers, rows and columns of the source's pixels under the first tap, and which of them count.
-    size: height, width and channels of the source.
+    pixels: a row, and from there on the places of the source's pixels under the first tap, their lines and columns, and which of
+    them count. size: height, width and channels of the source.
     taps: how many, how many to a row, and how far down and right from one to the next.
     filters: the weight, its first tap, how many taps on the next one down and right lie, and the strides of taps and of d and j;
-    then j and its end. EVEN: one tap, under which every pixel lies inside, and blocks that nothing is missing of.
+    then the first j and its end.
+    DENSE: stride_d is 1. POINTWISE: one tap, under which every pixel that counts lies inside. EVEN: all of them count. FULL: no
+    step of d and no block of j reaches beyond the end.
     """
-    place, h, w, valid = pixels
+    row, place, h, w, valid = pixels
     H, W, D = size
     count, across, down, right = taps
-    weight, first, step_down, step_right, stride_tap, stride_d, stride_j, j, J = filters
-    wide = tl.cast(D, tl.int64)  # a size of 1 is a constant
-    base = place * wide
+    weight, first, step_down, step_right, stride_tap, stride_d, stride_j, first_j, J = filters
     # Where no tap belongs to these pixels the loop does not run, but what precedes it may divide.
     taps_in_all, taps_in_a_row = tl.maximum(count, 1), tl.maximum(across, 1)
-    columns = weight + j.to(tl.int64) * stride_j
+    if POINTWISE:
+        count = 1
+    d, j = tl.arange(0, BLOCK_D), first_j + tl.arange(0, BLOCK_J)
+    there = j < J
+    if not FULL:
+        j %= J
+    columns = j.to(tl.int64) * stride_j
     acc = tl.zeros((BLOCK_P, BLOCK_J), tl.float32)
     for i in tl.range(0, count * tl.cdiv(D, BLOCK_D), num_stages=STAGES):
-        block, tap = i // taps_in_all * BLOCK_D, i % taps_in_all
-        a, b = tap // taps_in_a_row, tap % taps_in_a_row
-        inside = None
-        if not EVEN:
+        inside, block, filter, origin, at = None, i * BLOCK_D, 0, row, place
+        if POINTWISE:
+            if not EVEN:
+                inside, at = valid, tl.where(valid, place, 0)
+        else:
+            block, tap = i // taps_in_all * BLOCK_D, i % taps_in_all
+            a, b = tap // taps_in_a_row, tap % taps_in_a_row
             inside = valid & ((h + a * down).to(tl.uint32) < H) & ((w + b * right).to(tl.uint32) < W)  # below 0 is far above
-        move = a * down * W + b * right
-        rows = read(source, place + move, base + move * wide, inside, block, D, LIVE, WORD, PRECISION, BLOCK_P, BLOCK_D)
-        d = block + tl.arange(0, BLOCK_D)
-        filter = (first + a * step_down + b * step_right) * stride_tap
-        at = (d.to(tl.int64) * stride_d + filter)[:, None] + columns[None, :]
-        mask = None
-        if not EVEN:
-            mask = (d < D)[:, None] & (j < J)[None, :]
+            move = a * down * W + b * right
+            origin, at = row + move, tl.where(inside, place, -move)
+            filter = first + a * step_down + b * step_right
+        rows = read(source, origin, at, inside, block, D, True, LIVE, WORD, FULL, PRECISION, BLOCK_P, BLOCK_D)
+        deep, mask = block + d, None
+        if not FULL:
+            mask = (deep < D)[:, None] & there[None, :]
+            deep %= D
+        start = weight + tl.cast(filter, tl.int64) * stride_tap
+        if DENSE:  # as `read` does along the channels
+            at = (start + columns[None, :]) + deep[:, None]
+        else:
+            start += tl.cast(block, tl.int64) * stride_d
+            at = start + (((deep - block).to(tl.int64) * stride_d)[:, None] + columns[None, :])
         factors = load_where(at, mask)
         acc = tl.dot(rows, narrow(factors, weight.dtype.element_ty, PRECISION), acc, input_precision=PRECISION)
     return acc

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, variant
-from fused_res.kernels.device import aligned, first_row, narrow, offset, store_vectors, within
+from fused_res.kernels.device import aligned, first_row, narrow, offset, store_vectors, widen, within
 from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import load_operand, load_wide, meta_activation, operand, pivot, within_reach
 from fused_res.kernels.tiling import (
@@ -34,12 +34,13 @@ _REACH, _SHARE = 0.875, 7
 def _halves(z, row, first, p, left, k, K, start, EVEN: tl.constexpr, PRECISION: tl.constexpr):
     """c = z - start, 0 outside: in float32, and, `within_reach`, as the sum of two values that are multiplied as they are."""
     v = load_operand(z, row, first, p, left, k, K, PRECISION, EVEN)
-    centred = v.to(tl.float32) - start
+    # Values that come as they lie in memory take fewer instructions by the compiler's own conversion (docs/loops.csv).
+    centred = (v.to(tl.float32) if z.vectors is None else widen(v)) - start
     if not EVEN:
         centred = tl.where(within(first + p, left, k, K), centred, 0.0)
     reached = centred * within_reach(start, v.dtype)
     high = narrow(reached, v.dtype, PRECISION)
-    return centred, high, narrow(reached - high.to(tl.float32), v.dtype, PRECISION)
+    return centred, high, narrow(reached - widen(high), v.dtype, PRECISION)
 
 
 @triton.jit
@@ -187,23 +188,24 @@ def moments_merge_kernel(
     tl.store(mean + e, tl.sum(from_k, axis=0) + far_k, mask=e < K)
 
 
-def default_tile(channels: int, narrow_dtype: bool, precision: str, results: int) -> ProductTile:
+def default_tile(channels: int, dtype: torch.dtype, precision: str, results: int) -> ProductTile:
     """Channels by channels, over the pixels: what registers allow, where a thread may have so many results; there are two sums."""
-    wide = max(16, next_power_of_2(channels))
+    wide, narrow_dtype = max(16, next_power_of_2(channels)), dtype.itemsize == 2
     if precision == "ieee" and not narrow_dtype:
         return ProductTile(min(64, wide), min(64, wide), 64, 8, STAGES)
     if results < 128 and wide >= 64:
         return ProductTile(64, 64, 16, 4 if narrow_dtype else 8, STAGES)
     if wide <= 64:
         return ProductTile(wide, wide, 32 if narrow_dtype else 16, 4, STAGES)
-    return ProductTile(128, 128, 32 if wide == 128 and not narrow_dtype else 16, 8, STAGES)
+    # Halves within float16's reach take more registers: with steps of 32 pixels they spill.
+    return ProductTile(128, 128, 32 if dtype == torch.bfloat16 or (wide == 128 and not narrow_dtype) else 16, 8, STAGES)
 
 
 def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]:
     """Contract: fused_res/primitives/moments.py. tile: by default `default_tile`; as many rows as columns."""
     read, pixels, precision = operand("z", z, z.image), z.pixels, dot_precision(z.image)
-    channels, narrow_dtype = z.image.shape[1], z.image.element_size() == 2
-    block, _, step, warps, stages = tile or default_tile(channels, narrow_dtype, precision, limits(z.image.device).results)
+    channels, dtype = z.image.shape[1], z.image.dtype
+    block, _, step, warps, stages = tile or default_tile(channels, dtype, precision, limits(z.image.device).results)
     across = cdiv(channels, block)
     tiles, rows = split_rows(pixels, across * (across + 1) // 2, step, least=256, most=_MOST_ROWS)
     device = z.image.device
@@ -218,7 +220,7 @@ def moments(z: Any, *, tile: ProductTile | None = None) -> tuple[Tensor, Tensor]
         BLOCK_K=block,
         ONE=across == 1,
         EVEN=tiles * rows == pixels and channels % block == 0,
-        SPLIT=narrow_dtype or precision == "tf32",
+        SPLIT=dtype.itemsize == 2 or precision == "tf32",
         REACH=_REACH,
         SHARE=_SHARE,
         PRECISION=precision,

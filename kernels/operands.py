@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_dense, check_image
-from fused_res.kernels.device import activate, load_where, narrow, offset, within
+from fused_res.kernels.device import activate, load_where, narrow, offset, widen, within
 from fused_res.kernels.implicit_gemm import decode, load_signs
 from fused_res.kernels.launching import launch
 from fused_res.kernels.tiling import cdiv, dot_precision, limits
@@ -38,7 +38,7 @@ class Operand(NamedTuple):
 def operand(name: str, z: Any, like: Tensor) -> Operand:
     """The kernels' view of an `Activation`, strided or not, without a copy, in the dtype and on the device of `like`.
 
-    A strided one may have 2^31 - 1 rows.
+    What a strided one is sampled from may have 2^31 - 1 rows.
     """
     rows = to_rows(check_image(name, z.image, z.image.shape, like))
     vectors = z.vectors
@@ -46,8 +46,8 @@ def operand(name: str, z: Any, like: Tensor) -> Operand:
         check_dense(f"{name}.vectors", vectors, (5, rows.shape[1]), torch.float32, like)
     if z.stride == (1, 1):
         return Operand(rows, vectors)
-    if z.pixels >= 2**31:
-        raise ValueError(f"{name}: expected fewer than 2^31 pixels at stride {z.stride}, got {z.pixels}")
+    if len(rows) >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2^31 pixels at stride {z.stride}, got {len(rows)}")
     (height, width), (down, right) = z.image.shape[2:], z.stride
     w, h = cdiv(width, right), cdiv(height, down)
     return Operand(rows, vectors, w, h * w, height * width, down * width, right)
@@ -64,9 +64,9 @@ def incoming(dout: Tensor, signs: Tensor, pixels: int) -> Tensor:
 
 @triton.jit
 def sampled(z, first, p):
-    """The rows in memory of rows first + p, int32, of a sampled operand; in 64 bits. p: as `decode` takes it."""
+    """The rows in memory of rows first + p of a sampled operand, all int32. p: as `decode` takes it."""
     n, h, w = decode(first, z.pixels // z.width, z.width, p)
-    return n.to(tl.int64) * z.image + h * z.line + w * z.step
+    return n * z.image + h * z.line + w * z.step
 
 
 @triton.jit
@@ -76,16 +76,17 @@ def load_operand(z, row, first, p, left, k, K, PRECISION: tl.constexpr, EVEN: tl
     Columns past the last one are 0; rows past the last one are not. EVEN: none lies past the last one. Tiles of a sampled operand
     have at most `tiling.PLACES` rows.
     """
+    mask, there = None, None
+    if not EVEN:
+        mask, there = within(first + p, left, k, K), k < K
+        p, k = tl.minimum(p, left - first - 1), k % K
     if z.step is None:
         start, at = z.data + offset(row + first, K), p * K
     else:
-        start, at = z.data, sampled(z, row.to(tl.int32), first + p) * K
-    mask = None
-    if not EVEN:
-        mask = within(first + p, left, k, K)
+        start, at = z.data, offset(sampled(z, row.to(tl.int32), first + p), K)
     v = load_where(start + (at[:, None] + k[None, :]), mask)
     if z.vectors is not None:
-        v = activate(v.to(tl.float32), z.vectors, K, k)
+        v = activate(widen(v), z.vectors, K, k, there)
     return narrow(v, z.data.dtype.element_ty, PRECISION)
 
 
@@ -112,13 +113,12 @@ def load_gradient(
     if PAIRS:
         g = _load_pairs(dout, signs, row + first, p, left - first, column, C, BLOCK_P, BLOCK_C, EVEN)
     else:
-        at = p[:, None] * C + c[None, :]
         mask, inside = None, None
         if not EVEN:
             mask, inside = within(first + p, left, c, C), first + p < left
-        g = load_where(dout + offset(row + first, C) + at, mask)
-        signs += offset(row + first, (C + 7) // 8)
-        g = tl.where(load_signs(signs, p, column, inside, C, WORD, BLOCK_P, BLOCK_C), g, 0.0)
+            p, c = tl.minimum(p, left - first - 1), c % C
+        g = load_where(dout + offset(row + first, C) + (p[:, None] * C + c[None, :]), mask)
+        g = tl.where(load_signs(signs, row + first, p, column, inside, C, WORD, BLOCK_P, BLOCK_C, EVEN), g, 0.0)
     return g
 
 
@@ -138,6 +138,7 @@ def _load_pairs(dout, signs, row, p, left, column, C, BLOCK_P: tl.constexpr, BLO
     mask, there = None, None
     if not EVEN:
         mask, there = within(p, left, c, C // 2), within(p, left, b, C // 32)
+        p, c, b = tl.minimum(p, left - 1), c % (C // 2), b % (C // 32)
     at, at_bits = p[:, None] * (C // 2) + c[None, :], p[:, None] * (C // 32) + b[None, :]
     pairs = load_where(dout.to(tl.pointer_type(tl.uint32)) + offset(row, C // 2) + at, mask)
     bits = load_where(signs.to(tl.pointer_type(tl.uint32)) + offset(row, C // 32) + at_bits, there)
@@ -159,6 +160,7 @@ def load_matrix(matrix, r, R, c, C, PRECISION: tl.constexpr, EVEN: tl.constexpr 
     mask = None
     if not EVEN:
         mask = within(r, R, c, C)
+        r, c = r % R, c % C
     v = load_where(matrix + r[:, None] * C + c[None, :], mask)
     return narrow(v, matrix.dtype.element_ty, PRECISION)
 

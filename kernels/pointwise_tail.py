@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
+from fused_res.kernels.arguments import sign_word
 from fused_res.kernels.device import (
     SCALE,
     SHIFT,
@@ -18,7 +19,7 @@ from fused_res.kernels.device import (
     aligned,
     first_row,
     is_open,
-    load_row,
+    load_row_where,
     offset,
     pack,
     relu,
@@ -77,6 +78,7 @@ def pointwise_tail_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WORD: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -94,22 +96,29 @@ def pointwise_tail_kernel(
     p, c = tl.arange(0, BLOCK_P), column + tl.arange(0, BLOCK_C)
 
     y = _product(z, weight, row, left, c, C, K, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES)
-    v = affine(y, load_row(vectors, SCALE, C, c)[None, :], load_row(vectors, SHIFT, C, c)[None, :])
+    there = None if EVEN else c < C
+    shift = load_row_where(vectors, SHIFT, C, c, there)
+    if weight2 is not None:
+        shift += load_row_where(vectors2, SHIFT, C, c, there)  # once for a column, in place of every element
+    v = affine(y, load_row_where(vectors, SCALE, C, c, there)[None, :], shift[None, :])
     if weight2 is not None:
         y = _product(z2, weight2, row, left, c, C, K2, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES)
-        v += affine(y, load_row(vectors2, SCALE, C, c)[None, :], load_row(vectors2, SHIFT, C, c)[None, :])
+        v = affine(y, load_row_where(vectors2, SCALE, C, c, there)[None, :], v)
     start, at, mask = offset(row, C), p[:, None] * C + c[None, :], None
     if not EVEN:
         mask = within(p, left, c, C)
     rounded = relu(add_shortcut(v, skip, y2, vectors2, start, at, mask, C, c)).to(out.dtype.element_ty)
     tl.store(out + start + at, rounded, mask=mask)
     if signs is not None:
-        S = (C + 7) // 8
-        b = column // 8 + tl.arange(0, BLOCK_C // 8)
-        packed = pack(is_open(rounded.to(tl.float32)), BLOCK_P, BLOCK_C)
+        words = signs
+        if WORD == 32:
+            words = signs.to(tl.pointer_type(tl.uint32))
+        S = (C + WORD - 1) // WORD
+        b = column // WORD + tl.arange(0, BLOCK_C // WORD)
+        packed = pack(is_open(rounded.to(tl.float32)), BLOCK_P, BLOCK_C, WORD)
         if not EVEN:
             mask = within(p, left, b, S)
-        tl.store(signs + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=mask)
+        tl.store(words + offset(row, S) + p[:, None] * S + b[None, :], packed, mask=mask)
 
 
 def default_tile(channels: int, narrow_dtype: bool, precision: str, two_products: bool, results: int) -> ProductTile:
@@ -163,6 +172,7 @@ def pointwise_tail(main: Any, shortcut: Any, keep_signs: bool, *, tile: ProductT
         BLOCK_P=tile.rows,
         BLOCK_C=tile.columns,
         BLOCK_K=tile.depth,
+        WORD=8 if side is None else sign_word(signs, channels, tile.columns),
         EVEN=pixels % tile.rows == channels % tile.columns == inner % tile.depth == 0
         and (side is None or inner2 % tile.depth == 0),
         PRECISION=precision,

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from fused_res.kernels.ahead import Variant, meta, meta_image, variant
 from fused_res.kernels.arguments import check_image, sign_word
-from fused_res.kernels.device import aligned, first_row, load_row, load_rows, narrow, offset, store_gradient, store_vectors, within
+from fused_res.kernels.device import (
+    aligned,
+    first_row,
+    load_row,
+    load_rows,
+    load_where,
+    narrow,
+    offset,
+    store_gradient,
+    store_vectors,
+    widen,
+    within,
+)
 from fused_res.kernels.launching import launch
 from fused_res.kernels.operands import (
     in_pairs,
@@ -47,7 +59,62 @@ _REACH, _SHARE = 0.5, 8
 @triton.jit
 def _fold(g, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Sums of every eighth row, [8, BLOCK_C]: without exchange between threads, and in few registers."""
-    return tl.sum(tl.reshape(g.to(tl.float32), (BLOCK_P // 8, 8, BLOCK_C)), axis=0)
+    return tl.sum(tl.reshape(widen(g), (BLOCK_P // 8, 8, BLOCK_C)), axis=0)
+
+
+@triton.jit
+def _accumulate(
+    dout,
+    signs,
+    z,
+    factors,
+    through,
+    start,
+    ends,
+    FAR: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Sums over a tile of g, [8, BLOCK_C], the same of g as it is multiplied, and the products of g with z, [BLOCK_C, BLOCK_K].
+
+    FAR: z counts from `start`, [1, BLOCK_K]; otherwise that is 0, and z is multiplied as it is. factors: [BLOCK_C, BLOCK_K], whose
+    products with g go to `through`, or both None. ends: the tile's first row and its rows; the first channel of g and their number;
+    the columns of z and their number.
+    """
+    row, left, column, C, k, K = ends
+    p = tl.arange(0, BLOCK_P)
+    DTYPE: tl.constexpr = dout.dtype.element_ty
+    ROUNDED: tl.constexpr = tl.float32 == DTYPE and PRECISION == "tf32"
+    total = tl.zeros((8, BLOCK_C), tl.float32)
+    multiplied = tl.zeros((8, BLOCK_C), tl.float32)
+    product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
+        exact = load_gradient(dout, signs, row, first, left, column, C, WORD, BLOCK_P, BLOCK_C, EVEN)
+        g = narrow(exact, DTYPE, PRECISION)
+        total += _fold(exact, BLOCK_P, BLOCK_C)
+        if ROUNDED:
+            multiplied += _fold(g, BLOCK_P, BLOCK_C)
+        value = load_operand(z, row, first, p, left, k, K, PRECISION, EVEN)
+        if FAR:
+            value = narrow((widen(value) - start) * within_reach(start, DTYPE), DTYPE, PRECISION)
+        if not EVEN:
+            value = tl.where((first + p < left)[:, None], value, 0.0)
+        product = tl.dot(tl.trans(g), value, product, input_precision=PRECISION)
+        if through is not None:
+            dz = tl.dot(g, factors, input_precision=PRECISION)
+            at = through + offset(row + first, K) + p[:, None] * K + k[None, :]
+            if EVEN:
+                tl.store(at, dz.to(DTYPE))
+            else:
+                tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
+    if not ROUNDED:
+        multiplied = total
+    return total, multiplied, product
 
 
 @triton.jit
@@ -87,42 +154,29 @@ def pointwise_tail_backward_reduce_kernel(
     t, i, j = tl.program_id(0) // (across * deep), tl.program_id(0) // deep % across, tl.program_id(0) % deep
     row = first_row(t, rows)
     left = tl.minimum(P - row, rows).to(tl.int32)
-    p, k = tl.arange(0, BLOCK_P), j * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+    k, c = j * BLOCK_K + tl.arange(0, BLOCK_K), i * BLOCK_C + tl.arange(0, BLOCK_C)
     DTYPE: tl.constexpr = dout.dtype.element_ty
-    ROUNDED: tl.constexpr = tl.float32 == DTYPE and PRECISION == "tf32"
 
     start = pivot(z, row, left, k, K, REACH, SHARE, PRECISION)
-    reach = within_reach(start, DTYPE)
-    total = tl.zeros((8, BLOCK_C), tl.float32)
-    multiplied = tl.zeros((8, BLOCK_C), tl.float32)  # the same sum of what the product sees
-    product = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    factors = None
     if through is not None:
         factors = load_matrix(scaled, c, C, k, K, PRECISION, EVEN)
-    for first in tl.range(0, left, BLOCK_P, num_stages=STAGES):
-        exact = load_gradient(dout, signs, row, first, left, i * BLOCK_C, C, WORD, BLOCK_P, BLOCK_C, EVEN)
-        g = narrow(exact, DTYPE, PRECISION)
-        total += _fold(exact, BLOCK_P, BLOCK_C)
-        if ROUNDED:
-            multiplied += _fold(g, BLOCK_P, BLOCK_C)
-        value = load_operand(z, row, first, p, left, k, K, PRECISION, EVEN).to(tl.float32) - start
-        if not EVEN:
-            value = tl.where((first + p < left)[:, None], value, 0.0)
-        product = tl.dot(tl.trans(g), narrow(value * reach, DTYPE, PRECISION), product, input_precision=PRECISION)
-        if through is not None:
-            dz = tl.dot(g, factors, input_precision=PRECISION)
-            at = through + offset(row + first, K) + p[:, None] * K + k[None, :]
-            if EVEN:
-                tl.store(at, dz.to(DTYPE))
-            else:
-                tl.store(at, dz.to(DTYPE), mask=within(first + p, left, k, K))
+    ends = (row, left, i * BLOCK_C, C, k, K)
+    if tl.sum((start != 0).to(tl.int32)) == 0:
+        total, multiplied, product = _accumulate(
+            dout, signs, z, factors, through, start, ends, False, WORD, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES
+        )
+    else:
+        total, multiplied, product = _accumulate(
+            dout, signs, z, factors, through, start, ends, True, WORD, BLOCK_P, BLOCK_C, BLOCK_K, EVEN, PRECISION, STAGES
+        )
 
-    tl.store(products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product / reach, mask=within(c, C, k, K))
+    tl.store(
+        products + offset(t, C) * K + (c[:, None] * K + k[None, :]), product / within_reach(start, DTYPE), mask=within(c, C, k, K)
+    )
     if i == 0:
         store_vectors(starts + offset(t, K), (tl.sum(start, axis=0),), K, k)
     if j == 0:
-        if not ROUNDED:
-            multiplied = total
         store_vectors(totals + offset(t * 2, C), (tl.sum(total, axis=0), tl.sum(multiplied, axis=0)), C, c)
 
 
@@ -168,10 +222,15 @@ def pointwise_tail_backward_merge_kernel(
     tl.store(total + c, tl.sum(sum_g, axis=0), mask=inside & (k == 0))
 
 
-def default_reduce_tile(channels: int, inner: int, narrow_dtype: bool, precision: str) -> ProductTile:
-    """Channels by inner channels, over the pixels: what registers allow; of 2 bytes as measured on an H200 (benchmarks.tiles)."""
+def default_reduce_tile(channels: int, inner: int, dtype: torch.dtype, precision: str, results: int) -> ProductTile:
+    """Channels by inner channels, over the pixels: what registers allow; of 2 bytes with 64 inner channels as measured on an H200
+    (benchmarks.tiles). With more of them bfloat16 takes 128 where a thread may have so many results: g is then masked and summed
+    less often (docs/loops.csv). In float16 that spills.
+    """
     wide, deep = next_power_of_2(channels), next_power_of_2(inner)
-    if narrow_dtype:
+    if dtype == torch.bfloat16 and deep > 64 and wide > 64 and results >= 128:
+        return ProductTile(128, 128, 32, 4, 3)
+    if dtype.itemsize == 2:
         return ProductTile(max(16, min(128, wide)), max(16, min(64, deep)), 32, 4, 3)
     depth, warps = (32, 8) if precision == "tf32" else (16, 4)
     return ProductTile(max(16, min(64, wide)), max(16, min(64, deep)), depth, warps, STAGES)
@@ -183,7 +242,7 @@ def pointwise_tail_backward_reduce(
     """Contract: fused_res/primitives/pointwise_tail_backward.py. tile: by default `default_reduce_tile`."""
     pixels, channels, inner = z.pixels, dout.shape[1], z.image.shape[1]
     g, precision, device = incoming(dout, signs, pixels), dot_precision(dout), dout.device
-    tile = tile or default_reduce_tile(channels, inner, g.element_size() == 2, precision)
+    tile = tile or default_reduce_tile(channels, inner, g.dtype, precision, limits(device).results)
     block_c, block_k, step, warps, stages = tile
     one = channels <= block_c and inner <= block_k
     through = torch.empty(pixels, inner, dtype=g.dtype, device=device) if one and scaled is not None else None
@@ -287,24 +346,24 @@ def pointwise_tail_backward_apply_kernel(
         result *= REACH
         for column in tl.range(0, K, BLOCK_C, num_stages=STAGES):
             d = column + tl.arange(0, BLOCK_C)
-            m = tl.load(mean + d, mask=d < K, other=0.0).to(tl.float32)[None, :]
-            value = (m - load_operand(z, row, 0, p, left, d, K, PRECISION, EVEN).to(tl.float32)) * REACH
+            m = load_where(mean + (d if EVEN else d % K), None if EVEN else d < K).to(tl.float32)[None, :]
+            value = (m - widen(load_operand(z, row, 0, p, left, d, K, PRECISION, EVEN))) * REACH
             value = narrow(value, DTYPE, PRECISION)
             result = tl.dot(value, load_matrix(quadratic, d, K, k, K, PRECISION, EVEN), result, input_precision=PRECISION)
         result = result / REACH - load_row(constant, 0, K, k)[None, :]
     if JOINS:
         if z.step is not None:
-            at = (sampled(z, row.to(tl.int32), p) * K)[:, None] + k[None, :]
+            at = offset(sampled(z, row.to(tl.int32), p), K)[:, None] + k[None, :]
         result += load_rows(dz, at, mask)
     store_gradient(dz, result, at, mask, z.data, z.vectors, partials, t, K, k)
 
 
 def default_apply_tile(inner: int, narrow_dtype: bool, results: int) -> ProductTile:
-    """Pixels by inner channels, over the channels and once more the inner channels; of 2 bytes as measured on an H200
-    (benchmarks.tiles), if a thread may have so many results, and otherwise what issues the least (docs/loops.csv).
+    """Pixels by inner channels, over the channels and once more the inner channels; of 2 bytes and 64 inner channels as measured on
+    an H200 (benchmarks.tiles), if a thread may have so many results, and otherwise what issues the least (docs/loops.csv).
     """
     wide = max(16, next_power_of_2(inner))
-    if narrow_dtype and results < 128:
+    if narrow_dtype and (results < 128 or wide != 64):
         return ProductTile(64, min(128, wide), 64, 4, 3)
     return ProductTile(128, min(64, wide), 64, 4, 3) if narrow_dtype else ProductTile(64, min(64, wide), 32, 8, 3)
 

@@ -2,7 +2,9 @@
 
 Out of the box it multiplies the raw bits of bfloat16, truncates float32 to bfloat16, rounds twice in `tl.fma`, keeps NaN in a
 plain `tl.maximum` (3.6, 3.7), never overflows int32, reads and writes anywhere, and runs programs in order. After `install()`
-it does as the hardware does, or fails loudly. The hooks are private to Triton: `prove()` checks that each still works.
+it does as the hardware does, or fails loudly. In a pipelined loop an address outside of the tensors fails even where it is masked:
+compilers have been seen to lose the mask of an asynchronous copy (https://github.com/pytorch/pytorch/issues/186440). The hooks are
+private to Triton: `prove()` checks that each still works.
 """
 
 import os
@@ -22,6 +24,8 @@ _Builder = interpreter.InterpreterBuilder
 _random = np.random.default_rng(0)
 # Address ranges that the running kernel was given: [[first byte, one past the last byte], ...].
 _spans = np.zeros((0, 2), np.uint64)
+# Whether the running kernel is in a loop with stages.
+_pipelined = False
 
 _run = interpreter.InterpretedFunction.run
 _convert_float = interpreter._convert_float
@@ -30,6 +34,7 @@ _create_dot = _Builder.create_dot
 _create_fma = _Builder.create_fma
 _masked_load = _Builder.create_masked_load
 _masked_store = _Builder.create_masked_store
+_patch_lang_core = interpreter._patch_lang_core
 _patch_lang_tensor = interpreter._patch_lang_tensor
 _set_grid_dim = _Builder.set_grid_dim
 _set_grid_idx = _Builder.set_grid_idx
@@ -72,6 +77,27 @@ def _patch_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _in_pipeline(steps):
+    global _pipelined
+    for step in steps:
+        outer, _pipelined = _pipelined, True
+        try:
+            yield step
+        finally:
+            _pipelined = outer
+
+
+def _patch_core(lang, scope):
+    _patch_lang_core(lang, scope)
+    plain = lang.range
+
+    def staged(*bounds, num_stages=None, **options):
+        steps = plain(*bounds, **options)
+        return steps if num_stages is None else _in_pipeline(steps)
+
+    scope.set_attr(lang, "range", staged)
+
+
 def _shuffled_dim(builder, nx, ny, nz):
     _set_grid_dim(builder, nx, ny, nz)
     builder._order = _random.permutation(nx * ny * nz)
@@ -99,8 +125,8 @@ def _tensors(values):
 
 
 def _bounded_run(function, *args, **kwargs):
-    global _spans
-    outer = _spans
+    global _spans, _pipelined
+    outer, _pipelined = _spans, False
     _spans = np.array([_span(t) for t in _tensors((*args, *kwargs.values()))], np.uint64).reshape(-1, 2)
     try:
         return _run(function, *args, **kwargs)
@@ -109,26 +135,26 @@ def _bounded_run(function, *args, **kwargs):
 
 
 def _check_addresses(pointers, mask):
-    at = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.uint64)
+    at = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.uint64)
     size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
     if at.size and not ((at[:, None] >= _spans[:, 0]) & (at[:, None] + size <= _spans[:, 1])).any(1).all():
         raise IndexError("access outside of the kernel's tensors")
 
 
 def _bounded_load(builder, pointers, mask, *rest):
-    _check_addresses(pointers, mask)
+    _check_addresses(pointers, True if _pipelined else mask.data)
     return _masked_load(builder, pointers, mask, *rest)
 
 
 def _bounded_store(builder, pointers, value, mask, *rest):
-    _check_addresses(pointers, mask)
+    _check_addresses(pointers, mask.data)
     return _masked_store(builder, pointers, value, mask, *rest)
 
 
 def install() -> None:
     """Patch the interpreter; any number of times."""
     interpreter._convert_float = _convert
-    interpreter._patch_lang_tensor = _patch_tensor
+    interpreter._patch_lang_core, interpreter._patch_lang_tensor = _patch_core, _patch_tensor
     interpreter.InterpretedFunction.run = _bounded_run
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)  # int32 overflow, device_assert
     _Builder.binary_op = _checked_binary_op
@@ -195,6 +221,15 @@ def _copy_kernel(x, y, n, B: tl.constexpr):
     tl.store(y + i, tl.load(x + i), mask=i < n)
 
 
+@triton.jit
+def _sum_kernel(x, y, n, FOLD: tl.constexpr, STAGES: tl.constexpr, B: tl.constexpr):
+    i, total = tl.arange(0, B), tl.zeros((B,), tl.float32)
+    for first in tl.range(0, n, B, num_stages=STAGES):
+        at = first + i
+        total += tl.load(x + (tl.minimum(at, n - 1) if FOLD else at), mask=at < n, other=0.0)
+    tl.store(y + i, total)
+
+
 def _refuses(text, kernel, grid, *args) -> bool:
     try:
         kernel[grid](*args)
@@ -248,6 +283,11 @@ def prove() -> None:
     _copy_kernel[(1,)](x, y, 8, 8)
     assert _refuses("outside", _copy_kernel, (1,), x[:7], y, 7, 8), "reads out of bounds fail"
     assert _refuses("outside", _copy_kernel, (1,), x, y[:7], 8, 8), "writes out of bounds fail"
+
+    _sum_kernel[(1,)](x[:7], y, 7, False, None, 4)
+    _sum_kernel[(1,)](x[:7], y, 7, True, 3, 4)
+    assert _refuses("outside", _sum_kernel, (1,), x[:7], y, 7, False, 3, 4), "a pipelined loop points inside where it masks, too"
+    _sum_kernel[(1,)](x[:7], y, 7, False, None, 4)  # and what fails in a loop leaves nothing behind
 
 
 if __name__ == "__main__":

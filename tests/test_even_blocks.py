@@ -14,7 +14,7 @@ from fused_res.layout import nhwc
 
 pytest.importorskip("triton")
 PAYS = triton.pays  # conftest.py replaces it in every test by one that says yes, to 3x3 convolutions as well
-FILES = ("conv_fprop", "conv_dgrad", "pointwise_tail", "pointwise_tail_backward")
+FILES = ("conv_fprop", "conv_dgrad", "conv_wgrad", "pointwise_tail", "pointwise_tail_backward")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def launched(monkeypatch):
         def launch(kernel, *arguments, really=module.launch, **constants):
             if "EVEN" in constants:
                 found.append((kernel.__name__.removesuffix("_kernel"), constants["EVEN"]))
-                constants["EVEN"] = constants["EVEN"] and not found.masked
+                constants |= {name: constants[name] and not found.masked for name in ("EVEN", "FULL") if name in constants}
             return really(kernel, *arguments, **constants)
 
         monkeypatch.setattr(module, "launch", launch)
@@ -80,6 +80,7 @@ def test_full_blocks_give_the_same_bits_as_masked_ones(launched, device, project
         masked = step(made, 8, dtype, device)
     wanted = {"conv_fprop", "conv_dgrad"}
     wanted |= {"pointwise_tail", "pointwise_tail_backward_reduce", "pointwise_tail_backward_apply"} if level == "moment" else set()
+    wanted |= {"conv_wgrad_partial"} if projection else set()
     assert kernels == wanted
     for one, other in zip(full, masked, strict=True):
         same(one, other)

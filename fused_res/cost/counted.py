@@ -102,15 +102,17 @@ class Count(NamedTuple):
 
 
 def count(launch: Any, code: Code) -> Count:
-    """Of a launch and its machine code. Both branches of a condition count as if they ran, but in `moments`, which has a loop for
-    channels near 0, counted here, and another for those far from it, and needs no program below the diagonal.
+    """Of a launch and its machine code. Both branches of a condition count as if they ran, but in `moments` and in the first pass
+    of the tail's backward, which have a loop for channels near 0, counted here, and another for those far from it. `moments` needs
+    no program below the diagonal.
     """
     name = launch.kernel.__name__.removesuffix("_kernel")
     found = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     bodies, trips = [len(body) for body in loops(code)], _trips(name, found, launch.constants)
     rest, programs = len(code.instructions) - sum(bodies), float(launch.programs)
-    if name == "moments":
+    if name in ("moments", "pointwise_tail_backward_reduce"):
         rest //= len(bodies)
+    if name == "moments":
         across = -(-found["K"] // launch.constants["BLOCK_K"])
         programs *= (across + 1) / (2 * across)
     return Count(programs, rest, bodies[: len(trips)], trips)
