@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import within
 
+from fused_res import aot, aot_table
 from fused_res.aot import SHARED
 from fused_res.backends import triton as backend
 from fused_res.benchmarks.cases import SUITES
@@ -21,7 +23,7 @@ from fused_res.primitives.operands import Activation
 pytest.importorskip("triton")
 
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient
-from fused_res.kernels.conv_tiling import Config, configurations
+from fused_res.kernels.conv_tiling import Config, configurations, shared_bytes
 from fused_res.kernels.tiling import compiling_for
 from fused_res.primitives.run import of
 
@@ -86,6 +88,53 @@ def test_shared_memory_is_known_from_the_tile(dtype):
         full = filter_ == [1, 1, 1] and n * h * w % block_p == k % block_k == c % block_c == 0 and row["direction"] != "wgrad"
         spared = full * block_p * (block_c if row["direction"] == "fprop" else block_k) * getattr(torch, dtype).itemsize
         assert any(0.9 * row["told"] <= row["shared"] + size <= row["told"] for size in {0, spared}), row
+
+
+def what_was_compiled():
+    """Of every convolution in docs/kernels.csv: architecture, direction, tile, bytes of an element, the operands as the kernel has
+    them, and the shared memory that the compiled kernel takes."""
+    lines = aot_table.read(Path(__file__).parents[1] / "docs" / "kernels.csv")
+    shared = {(line.arch, line.kernel, line.variant, line.dtype): line.shared_kib * 1024 for line in lines}
+    for arch in sorted({line.arch for line in lines}):
+        for dtype in aot.DTYPES:
+            for file, variant in aot.variants(dtype, arch):
+                name = aot.kernel_name(variant)
+                if not file.startswith("conv_") or name == "conv_wgrad_sum":
+                    continue
+                if (taken := shared.get((arch, name, variant.name, str(dtype).removeprefix("torch.")))) is None:
+                    continue  # of 8.9 the page has a part
+                launch = variant.launch
+                found = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+                read = [found[side] for side in ("dy", "x") if side in found]
+                direction = file.removeprefix("conv_")
+                config = Config(found["BLOCK_P"], found["BLOCK_K"], found["BLOCK_C"], launch.warps, found["STAGES"])
+                yield arch, direction, config, dtype.itemsize, [seen(side, found.get("LIVE")) for side in read], taken, variant.name
+
+
+def seen(source, live):
+    """An operand as `shared_bytes` is told of it, from what a kernel is given."""
+    if source.coefficients is None:
+        return SimpleNamespace(vectors=source.vectors)
+    masked = source.signs is None and source.vectors is None
+    return SimpleNamespace(coefficients=source.coefficients, signs=source.signs, masked=masked, training=live)
+
+
+def test_no_compiled_kernel_takes_more_than_was_told():
+    """With `mma` what is told, or less; with `wgmma` and `tcgen05` at most a step more, which every tile leaves room for."""
+    counted = dict.fromkeys(SHARED, 0)
+    for arch, direction, config, itemsize, read, taken, name in what_was_compiled():
+        longer = config._replace(stages=config.stages + 1) if 90 <= arch < 120 else config
+        most = shared_bytes(direction, longer, itemsize, *read) + 32 * (arch == 100)  # a few words of `tcgen05`'s own
+        assert taken <= most <= SHARED[arch], (arch, direction, name, config, taken, most)
+        counted[arch] += 1
+    assert all(counted[arch] > 200 for arch in (80, 86, 90, 100, 120)), counted
+
+
+def test_a_tile_that_is_cut_to_the_channels_is_judged_as_what_it_is():
+    """128 x 128 pixels and channels are, of 64 channels, 128 x 64: no larger than that, and no wider than there are channels."""
+    fits = configurations("dgrad", torch.bfloat16, 802816, (64, 64, 1, 1), area=128 * 64)
+    assert fits[0] == Config(128, 64, 64, 4, 3)
+    assert configurations("dgrad", torch.bfloat16, 802816, (64, 64, 1, 1), area=64 * 64)[0] == Config(64, 64, 64, 4, 3)
 
 
 def operands(direction, case):
