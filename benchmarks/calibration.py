@@ -3,10 +3,12 @@
 Every kernel of ours in `sequences.jsonl`, one after another as a step launched them, is held against the step as it is recorded
 without a GPU: the same kernel, its bytes, and its instructions as they were counted of it (`loops.csv` beside that file). Kernels
 that the step of then launched and that of now does not, or the other way round, are left out. What no single kernel shows is fitted
-to whole blocks: the library's convolutions, which are known by names of cuDNN's, and eager's and torch.compile's passes.
+to whole blocks: the library's convolutions, which are known by names of cuDNN's, eager's and torch.compile's passes, and the merges
+of partial results, of which tiles of then left others than those of now (`merges.csv` beside the others has their bytes).
 """
 
 import argparse
+import csv
 import itertools
 import json
 import math
@@ -131,16 +133,18 @@ def blocks(folder: Path) -> dict[tuple[str, str], float]:
     return {(key[0], name): 1e-3 * row["ms"]["median"] for key, peers in rows.items() for name, row in peers.items()}
 
 
-def _merges(measured: dict[tuple[str, str], float], counted: Counts) -> float:
+def _merges(folder: Path, measured: dict[tuple[str, str], float], counted: Counts) -> float:
     """The share of the bandwidth of merges with which level `moment` takes what it was measured to take."""
+    with (folder / "merges.csv").open(newline="") as file:
+        moved = [(row["case"], float(row["bytes"])) for row in csv.DictReader(file)]
     parts = []
     for case in (case for case in SUITES["resnet50"] if (case.name, "fused_res moment") in measured):
         recorded = steps(case.geometry(BATCH), "moment", DTYPE, GPU.capability)
-        merges = [step for step in recorded if step.kind in MERGES]
+        merges = [size / GPU.bandwidth for name, size in moved if name == case.name]
         rest = sum(seconds(step, DTYPE, GPU, counted) for step in recorded if step.kind not in MERGES) + constants.LAUNCH * len(
             merges
         )
-        parts.append((rest, [step.bytes / GPU.bandwidth for step in merges], measured[case.name, "fused_res moment"]))
+        parts.append((rest, merges, measured[case.name, "fused_res moment"]))
 
     def error(share: float) -> float:
         return sum(
@@ -181,7 +185,7 @@ def derived(folder: Path = FOLDER) -> dict[str, float]:
         "COMPILER": statistics.median(compiled),
         **_library(found),
         **_products(products, counted),
-        "MERGE": _merges(whole, counted),
+        "MERGE": _merges(folder, whole, counted),
     }
 
 
