@@ -24,7 +24,7 @@ from fused_res.benchmarks.loops import ARCHS as MEASURED
 from fused_res.benchmarks.native_work import STAGES, Layer, work
 from fused_res.console import table
 from fused_res.cost.constants import GPUS
-from fused_res.cost.counted import disassembled, loops
+from fused_res.cost.counted import disassembled, skipped, spans
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHS = (80, 86, 90, 100, 120)
@@ -38,7 +38,7 @@ _FILES = ("pointwise", "moments", "pointwise_tail_backward")
 """Sources that are compiled one format a file."""
 _ANY = "any"
 """The format of kernels that are compiled once for all."""
-_HEADERS = ("moments", "moments_finalize", "pointwise_tail_backward", "pointwise_tail_backward_finalize", "move_statistics")
+_HEADERS = ("moments", "moments_finalize", "pointwise_tail_backward_reduce", "pointwise_tail_backward_finalize", "move_statistics")
 """Where those are."""
 
 
@@ -78,14 +78,22 @@ def _length(instructions: list[str]) -> int:
     return end - 1 if end and instructions[end - 1].startswith("BRA") else end
 
 
+_TWICE = ("moments", "pointwise_tail_backward_reduce")
+"""Kernels with a second loop, the longer one, for columns that count from a start, and of `moments` for blocks off the diagonal."""
+
+
 def _ratio(kernel: str, layer: Layer, size: int, tile: tuple[int, int], warps: int, arch: int, sass: str) -> float | None:
     """Issue slots of the whole kernel over the time that its bytes take."""
     found = work(kernel, layer, size, tile)
     if found is None:
         return None
     gpu, code = GPUS[MEASURED[arch]], disassembled(sass)
-    bodies = [len(body) for body in loops(code)]
-    program = _length(code.instructions) - sum(bodies) + sum(n * body for n, body in zip(found.steps, bodies, strict=True))
+    bodies, length = spans(code), _length(code.instructions)
+    if kernel in _TWICE:
+        rare, ordinary = sorted(bodies, key=lambda span: span[0] - span[1])
+        bodies, length = [ordinary], length - skipped(code, rare, [ordinary])
+    sizes = [b - a for a, b in bodies]
+    program = length - sum(sizes) + sum(n * size for n, size in zip(found.steps, sizes, strict=True))
     return round(found.blocks * warps * program / gpu.slots / (found.bytes / gpu.bandwidth), 2)
 
 

@@ -64,14 +64,15 @@ def _moments(layer: Layer, size: int, rows: int, columns: int) -> Work | None:
     part = _parts(layer.pixels, pairs, 256, 1024)
     parts = _over(layer.pixels, part)
     moved = size * layer.pixels * layer.depth + 4 * parts * (2 * layer.depth + layer.depth**2)
-    return Work(moved, parts * pairs, (_over(part * size, DEPTH),))
+    return Work(moved, parts * pairs, (_over(part * size, 2 * DEPTH),))
 
 
 def _reduce(layer: Layer, size: int, rows: int, columns: int) -> Work | None:
-    if rows != (64 if layer.channels <= 64 else 128):
+    taken = (64, 64) if layer.channels <= 64 else (128, 64 if layer.depth <= 64 else 128)
+    if (rows, columns) != taken:
         return None
     across = _over(layer.depth, columns)
-    part = _parts(layer.pixels, _over(layer.channels, 128) * across, 128, 2048)
+    part = _parts(layer.pixels, _over(layer.channels, 128) * _over(layer.depth, 128), 128, 2048)
     parts = _over(layer.pixels, part)
     moved = layer.pixels * (size * (layer.depth + layer.channels) + layer.channels / 8)
     moved += 4 * parts * (layer.depth + layer.channels * (2 + layer.depth))

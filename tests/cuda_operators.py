@@ -207,7 +207,7 @@ class TailBackward:
     ):
         """In place: the kernel writes to other memory, which is copied back."""
         rows, channels = dout.shape
-        out, partials = torch.empty_like(dz), torch.empty(-(-rows // 64), 2, z.shape[-1]) if inner else None
+        out, partials = torch.empty_like(dz), torch.empty(-(-rows // 128), 2, z.shape[-1]) if inner else None
         numbers = (number(z), channels, *z.shape, down, right, dz.numel() * dz.element_size())
         before = dz if joins else None
         if joins:

@@ -98,6 +98,8 @@ void tf32_kernel(Instruction i) {
   for (std::int64_t n = threadIdx.x; n < i.mode; n += 32) i.to[n] = ptx::to_tf32(i.a[n]);
 }
 
+void halves_kernel(Instruction i) { i.to[threadIdx.x] = ptx::halves(i.a[threadIdx.x]); }
+
 /// Quotients of 128 numbers by `mode`.
 void divide_kernel(Instruction i) {
   const Divider by(static_cast<int>(i.mode));
@@ -108,9 +110,10 @@ void serve_instruction(Request& r) {
   const std::int64_t kind = r.integer(), mode = r.integer();
   const Instruction i{r.buffer<std::uint32_t>(), r.buffer<std::uint32_t>(), r.buffer<float>(),
                       r.buffer<std::uint32_t>(), mode};
-  void (*const kernels[])(Instruction) = {
-      multiply_kernel<float>,      multiply_kernel<Half>, multiply_kernel<BFloat16>, matrices_kernel, copies_kernel,
-      banks_kernel<std::uint32_t>, banks_kernel<float2>,  banks_kernel<uint4>,       tf32_kernel,     divide_kernel};
+  void (*const kernels[])(Instruction) = {multiply_kernel<float>, multiply_kernel<Half>, multiply_kernel<BFloat16>,
+                                          matrices_kernel,        copies_kernel,         banks_kernel<std::uint32_t>,
+                                          banks_kernel<float2>,   banks_kernel<uint4>,   tf32_kernel,
+                                          divide_kernel,          halves_kernel};
   launch(kernels[kind], 1, Queue{}, i, 32);
 }
 

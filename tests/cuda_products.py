@@ -7,7 +7,19 @@ from fused_res.primitives.bn_act import pack_signs, sign_bytes
 
 CORE, POINTWISE = ("instruction", "plain"), ("fprop", "tail")
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-INSTRUCTIONS = ("mma f32", "mma f16", "mma bf16", "matrices", "copies", "banks 4", "banks 8", "banks 16", "tf32", "divide")
+INSTRUCTIONS = (
+    "mma f32",
+    "mma f16",
+    "mma bf16",
+    "matrices",
+    "copies",
+    "banks 4",
+    "banks 8",
+    "banks 16",
+    "tf32",
+    "divide",
+    "halves",
+)
 TILES = ("small", "large")
 ROWS = 64
 """Of a tile that statistics are of."""

@@ -2,7 +2,8 @@
 #include "ptx_on_cpu.h"
 //
 #include "cuda_serving_pixels.h"
-#include "pointwise_tail_backward.cuh"
+#include "pointwise_tail_backward_apply.cuh"
+#include "pointwise_tail_backward_reduce.cuh"
 
 namespace {
 

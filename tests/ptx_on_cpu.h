@@ -284,6 +284,10 @@ inline std::uint32_t tops(std::uint32_t a, std::uint32_t b) {
   return bytes;
 }
 
+inline std::uint32_t halves(std::uint32_t bytes) {
+  return (bytes & 0x80u ? 0xffffu : 0u) | (bytes & 0x8000u ? 0xffff0000u : 0u);
+}
+
 template <class V>
 V shared_load(const void* from, int line = __builtin_LINE(), const char* file = __builtin_FILE()) {
   cuda_on_cpu::note(file, line, from, sizeof(V));

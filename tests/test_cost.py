@@ -138,6 +138,39 @@ def test_loops_with_a_product_are_found_in_machine_code():
     assert found.program == 8 + 4 * found.trips[0]
 
 
+TWO_LOOPS = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @P0  BRA `(.L_x_9) ;
+        /*0020*/              @!P1 BRA `(.L_x_2) ;
+        /*0030*/                   MOV R1, RZ ;
+.L_x_1:
+        /*0040*/                   LDSM.16.M88.4 R4, [R8] ;
+        /*0050*/                   HMMA.16816.F32.BF16 R0, R4, R6, R0 ;
+        /*0060*/              @P2  BRA `(.L_x_1) ;
+        /*0070*/                   BRA `(.L_x_4) ;
+.L_x_2:
+        /*0080*/                   MOV R2, RZ ;
+.L_x_3:
+        /*0090*/                   HMMA.16816.F32.BF16 R0, R4, R6, R0 ;
+        /*00a0*/              @P3  BRA `(.L_x_3) ;
+.L_x_4:
+        /*00b0*/                   STG R0 ;
+.L_x_9:
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_what_a_branch_passes_over_with_a_loop_is_found():
+    """The shortest branch over the one loop, not the one over both."""
+    code = counted.disassembled(TWO_LOOPS)
+    first, second = counted.spans(code)
+    assert (first, second) == ((4, 7), (9, 11))
+    assert counted.skipped(code, first, [second]) == len(range(3, 8))
+    assert counted.skipped(code, first, []) == counted.skipped(code, first, [second])
+    assert counted.skipped(code, second, [first]) == len(range(8, 11))
+    assert counted.skipped(code, (0, 1), [first, second]) == 0
+
+
 def test_instructions_are_those_of_the_counted_loops():
     counts = calibration.counts(ROOT / "docs")
     assert {kind: set(found) for kind, found in SLOTS.items()} == {kind: set(found) for kind, found in counts.items()}

@@ -372,6 +372,33 @@ def test_a_block_on_these_kernels_is_as_accurate_as_eager(emulator, backend, lev
     assert next(emulator.seeds) > before + 2  # they have run
 
 
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_in_evaluation_a_1x1_convolution_is_one_launch_with_all_behind_it(emulator, backend, dtype, shortcut, monkeypatch):
+    """BN, ReLU and shortcut: nobody asks for `conv_bn_act` on a GPU, and `explain` names who runs each."""
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "own")
+    side = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1, 2, bias=False), torch.nn.BatchNorm2d(32))
+    block = Bottleneck(32, 8) if shortcut == "identity" else Bottleneck(16, 8, 2, side)
+    block = accuracy.random_block(block, 0).eval()
+    x = torch.randn(2, block.conv1.in_channels, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        with use_backend("eager"):
+            true = block(x)
+        block, x = block.to(dtype), x.to(dtype)
+        with use_backend(backend, "epilogue"):
+            before = next(emulator.seeds)
+            out = block(x)
+            assert next(emulator.seeds) == before + 3
+            row = explain(block, x).rows[0]
+    # Three roundings on the way, of values of which each is a sum of few others.
+    within(out.double(), true, 8 * torch.finfo(dtype).eps * true.abs().amax())
+    assert {c.primitive for c in row.convolutions} == {"conv_fprop"}
+    who = {c.unit: (c.own, c.why) for c in row.convolutions}
+    assert who.pop("downsample.0", (False, "nothing fused")) == (False, "nothing fused")
+    assert who == {"conv1": (True, ""), "conv2": (False, "no kernel"), "conv3": (True, "")}
+    assert backends.load(backend).find("conv_bn_act", x.device) is None
+
+
 @pytest.fixture
 def precision():
     conv = torch.backends.cudnn.conv

@@ -93,6 +93,15 @@ def test_tf32_is_rounded_to_the_nearest_and_away_from_zero_between_two(emulator)
     same(products.to_tf32(values)[:6], got[:6])
 
 
+def test_halves_are_what_the_manual_says_of_prmt(emulator):
+    """Of a selector's digit the lower three bits name a byte, and the fourth one puts its top bit into all eight."""
+    words = torch.randint(-(2**31), 2**31, (32,), generator=torch.Generator().manual_seed(0)).int()
+    got = products.run_instruction(emulator, "halves", words, to=torch.empty(32, dtype=torch.int32), mode=0)
+    named = words.view(torch.uint8).view(32, 4)[:, [0x9988 >> 4 * digit & 7 for digit in range(4)]]
+    assert all(0x9988 >> 4 * digit & 8 for digit in range(4))
+    same(got.view(torch.uint8).view(32, 4), torch.where(named >= 128, 255, 0).to(torch.uint8))
+
+
 @pytest.mark.parametrize("backwards", [0, 2])
 def test_matrices_reach_the_lanes_of_the_manual(emulator, backwards):
     """Lane l gets of matrix i the l % 4-th word of line l / 4; transposed, element l / 4 of the lines 2 * (l % 4) and the next."""

@@ -123,9 +123,9 @@ def test_no_finalize_kernel_touches_local_memory(tmp_path, arch):
 
 # Kernels that multiply beside those of 1x1 convolutions: formats and tilings, 16 bytes at a time or not.
 PASSES = {
-    "moments": ({"moments": 3 * 3, "moments_merge": 1}, "moments", "const MomentTiles&, const MomentsResult&"),
+    "moments": ({"moments": 3 * 4, "moments_merge": 1}, "moments", "const MomentTiles&, const MomentsResult&"),
     "reduce": (
-        {"pointwise_tail_backward_reduce": 3 * 3, "pointwise_tail_backward_merge": 1},
+        {"pointwise_tail_backward_reduce": 3 * 4, "pointwise_tail_backward_merge": 1},
         "pointwise_tail_backward_reduce",
         "const TailReduce&, const TailSums&",
     ),
@@ -139,7 +139,7 @@ PASSES = {
 def test_no_pass_of_the_moment_form_touches_local_memory(tmp_path, passes, arch):
     """Two blocks of 128 threads are resident at least, or one of 256."""
     kernels, function, arguments = PASSES[passes]
-    header = "moments" if passes == "moments" else "pointwise_tail_backward"
+    header = "moments" if passes == "moments" else f"pointwise_tail_backward_{passes}"
     lines = [f"template void {function}<{number}>({arguments}, const Queue&);" for number in ("float", "Half", "BFloat16")]
     source = tmp_path / "passes.cu"
     source.write_text("\n".join([f'#include "{header}.cuh"', "namespace fused_res::cuda {", *lines, "}"]))
@@ -219,7 +219,7 @@ def test_the_page_of_the_kernels_that_multiply_has_what_was_compiled():
     }
     assert not any(line.local for line in lines)
     assert {line.format for line in lines} == {"TF32", "float16", "bfloat16", "any"}
-    kernels = {"moments": 2, "pointwise_tail_backward_reduce": 2, "pointwise_tail_backward_apply": 2, "pointwise_fprop": 2}
+    kernels = {"moments": 2, "pointwise_tail_backward_reduce": 3, "pointwise_tail_backward_apply": 2, "pointwise_fprop": 2}
     kernels |= {"pointwise_tail": 2, "pointwise_tail, projection": 2} | FINALIZE
     kernels |= {"moments_merge": 1, "pointwise_tail_backward_merge": 1}
     assert {name: len({tile for kernel, tile, _ in kinds if kernel == name}) for name, _, _ in kinds} == kernels
@@ -227,12 +227,15 @@ def test_the_page_of_the_kernels_that_multiply_has_what_was_compiled():
 
 
 def test_what_the_kernels_do_at_a_layer_follows_from_their_tiles():
-    """The first stage's 802,816 pixels: 784 parts of 1024 for moments, 392 of 2048 for the sums back through 256 channels."""
+    """The first stage's 802,816 pixels: 784 parts of 1024 for moments, 64 rows a step; 392 of 2048 for the sums back through 256
+    channels. The second one's channels take wider tiles."""
     layer, (first, second) = native_work.STAGES[0], native_work.STAGES
-    assert native_work.work("moments", layer, 2, (64, 64))[1:] == (784, (32,))
+    assert native_work.work("moments", layer, 2, (64, 64))[1:] == (784, (16,))
     assert native_work.work("moments", layer, 2, (128, 128)) is None
     assert native_work.work("pointwise_tail_backward_reduce", layer, 2, (128, 64))[1:] == (392 * 2, (64,))
-    assert native_work.work("pointwise_tail_backward_apply", second, 4, (64, 128))[1:] == (3136, (32, 8))
+    assert native_work.work("pointwise_tail_backward_reduce", second, 2, (128, 64)) is None
+    assert native_work.work("pointwise_tail_backward_reduce", second, 2, (128, 128))[1:] == (98 * 4, (64,))
+    assert native_work.work("pointwise_tail_backward_apply", second, 4, (128, 128))[1:] == (1568, (32, 8))
     tail, convolution = (native_work.work(name, first, 2, (64, 128)) for name in ("pointwise_tail", "pointwise_fprop"))
     assert convolution == (802816 * 2 * (64 + 256), 12544 * 2, (2,))
     assert tail.bytes - convolution.bytes == 802816 * (2 * 256 + 256 / 8)

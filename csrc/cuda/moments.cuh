@@ -15,14 +15,16 @@ struct MomentTiles {
 
 /// Products of columns with columns, over rows: both factors are columns of the same matrix.
 ///
-/// Tensor cores cut off what they add to a sum. Each stage has sums of its own, which join the others rounded.
+/// Tensor cores cut off what they add to a sum. The 32 or 64 rows of a stage have sums of their own, which join the
+/// others rounded.
 template <class T, class Tiling, bool kWide>
 struct Gram {
   static constexpr int kDepth = Tiling::kDepthBytes / static_cast<int>(sizeof(T));
   static constexpr int kSteps = kDepth / (2 * kGroup<T>);
   static_assert(Tiling::kRows == Tiling::kColumns);
   using Factor = Panel<T, Tiling::kColumns, kDepth, Major::kExtent>;
-  using Columns = Feed<T, Factor, Major::kExtent, Tiling::kThreads, kWide, Centred<T>>;
+  template <class Prologue>
+  using Columns = Feed<T, Factor, Major::kExtent, Tiling::kThreads, kWide, Prologue>;
 
   struct Stage {
     Factor first, second;
@@ -31,49 +33,108 @@ struct Gram {
     Stage stage[Tiling::kStages];
   };
 
-  /// With `same` both factors are the first one. Threads and memory as for `pipelined`.
-  static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, Memory& memory, const Lines<T>& z, int row,
-                                             const Centred<T>& first, int column, const Centred<T>& second, bool same,
-                                             Range rows) {
-    Columns a(z, row, rows, first), b(z, column, rows, second);
+  /// The sums of the warp's rows of the result's first factor, 16 by 16: of the lane's row of the upper 8 and of the
+  /// lower ones.
+  struct ColumnTotals {
+    float value[Tiling::kTilesDown][2] = {};
+  };
+
+  /// Of the columns from `column` on with themselves, and their sums; twice as many rows a step. Threads and memory as
+  /// for `pipelined`.
+  static __device__ __forceinline__ void add_squares(Accumulators<Tiling>& sum, ColumnTotals& totals, Memory& memory,
+                                                     const Lines<T>& z, int column, const AsMultiplied<T>& prologue,
+                                                     Range rows) {
+    Columns<AsMultiplied<T>> a(z, column, rows, prologue);
+    const Places places;
     pipelined(
-        memory.stage, static_cast<int>((rows.end - rows.begin + kDepth - 1) / kDepth),
+        memory.stage, (steps(rows) + 1) / 2,
+        [&](Stage& stage, int step) {
+          a.copy(stage.first, 2 * step);
+          a.copy(stage.second, 2 * step + 1);
+        },
+        [](int) {},
+        [&](Stage& stage, int step) {
+          a.apply(stage.first, 2 * step);
+          a.apply(stage.second, 2 * step + 1);
+        },
+        [&](const Stage& stage, int) {
+          const Factor* const both[] = {&stage.first, &stage.second};
+          multiply<2, true>(sum, totals, both, both, places);
+        });
+  }
+
+  /// Of the columns from `row` on with those from `column` on, each as its prologue makes it.
+  static __device__ __forceinline__ void add(Accumulators<Tiling>& sum, Memory& memory, const Lines<T>& z, int row,
+                                             const Centred<T>& first, int column, const Centred<T>& second,
+                                             Range rows) {
+    Columns<Centred<T>> a(z, row, rows, first), b(z, column, rows, second);
+    const Places places;
+    pipelined(
+        memory.stage, steps(rows),
         [&](Stage& stage, int step) {
           a.copy(stage.first, step);
-          if (!same) b.copy(stage.second, step);
+          b.copy(stage.second, step);
         },
         [&](int step) { a.fetch(step); },
         [&](Stage& stage, int step) {
           a.apply(stage.first, step);
-          if (same) return;
           b.fetch(step);
           b.apply(stage.second, step);
         },
-        [&](const Stage& stage, int) { multiply(sum, stage.first, same ? stage.first : stage.second); });
+        [&](const Stage& stage, int) {
+          const Factor *const left[] = {&stage.first}, *const right[] = {&stage.second};
+          ColumnTotals none;
+          multiply<1, false>(sum, none, left, right, places);
+        });
   }
 
  private:
-  static __device__ __forceinline__ void multiply(Accumulators<Tiling>& sum, const Factor& first,
-                                                  const Factor& second) {
-    std::uint32_t a[Tiling::kTilesDown][kSteps][4];
+  static __device__ __forceinline__ int steps(Range rows) {
+    return static_cast<int>((rows.end - rows.begin + kDepth - 1) / kDepth);
+  }
+
+  /// Of the warp's rows and columns in a factor.
+  struct Places {
+    int first = Factor::first_place(Tiling::warp_row()), second = Factor::second_place(Tiling::warp_column());
+
+    __device__ __forceinline__ Places() {
+      ptx::keep(first);
+      ptx::keep(second);
+    }
+  };
+
+  /// kTotals: products with ones, too.
+  template <int kPanels, bool kTotals>
+  static __device__ __forceinline__ void multiply(Accumulators<Tiling>& sum, ColumnTotals& totals,
+                                                  const Factor* const (&first)[kPanels],
+                                                  const Factor* const (&second)[kPanels], const Places& places) {
+    constexpr int kAll = kPanels * kSteps;
+    std::uint32_t a[Tiling::kTilesDown][kAll][4];
 #pragma unroll
     for (int i = 0; i < Tiling::kTilesDown; ++i) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) first.load_first(a[i][step], Tiling::warp_row() + 16 * i, step);
+      for (int s = 0; s < kAll; ++s) first[s / kSteps]->load_first(a[i][s], places.first, 16 * i, s % kSteps);
+      if constexpr (kTotals) {
+        float part[4] = {};
+#pragma unroll
+        for (int s = 0; s < kAll; ++s) ptx::multiply<T>(part, a[i][s], ones<T>(), ones<T>());
+        totals.value[i][0] += part[0];
+        totals.value[i][1] += part[2];
+      }
     }
 #pragma unroll
     for (int j = 0; j < Tiling::kTilesAcross; j += 2) {
-      std::uint32_t b[kSteps][4];
+      std::uint32_t b[kAll][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) second.load_second(b[step], Tiling::warp_column() + 8 * j, step);
+      for (int s = 0; s < kAll; ++s) second[s / kSteps]->load_second(b[s], places.second, 8 * j, s % kSteps);
 #pragma unroll
       for (int i = 0; i < Tiling::kTilesDown; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float part[4] = {};
 #pragma unroll
-          for (int step = 0; step < kSteps; ++step) {
-            ptx::multiply<T>(part, a[i][step], b[step][2 * half], b[step][2 * half + 1]);
+          for (int s = 0; s < kAll; ++s) {
+            ptx::multiply<T>(part, a[i][s], b[s][2 * half], b[s][2 * half + 1]);
           }
 #pragma unroll
           for (int r = 0; r < 4; ++r) sum.value[i][j + half][r] += part[r];
@@ -98,6 +159,43 @@ unsigned moment_pairs(int channels) {
   return moment_blocks<Tiling>(channels) * (moment_blocks<Tiling>(channels) + 1) / 2;
 }
 
+/// What a block works on: a tile of pixels, and the columns from `row` and from `column` on, no lower ones.
+struct PairOf {
+  std::int64_t tile;
+  int row, column;
+};
+
+template <class Tiling>
+__device__ __forceinline__ PairOf pair_of(int channels) {
+  const unsigned blocks = (static_cast<unsigned>(channels) + Tiling::kColumns - 1) / Tiling::kColumns;
+  const unsigned pairs = blocks * (blocks + 1) / 2, tile = blockIdx.x / pairs;
+  unsigned i = 0, j = blockIdx.x - tile * pairs;
+  for (unsigned left = blocks; j >= left; --left) {
+    j -= left;
+    ++i;
+  }
+  return {tile, static_cast<int>(i) * Tiling::kRows, static_cast<int>(i + j) * Tiling::kColumns};
+}
+
+/// The same worked out once more, where there are no registers to keep it in over the loops.
+template <class Tiling>
+__device__ __forceinline__ PairOf pair_anew(int channels) {
+  ptx::keep(channels);
+  return pair_of<Tiling>(channels);
+}
+
+/// The vectors of a block's tile.
+__device__ __forceinline__ float* vectors_of(const MomentTiles& a, const PairOf& pair) {
+  return a.vectors + pair.tile * 2 * a.z.channels;
+}
+
+/// A thread's group of the columns from `from` on, which kAcross threads have side by side.
+template <class T, int kAcross>
+__device__ __forceinline__ Place group_of(int from, int channels) {
+  const int channel = from + static_cast<int>(threadIdx.x) % kAcross * kGroup<T>, left = channels - channel;
+  return {0, 0, 0, channel, left <= 0 ? 0 : left < kGroup<T> ? left : kGroup<T>};
+}
+
 /// Of a multiprocessor at once, in the registers that there are.
 template <class Tiling, bool kWide>
 constexpr int kMomentBlocks = kWide && Tiling::kThreads == 128 ? 2 : 1;
@@ -107,73 +205,81 @@ __global__ void __launch_bounds__(Tiling::kThreads, (kMomentBlocks<Tiling, kWide
   using Pivots = Pivots<T, Tiling, kWide, 7, 7>;
   using Sums = ColumnSums<T, Tiling::kThreads>;
   using Result = Groups<float, Tiling>;
+  using Core = Gram<T, Tiling, kWide>;
   union alignas(512) Memory {
-    typename Gram<T, Tiling, kWide>::Memory product;
+    typename Core::Memory product;
     typename Pivots::Memory pivots;
     typename Sums::Memory sums;
     typename Result::Memory groups;
   };
   Memory& memory = shared_memory<Memory>();
-  const int K = a.z.channels;
-  const unsigned blocks = (static_cast<unsigned>(K) + Tiling::kColumns - 1) / Tiling::kColumns;
-  const unsigned pairs = blocks * (blocks + 1) / 2;
-  const std::int64_t tile = blockIdx.x / pairs;
-  unsigned i = 0, j = blockIdx.x % pairs;
-  for (unsigned row = blocks; j >= row; --row) {
-    j -= row;
-    ++i;
-  }
-  j += i;
-  const Range rows{tile * a.rows, (tile + 1) * a.rows < a.z.pixels ? (tile + 1) * a.rows : a.z.pixels};
-  const int row = static_cast<int>(i) * Tiling::kRows, column = static_cast<int>(j) * Tiling::kColumns;
+  const PairOf pair = pair_of<Tiling>(a.z.channels);
+  const bool diagonal = pair.row == pair.column;
+  const std::int64_t begin = pair.tile * a.rows, end = begin + a.rows;
+  const Range rows{begin, end < a.z.pixels ? end : a.z.pixels};
   const Lines<T> z = lines_of<T>(a.z);
-
-  const auto place = [&](int from) {
-    const std::int64_t channel = std::int64_t{from} + static_cast<int>(threadIdx.x) % Pivots::kAcross * kGroup<T>;
-    const std::int64_t left = K - channel;
-    return Place{0, 0, 0, static_cast<int>(channel),
-                 left <= 0          ? 0
-                 : left < kGroup<T> ? static_cast<int>(left)
-                                    : kGroup<T>};
-  };
-  Centred<T> first{activated<T>(a.z), false, false, {}, {}}, second = first;
-  const Place at = place(row);
-  bool far = Pivots::find(memory.pivots, z, first.z, at.channel, at.valid, rows, first.start);
-  if (i == j) {
+  const Activated<T> prologue = activated<T>(a.z);
+  Centred<T> first{prologue, false, false, {}, {}}, second = first;
+  // Of columns and rows, which are the same on the diagonal, the latter come last.
+#pragma unroll 1
+  for (int side = diagonal ? 1 : 0; side < 2; ++side) {
+    const Place at = group_of<T, Pivots::kAcross>(side == 0 ? pair.column : pair.row, a.z.channels);
+    if (side == 1) {
+#pragma unroll
+      for (int c = 0; c < kGroup<T>; ++c) second.start[c] = first.start[c];
+    }
+    if (Pivots::find(memory.pivots, z, prologue, at.channel, at.valid, rows, first.start)) first.far = true;
+    if (diagonal && threadIdx.x < Pivots::kAcross) {
+      store_vector<kWide>(vectors_of(a, pair) + at.channel, first.start, at.valid);
+    }
+  }
+  if (diagonal) {
 #pragma unroll
     for (int c = 0; c < kGroup<T>; ++c) second.start[c] = first.start[c];
-  } else {
-    const Place other = place(column);
-    far = Pivots::find(memory.pivots, z, first.z, other.channel, other.valid, rows, second.start) || far;
   }
-  first.far = second.far = far;
+  second.far = first.far;
 
   Accumulators<Tiling> sum;
-  // bfloat16's lower halves count among themselves, too; the others' are below 2^-11 each.
-  const int passes = !far ? 1 : std::is_same_v<T, BFloat16> ? 4 : 3;
+  if (diagonal && !first.far) {
+    typename Core::ColumnTotals totals;
+    Core::add_squares(sum, totals, memory.product, z, pair.row, {prologue}, rows);
+    const PairOf again = pair_anew<Tiling>(a.z.channels);
+    float* sums = vectors_of(a, again) + a.z.channels;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int t = 0; t < 2 * Tiling::kTilesDown; ++t) {
+      const int column = again.row + Tiling::warp_row() + 8 * t + lane / 4;
+      const bool own = Tiling::warp_column() == 0 && lane % 4 == 0;
+      if (own && column < a.z.channels) sums[column] = totals.value[t / 2][t % 2];
+    }
+  } else {
+    // bfloat16's lower halves count among themselves, too; the others' are below 2^-11 each.
+    const int passes = !first.far ? 1 : std::is_same_v<T, BFloat16> ? 4 : 3;
 #pragma unroll 1
-  for (int pass = 0; pass < passes; ++pass) {
-    first.low = pass / 2 != 0;
-    second.low = pass % 2 != 0;
-    Gram<T, Tiling, kWide>::add(sum, memory.product, z, row, first, column, second, i == j && !far, rows);
-    if (pass == 0 && i == j) {
+    for (int pass = 0; pass < passes; ++pass) {
+      first.low = pass / 2 != 0;
+      second.low = pass % 2 != 0;
+      Core::add(sum, memory.product, z, pair.row, first, pair.column, second, rows);
+      if (pass > 0 || !diagonal) continue;
       Sums::template merge_every<Pivots::kAcross>(memory.sums, first.sum);
       if (threadIdx.x < Pivots::kAcross) {
-        float* vectors = a.vectors + tile * 2 * K + at.channel;
-        store_vector<kWide>(vectors, first.start, at.valid);
-        store_vector<kWide>(vectors + K, first.sum, at.valid);
+        const PairOf again = pair_anew<Tiling>(a.z.channels);
+        const Place at = group_of<T, Pivots::kAcross>(again.row, a.z.channels);
+        store_vector<kWide>(vectors_of(a, again) + a.z.channels + at.channel, first.sum, at.valid);
       }
       __syncthreads();
     }
   }
 
-  const std::int64_t channel = std::int64_t{column} + Result::column(), left = K - channel;
-  const int valid = left <= 0 ? 0 : left < 4 ? static_cast<int>(left) : 4;
-  float* products = a.products + (tile * K + row) * K + channel;
+  const PairOf again = pair_anew<Tiling>(a.z.channels);
+  const std::int64_t K = a.z.channels;
+  const int channel = again.column + Result::column(), left = a.z.channels - channel;
+  const int valid = left <= 0 ? 0 : left < 4 ? left : 4;
+  float* products = a.products + (again.tile * K + again.row) * K + channel;
   Result::each(
       sum, memory.groups, [](int) { return 0; },
       [&](int r, const float (&value)[4], int) {
-        store<float, kWide>(products + std::int64_t{r} * K, pack<float>(value), row + r < K ? valid : 0);
+        store<float, kWide>(products + r * K, pack<float>(value), again.row + r < a.z.channels ? valid : 0);
       });
 }
 
@@ -194,13 +300,12 @@ void moment_products(const MomentTiles& a, const Queue& queue) {
     launch(moments_kernel<T, Tiling, decltype(wide)::value>,
            static_cast<unsigned>(tiles * moment_pairs<Tiling>(a.z.channels)), queue, a, Tiling::kThreads);
   };
-  // The tiling changes no bit of the result.
-  if (!moves_wide(a.z.channels, kGroup<T>, {a.z.image, a.z.vectors, a.vectors, a.products})) {
-    with(Type<NarrowColumns>{}, std::false_type{});
-  } else if (a.z.channels <= 64) {
-    with(Type<NarrowColumns>{}, std::true_type{});
+  // Which columns stand in a block decides how they are summed: that does not depend on where they lie in memory.
+  const bool wide = moves_wide(a.z.channels, kGroup<T>, {a.z.image, a.z.vectors, a.vectors, a.products});
+  if (a.z.channels <= 64) {
+    wide ? with(Type<NarrowColumns>{}, std::true_type{}) : with(Type<NarrowColumns>{}, std::false_type{});
   } else {
-    with(Type<WideColumns>{}, std::true_type{});
+    wide ? with(Type<WideColumns>{}, std::true_type{}) : with(Type<WideColumns>{}, std::false_type{});
   }
 }
 

@@ -22,8 +22,8 @@ struct Panel {
   static constexpr int kChunks = (kMajor == Major::kDepth ? kDepth : kExtent) / kGroup<T>;
   static constexpr bool kSingles = kMajor == Major::kExtent && sizeof(T) == 4;
   static_assert(kExtent % 16 == 0 && kDepth % (2 * kGroup<T>) == 0 && kLines % 8 == 0);
-  static_assert(kChunks == 2 || kChunks == 4 || kChunks % 8 == 0);
-  static_assert(!kSingles || kChunks % 8 == 0);
+  static_assert(kMajor == Major::kDepth ? kChunks == 2 || kChunks == 4 || kChunks % 8 == 0
+                                        : kChunks % 8 == 0 && (kChunks & (kChunks - 1)) == 0);
 
   alignas(16) std::uint32_t word[kLines * kChunks * 4];
 
@@ -43,52 +43,62 @@ struct Panel {
     return word + 4 * place(line, chunk);
   }
 
-  /// Where a lane's line is of what `load_first` takes from row `row` on, and `load_second` from column `column` on:
-  /// what it needs beside is constants away.
+  /// Where a lane reads, in words, what `load_first` takes from row `row` on, and `load_second` from column `column`
+  /// on, multiples of 16: what it needs beside is constants away, or changes single bits. A multiple, too, of the power
+  /// of 2 that the warp goes further from there.
   static __device__ __forceinline__ int first_place(unsigned row) {
     const unsigned lane = threadIdx.x % 32;
-    return static_cast<int>(place(lane % 16, lane / 16) + row * kChunks);
+    if constexpr (kMajor == Major::kDepth) return static_cast<int>(4 * (place(lane % 16, lane / 16) + row * kChunks));
+    if constexpr (kSingles) return single_place(row);
+    return static_cast<int>(4 * (place(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ row / 8));
   }
   static __device__ __forceinline__ int second_place(unsigned column) {
     const unsigned lane = threadIdx.x % 32;
-    return static_cast<int>(place(lane / 16 * 8 + lane % 8, lane / 8 % 2) + column * kChunks);
-  }
-
-  /// What a lane reads of the step-th two chunks, `further` lines, a multiple of 8, behind such a place.
-  __device__ __forceinline__ void load(std::uint32_t (&to)[4], int from, unsigned further, unsigned step) const {
-    static_assert(kMajor == Major::kDepth);
-    ptx::load_matrices(to, word + 4 * (from ^ static_cast<int>(2 * step)) + 4 * further * kChunks);
-  }
-
-  /// As a first factor: rows from `row` on, a multiple of 16, over the step-th two chunks of the depth.
-  __device__ __forceinline__ void load_first(std::uint32_t (&to)[4], unsigned row, unsigned step) const {
-    const unsigned lane = threadIdx.x % 32;
     if constexpr (kMajor == Major::kDepth) {
-      load(to, first_place(row), 0, step);
-    } else if constexpr (kSingles) {
+      return static_cast<int>(4 * (place(lane / 16 * 8 + lane % 8, lane / 8 % 2) + column * kChunks));
+    }
+    if constexpr (kSingles) return single_place(column);
+    return static_cast<int>(4 * (place(lane / 8 % 2 * 8 + lane % 8, lane / 16) ^ column / 8));
+  }
+
+  /// As a first factor: 16 rows, `further` behind such a place, over the step-th two chunks of the depth.
+  __device__ __forceinline__ void load_first(std::uint32_t (&to)[4], int from, int further, int step) const {
+    if constexpr (kSingles) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = single(8 * step + lane % 4 + i / 2 * 4, row + lane / 4 + i % 2 * 8);
+      for (int i = 0; i < 4; ++i) to[i] = single(from, further + i % 2 * 8, 2 * step + i / 2);
     } else {
-      ptx::load_matrices_transposed(to, at(16 * step + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+      load(to, from, further, step);
     }
   }
 
-  /// As a second factor: two words of 8 columns from `column` on, a multiple of 16, and two of the next 8.
-  __device__ __forceinline__ void load_second(std::uint32_t (&to)[4], unsigned column, unsigned step) const {
-    const unsigned lane = threadIdx.x % 32;
-    if constexpr (kMajor == Major::kDepth) {
-      load(to, second_place(column), 0, step);
-    } else if constexpr (kSingles) {
+  /// As a second factor: two words of 8 columns, `further` behind such a place, and two of the next 8.
+  __device__ __forceinline__ void load_second(std::uint32_t (&to)[4], int from, int further, int step) const {
+    if constexpr (kSingles) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = single(8 * step + lane % 4 + i % 2 * 4, column + lane / 4 + i / 2 * 8);
+      for (int i = 0; i < 4; ++i) to[i] = single(from, further + i / 2 * 8, 2 * step + i % 2);
     } else {
-      ptx::load_matrices_transposed(to, at(16 * step + lane / 8 % 2 * 8 + lane % 8, column / 8 + lane / 16));
+      load(to, from, further, step);
     }
   }
 
  private:
-  __device__ __forceinline__ std::uint32_t single(unsigned line, unsigned element) const {
-    return ptx::shared_load<std::uint32_t>(word + 4 * place(line, element / 4) + element % 4);
+  __device__ __forceinline__ void load(std::uint32_t (&to)[4], int from, int further, int step) const {
+    if constexpr (kMajor == Major::kDepth) {
+      ptx::load_matrices(to, word + (from ^ 8 * step) + 4 * further * kChunks);
+    } else {
+      ptx::load_matrices_transposed(to, word + (from ^ further / 2) + 64 * step * kChunks);
+    }
+  }
+
+  /// Of single elements a lane reads those of an eighth of the extent, number lane / 4, in every fourth line.
+  static __device__ __forceinline__ int single_place(unsigned element) {
+    const unsigned lane = threadIdx.x % 32;
+    return static_cast<int>(4 * (place(lane % 4, lane / 16) ^ element / 4) + lane / 4 % 4);
+  }
+
+  /// In the lines `four` times 4 behind the place; these change the lowest bit of where chunks lie in turn.
+  __device__ __forceinline__ std::uint32_t single(int from, int further, int four) const {
+    return ptx::shared_load<std::uint32_t>(word + (from ^ further ^ 4 * (four % 2)) + 16 * four * kChunks);
   }
 };
 

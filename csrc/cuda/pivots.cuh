@@ -19,14 +19,66 @@ __device__ __forceinline__ float rounded(float v) {
   return widen(narrow<T>(v));
 }
 
+/// Floats as a product of T multiplies them.
+template <class T>
+__device__ __forceinline__ void round_group(float (&v)[kGroup<T>]) {
+#pragma unroll
+  for (int j = 0; j < kGroup<T>; j += 2) {
+    if constexpr (sizeof(T) == 4) {
+      v[j] = rounded<T>(v[j]);
+      v[j + 1] = rounded<T>(v[j + 1]);
+    } else {
+      round_pair<T>(v[j], v[j + 1]);
+    }
+  }
+}
+
+/// z as products multiply it.
+template <class T>
+struct AsMultiplied {
+  static constexpr bool kActive = true, kSums = false, kRounds = true;
+  using Column = Affine<kGroup<T>>;
+  struct Piece {};
+  struct Way {};
+
+  Activated<T> z;
+
+  __device__ __forceinline__ bool on() const { return sizeof(T) == 4 || z.on(); }
+
+  template <bool kWide>
+  __device__ __forceinline__ Column column(int channel, int valid) const {
+    return z.on() ? z.template column<kWide>(channel, valid) : Column{};
+  }
+
+  __device__ __forceinline__ Way line(std::int64_t, int) const { return {}; }
+
+  __device__ __forceinline__ Piece piece(const Way&, int, int, int) const { return {}; }
+
+  __device__ __forceinline__ Pack apply(const Column& column, const Piece&, const Pack& values) const {
+    Pack value = z.on() ? z.apply(column, {}, values) : values;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (std::uint32_t& word : value.word) word = ptx::to_tf32(word);
+    }
+    return value;
+  }
+};
+
+/// A word of ones.
+template <class T>
+constexpr std::uint32_t ones() {
+  return sizeof(T) == 4 ? 0x3f800000u : std::is_same_v<T, Half> ? 0x3c003c00u : 0x3f803f80u;
+}
+
 /// z as products multiply it, counted from a start for each column; its sums are taken on the way. Differences that
 /// need more digits than T has come in two parts.
 template <class T>
 struct Centred {
-  static constexpr bool kActive = true, kSums = true;
+  static constexpr bool kActive = true, kSums = true, kRounds = true;
   static constexpr int kCount = kGroup<T>;
   using Column = Affine<kCount>;
   struct Piece {};
+  struct Way {};
 
   Activated<T> z;
   bool far, low;  // whether any start of the block is not 0; which part
@@ -40,7 +92,9 @@ struct Centred {
     return z.on() ? z.template column<kWide>(channel, valid) : Column{};
   }
 
-  __device__ __forceinline__ Piece piece(std::int64_t, int, int) const { return {}; }
+  __device__ __forceinline__ Way line(std::int64_t, int) const { return {}; }
+
+  __device__ __forceinline__ Piece piece(const Way&, int, int, int) const { return {}; }
 
   __device__ __forceinline__ Pack apply(const Column& column, const Piece&, const Pack& values) const {
     const Pack value = z.on() ? z.apply(column, {}, values) : values;
@@ -51,14 +105,20 @@ struct Centred {
       if (far) result[j] -= start[j];
       sum[j] += result[j];
     }
+    if (!far && sizeof(T) == 2) return value;
     if (far) {
+      float high[kCount];
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const float reached = result[j] * reach<T>(start[j]), high = rounded<T>(reached);
-        result[j] = low ? rounded<T>(reached - high) : high;
+      for (int j = 0; j < kCount; ++j) high[j] = result[j] *= reach<T>(start[j]);
+      round_group<T>(high);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) result[j] -= high[j];
+      if (low) {
+        round_group<T>(result);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) result[j] = high[j];
       }
-    } else if (sizeof(T) == 2) {
-      return value;
     }
     return pack<T>(result);
   }

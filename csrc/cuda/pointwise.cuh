@@ -38,9 +38,10 @@ __device__ __forceinline__ Lines<T> lines_of(const void* matrix, std::int64_t ro
 /// The prologue relu(scale * v + shift), rounded to T; without vectors, v.
 template <class T>
 struct Activated {
-  static constexpr bool kActive = true, kSums = false;
+  static constexpr bool kActive = true, kSums = false, kRounds = false;
   using Column = Affine<kGroup<T>>;
   struct Piece {};
+  struct Way {};
 
   const float* scale;  // [K], or null for none
   int channels;
@@ -58,7 +59,9 @@ struct Activated {
     return column;
   }
 
-  __device__ __forceinline__ Piece piece(std::int64_t, int, int) const { return {}; }
+  __device__ __forceinline__ Way line(std::int64_t, int) const { return {}; }
+
+  __device__ __forceinline__ Piece piece(const Way&, int, int, int) const { return {}; }
 
   __device__ __forceinline__ Pack apply(const Column& column, const Piece&, const Pack& values) const {
     float result[kGroup<T>];
@@ -136,7 +139,6 @@ __device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
 
 // All take the 48 KiB of shared memory that every GPU gives without being asked, or less. Rows are shared by as many
 // warps in a small tile as in a large one: no bit of a result, statistics included, depends on that.
-using LargeTiling = Tiling<64, 128, 64, 3, 4>;
 using SmallTiling = Tiling<64, 64, 64, 4, 4>;
 /// Of warps with twice the rows, which issue fewer instructions for each result and leave no registers for a second
 /// one.

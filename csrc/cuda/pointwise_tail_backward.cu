@@ -2,7 +2,8 @@
 // pointwise_tail_backward_<format>.cu.
 #include "moment_checks.h"
 #include "pointwise_ops.cuh"
-#include "pointwise_tail_backward.cuh"
+#include "pointwise_tail_backward_apply.cuh"
+#include "pointwise_tail_backward_reduce.cuh"
 
 namespace fused_res::cuda {
 

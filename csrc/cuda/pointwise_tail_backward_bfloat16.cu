@@ -1,5 +1,6 @@
 // The kernels of `pointwise_tail_backward` in bfloat16.
-#include "pointwise_tail_backward.cuh"
+#include "pointwise_tail_backward_apply.cuh"
+#include "pointwise_tail_backward_reduce.cuh"
 
 namespace fused_res::cuda {
 

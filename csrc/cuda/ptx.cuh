@@ -99,6 +99,13 @@ __device__ __forceinline__ std::uint32_t tops(std::uint32_t a, std::uint32_t b) 
   return bytes;
 }
 
+/// A word of two halves, each all ones or all zeros as the top bit of the lowest and of the second byte says.
+__device__ __forceinline__ std::uint32_t halves(std::uint32_t bytes) {
+  std::uint32_t mask;
+  asm("prmt.b32 %0, %1, %1, 0x9988;" : "=r"(mask) : "r"(bytes));
+  return mask;
+}
+
 /// Accesses of 4, 8 or 16 bytes to shared memory. By name, for under test their bank conflicts are counted.
 template <class V>
 __device__ __forceinline__ V shared_load(const void* from) {

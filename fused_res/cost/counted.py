@@ -50,8 +50,8 @@ def _passes(code: Code, header: int, end: int) -> bool:
     return end == header or end not in seen
 
 
-def loops(code: Code) -> list[list[str]]:
-    """Bodies of the loops that multiply matrices, in the order of their ends, none inside another.
+def spans(code: Code) -> list[tuple[int, int]]:
+    """Where the loops that multiply matrices begin and end, in the order of their ends, none inside another.
 
     A branch that goes back closes a loop only where nothing comes to it but through the loop's first instruction: compilers move
     the rare rest of a wait behind the end of a kernel, from where it goes back into the middle.
@@ -62,8 +62,23 @@ def loops(code: Code) -> list[list[str]]:
         if branch and code.labels.get(branch[1], end + 1) <= end and _passes(code, code.labels[branch[1]], end):
             found.append((code.labels[branch[1]], end + 1))
     bodies = [(a, b) for a, b in found if any(map(_MATRIX.match, code.instructions[a:b]))]
-    inner = [(a, b) for a, b in bodies if not any((a <= c and d <= b) and (a, b) != (c, d) for c, d in bodies)]
-    return [code.instructions[a:b] for a, b in inner]
+    return [(a, b) for a, b in bodies if not any((a <= c and d <= b) and (a, b) != (c, d) for c, d in bodies)]
+
+
+def loops(code: Code) -> list[list[str]]:
+    """The bodies of `spans`."""
+    return [code.instructions[a:b] for a, b in spans(code)]
+
+
+def skipped(code: Code, span: tuple[int, int], others: list[tuple[int, int]]) -> int:
+    """How many instructions the shortest branch passes over that leaves a loop out, and none of the others; 0 without one."""
+    found = []
+    for at, instruction in enumerate(code.instructions):
+        branch = _BRANCH.search(instruction)
+        to = code.labels.get(branch[1], 0) if branch else 0
+        if at < span[0] and to >= span[1] and not any(at < a and to >= b for a, b in others):
+            found.append(to - at - 1)
+    return min(found, default=0)
 
 
 def _trips(name: str, found: dict, constants: dict) -> list[int]:
