@@ -87,7 +87,7 @@ def conv_bn(z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: L
     return image, y, bn_finalize(partials, size, y.shape[0], *parameters, run=run)
 
 
-def conv_bn_act(
+def whole_unit(
     z: Activation, unit: ConvBN, residual_scale: Tensor | None, level: Level, run: Run, **ends: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `conv_bn`, with what follows the BN: the convolution's output as a matrix, the vectors, the result as an image, its signs.
@@ -157,7 +157,7 @@ def forward(
             z = Activation(y, v)
             del y
         else:
-            rows, v, values, _ = conv_bn_act(z, unit, None, level, run)
+            rows, v, values, _ = whole_unit(z, unit, None, level, run)
             z = Activation(values)
             del values
         vectors.append(v)
@@ -261,7 +261,7 @@ def _tail(
         return _End(conv_fprop(z, unit, output=output, run=run).image, [vectors, *others], [], None, [])
     ends = {"skip": None if skip is None else to_rows(skip), "y2": rows2, "vectors2": vectors2}
     ends |= {"keep_signs": save and form.relu, "relu": form.relu}
-    rows, vectors, out, signs = conv_bn_act(z, unit, residual_scale, level, run, **ends)
+    rows, vectors, out, signs = whole_unit(z, unit, residual_scale, level, run, **ends)
     return _End(out, [vectors, *others], [rows] if y2 is None else [rows, rows2], signs, [])
 
 
