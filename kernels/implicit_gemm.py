@@ -204,7 +204,7 @@ def implicit_gemm(
             mask = (deep < D)[:, None] & there[None, :]
             deep %= D
         start = weight + tl.cast(filter, tl.int64) * stride_tap
-        if DENSE:  # as `read` does along the channels
+        if DENSE and POINTWISE:  # as `read` does along the channels; of several taps that spills on compute capability 12.0
             at = (start + columns[None, :]) + deep[:, None]
         else:
             start += tl.cast(block, tl.int64) * stride_d
