@@ -128,12 +128,12 @@ def _by_tap(weight: Tensor) -> Tensor:
 
 
 def unfolded_fprop(x: Tensor, unit: ConvBN, run: Run) -> Tensor:
-    """`conv_fprop` of any ungrouped convolution whose weight is channels_last."""
+    """`conv_fprop` of any ungrouped convolution."""
     own = run.find_joined("unfolded_fprop", x.device)
     if own is None:
         y = torch.mm(im2col(x, unit, run=run), _by_tap(unit.weight).t())
     else:
-        y = own(x, unit.weight, *unit.stride, *unit.padding, *unit.dilation)
+        y = own(x, nhwc(unit.weight), *unit.stride, *unit.padding, *unit.dilation)
     return to_image(y, x.shape[0], *unit.output_size(*x.shape[2:]))
 
 
@@ -151,11 +151,11 @@ def conv_bn_act(unit: ConvBN, shift: Tensor, relu: bool, run: Run) -> Step:
 
 
 def folded_dgrad(dy: Tensor, like: Tensor, unit: ConvBN, run: Run) -> Tensor:
-    """`conv_dgrad` of any ungrouped convolution whose weight is channels_last, not in 16 bits."""
+    """`conv_dgrad` of any ungrouped convolution, not in 16 bits."""
     own = run.find_joined("folded_dgrad", dy.device)
     if own is None:
         return col2im(torch.mm(to_rows(dy), _by_tap(unit.weight)), like.shape[2:], unit, run=run)
-    dx = own(nhwc(dy), unit.weight, *like.shape[2:], *unit.stride, *unit.padding, *unit.dilation)
+    dx = own(nhwc(dy), nhwc(unit.weight), *like.shape[2:], *unit.stride, *unit.padding, *unit.dilation)
     return dx.permute(0, 3, 1, 2)
 
 
