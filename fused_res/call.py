@@ -113,5 +113,5 @@ def _prepare(
     pixels = tuple([x.shape[0] * height * width for height, width in sizes])
     numbers = dtype, casts, pixels, outer, block.given, tuple(spec), tuple(eps)
     prepared = (not watched or torch.compiler.is_compiling()) and planner.evaluation_level(block, dtype, backend, level) is not None
-    kept = kept_of(tuple(spec), residual_scale is not None)
+    kept = None if watched else kept_of(tuple(spec), residual_scale is not None)
     return Prepared(*numbers, plan.level, backend, watched, prepared, is_narrow(x, block), kept, {}, set())

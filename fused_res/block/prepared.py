@@ -21,7 +21,7 @@ class Prepared(NamedTuple):
 
     outer: the shape of the block's output. given: whether the shortcut is a tensor, x itself if the caller gave none. spec, eps: as
     `fused_res.block.packing.pack` returns them. level, backend: of the plan; backend is `AUTO` where the call is watched.
-    kept: what the backward keeps of the block's tensors.
+    kept: what the backward keeps of the block's tensors, unless the call is watched.
     evaluates: whether evaluation without gradients has its convolutions prepared (`fused_res.block.evaluation`).
     narrow: as `fused_res.block.op.is_narrow` says. programs: what has been recorded of such calls (`fused_res.block.program`).
     momenta: those that have a program of their own.
@@ -39,6 +39,6 @@ class Prepared(NamedTuple):
     watched: bool
     evaluates: bool
     narrow: bool
-    kept: Kept
+    kept: Kept | None
     programs: dict
     momenta: set[tuple[float | None, ...]]
