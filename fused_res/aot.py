@@ -24,8 +24,8 @@ from fused_res import aot_table
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Shared memory that one block may use, in bytes, by compute capability.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-# Of these a sample takes one for each kind of matrix instruction, and the newest of those with little shared memory.
-_SAMPLE = (80, 90, 100, 120)
+# Of these a sample takes one for each kind of matrix instruction, of `mma` the newest, which has little shared memory.
+_SAMPLE = (90, 100, 120)
 # Local memory that does not count as a spill where no loop uses it, in bytes. On an H200 the tail's tile that parks 40 of them is
 # faster than any that parks none (docs/results-gpu.md); in float16 it parks up to 88. Without masks it parks up to 136, and issues
 # a seventh fewer instructions for a tile all the same, those of the parking among them (docs/loops.csv).
@@ -239,13 +239,14 @@ def table(
 ) -> Iterator[tuple[str, Row]]:
     """File and row of all variants for these architectures, or of those in some files only; or of the convolutions' tiles.
 
-    A sample has the variants marked so, in two dtypes, and only a few of the architectures.
+    A sample has the variants marked so, in two dtypes, for compute capability 9.0, and in bfloat16 those that multiply matrices for
+    a few more.
     """
     for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
-        sampled = (90,) if dtype == torch.float32 else _SAMPLE
-        for arch in (arch for arch in archs if arch in sampled or not sample):
+        for arch in archs:
             for file, variant in variants(dtype, arch, "aot_tiles" if tiles else "aot_variants"):
-                if (variant.sample or not sample) and (not only or file in only):
+                sampled = arch == 90 or (variant.matrix and arch in _SAMPLE and dtype == torch.bfloat16)
+                if (not sample or (variant.sample and sampled)) and (not only or file in only):
                     yield file, inspect(variant, dtype, arch)
 
 

@@ -101,7 +101,7 @@ def test_sample_compiles_to_sound_code(sample):
         "conv_wgrad_partial",
         "masked_add",
     }
-    assert {row["arch"] for row in rows} == {80, 90, 100, 120}
+    assert {row["arch"] for row in rows if row["matrix"]} == {90, 100, 120}
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
 
 
