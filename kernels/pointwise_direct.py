@@ -164,7 +164,7 @@ def direct_partials(
 ) -> Partials:
     """The direct pass itself, for a weight [C, K] and rows of dout: for kernels that merge its tiles with `merge_direct`."""
     pixels, stats, (channels, inner) = z.pixels, dout is None, weight.shape
-    block_p, block_c = 16, 64
+    block_p, block_c = 8, 64
     tiles, rows = split_rows(pixels, cdiv(channels, block_c), block_p, least=256, most=PLACES)
     partials = torch.empty(tiles, 3 if stats else 1, channels, dtype=torch.float64, device=weight.device)
     launch(
