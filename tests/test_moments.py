@@ -229,3 +229,14 @@ def test_the_kernel_suspects_what_the_formula_suspects():
     from fused_res.kernels import moments_finalize as kernels
 
     assert kernels.SUSPECT == SUSPECT
+
+
+def test_a_strided_operand_has_rows_that_32_bits_count():
+    pytest.importorskip("triton")
+    from fused_res.kernels.operands import operand
+
+    image = torch.empty((2**19, 8, 64, 64), device="meta").contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"z: expected fewer than 2\^31 pixels at stride \(2, 2\), got 2147483648"):
+        operand("z", Activation(image, stride=(2, 2)), image)
+    assert operand("z", Activation(image[1:], stride=(2, 2)), image).pixels == 32 * 32
+    assert len(operand("z", Activation(image), image).data) == 2**31
