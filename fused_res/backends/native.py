@@ -291,7 +291,7 @@ def pays(primitive: str, unit: ConvBN, pixels: int) -> bool:
 
     Prepared 3x3 filters need no pixels to pay for their transforms: with 32 channels and more F(2x2, 3x3) was the faster one at
     every size of ResNet's that was measured, at batch 1 and 8, with AVX2 and AVX-512. Prepared 1x1 weights pay with AVX-512, which
-    was 0.97 to 1.4 times as fast as the library; with AVX2 they go by the rule for those that are not prepared, but where they make
+    was 0.99 to 1.4 times as fast as the library; with AVX2 they go by the rule for those that are not prepared, but where they make
     more channels than they read, since the library's ReLU is a pass of its own.
 
     On a GPU nothing has been measured; there it runs 1x1 ones only, which memory binds, and Triton's paid on an H200.
