@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, OptionalTensor> bn_stats_act(const Tensor& y, const O
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("bn_act", TORCH_BOX(&bn_act));
-  m.impl("bn_stats_act", TORCH_BOX(&bn_stats_act));
+  implement(m, "bn_act", TORCH_BOX(&bn_act));
+  implement(m, "bn_stats_act", TORCH_BOX(&bn_stats_act));
 }
 
 }  // namespace

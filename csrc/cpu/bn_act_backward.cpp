@@ -108,10 +108,10 @@ std::tuple<Tensor, Tensor> backward_op(const Tensor& dout, const Tensor& y, cons
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("bn_act_backward_reduce", TORCH_BOX(&reduce_op));
-  m.impl("bn_act_backward_finalize", TORCH_BOX(&finalize_op));
-  m.impl("bn_act_backward_apply", TORCH_BOX(&apply_op));
-  m.impl("bn_act_backward", TORCH_BOX(&backward_op));
+  implement(m, "bn_act_backward_reduce", TORCH_BOX(&reduce_op));
+  implement(m, "bn_act_backward_finalize", TORCH_BOX(&finalize_op));
+  implement(m, "bn_act_backward_apply", TORCH_BOX(&apply_op));
+  implement(m, "bn_act_backward", TORCH_BOX(&backward_op));
 }
 
 }  // namespace

@@ -61,8 +61,8 @@ Tensor bn_stats_finalize(const Tensor& y, const OptionalTensor& gamma, const Opt
 namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("bn_finalize", TORCH_BOX(&bn_finalize));
-  m.impl("bn_stats_finalize", TORCH_BOX(&bn_stats_finalize));
+  implement(m, "bn_finalize", TORCH_BOX(&bn_finalize));
+  implement(m, "bn_stats_finalize", TORCH_BOX(&bn_stats_finalize));
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ std::tuple<Tensor, int64_t> bn_stats(const Tensor& y) {
 
 namespace {
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("bn_stats", TORCH_BOX(&bn_stats)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { implement(m, "bn_stats", TORCH_BOX(&bn_stats)); }
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -47,8 +47,8 @@ Tensor col2im(const Tensor& windows, int64_t image_height, int64_t image_width, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("im2col", TORCH_BOX(&im2col));
-  m.impl("col2im", TORCH_BOX(&col2im));
+  implement(m, "im2col", TORCH_BOX(&im2col));
+  implement(m, "col2im", TORCH_BOX(&col2im));
 }
 
 }  // namespace

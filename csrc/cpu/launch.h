@@ -9,6 +9,7 @@
 #include "../checks.h"
 #include "../new_tensor.h"
 #include "kernels.h"
+#include "operators.h"
 
 namespace fused_res::cpu {
 

@@ -14,7 +14,7 @@ void masked_add(const Tensor& dx, const Tensor& addend, const OptionalTensor& si
   run_rows(kernels().masked_add[dtype_of(dx)], arguments, pixels);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("masked_add", TORCH_BOX(&masked_add)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { implement(m, "masked_add", TORCH_BOX(&masked_add)); }
 
 }  // namespace
 }  // namespace fused_res::cpu

@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor, int64_t> finalize_op(const Tensor& mean, const Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("moments", TORCH_BOX(&moments));
-  m.impl("moments_finalize", TORCH_BOX(&finalize_op));
+  implement(m, "moments", TORCH_BOX(&moments));
+  implement(m, "moments_finalize", TORCH_BOX(&finalize_op));
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ void move_statistics(const std::vector<Tensor>& means, const std::vector<Tensor>
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("move_statistics", TORCH_BOX(&move_statistics)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { implement(m, "move_statistics", TORCH_BOX(&move_statistics)); }
 
 }  // namespace
 }  // namespace fused_res::cpu

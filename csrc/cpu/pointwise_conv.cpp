@@ -105,9 +105,9 @@ Tensor wgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& ve
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("pointwise_fprop", TORCH_BOX(&fprop));
-  m.impl("pointwise_dgrad", TORCH_BOX(&dgrad));
-  m.impl("pointwise_wgrad", TORCH_BOX(&wgrad));
+  implement(m, "pointwise_fprop", TORCH_BOX(&fprop));
+  implement(m, "pointwise_dgrad", TORCH_BOX(&dgrad));
+  implement(m, "pointwise_wgrad", TORCH_BOX(&wgrad));
 }
 
 }  // namespace

@@ -76,9 +76,9 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& panels, int64_t channels,
 namespace {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("pointwise_tail", TORCH_BOX(&pointwise_tail));
-  m.impl("pointwise_prepare", TORCH_BOX(&pointwise_prepare));
-  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+  implement(m, "pointwise_tail", TORCH_BOX(&pointwise_tail));
+  implement(m, "pointwise_prepare", TORCH_BOX(&pointwise_prepare));
+  implement(m, "pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
 }
 
 }  // namespace

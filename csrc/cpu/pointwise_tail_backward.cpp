@@ -200,9 +200,9 @@ OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const T
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("pointwise_tail_backward_reduce", TORCH_BOX(&reduce_op));
-  m.impl("pointwise_tail_backward_finalize", TORCH_BOX(&finalize_op));
-  m.impl("pointwise_tail_backward_apply", TORCH_BOX(&apply_op));
+  implement(m, "pointwise_tail_backward_reduce", TORCH_BOX(&reduce_op));
+  implement(m, "pointwise_tail_backward_finalize", TORCH_BOX(&finalize_op));
+  implement(m, "pointwise_tail_backward_apply", TORCH_BOX(&apply_op));
 }
 
 }  // namespace

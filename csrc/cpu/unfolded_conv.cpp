@@ -176,10 +176,10 @@ Tensor bn_act(const Tensor& x, const Tensor& panels, int64_t channels, int64_t h
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("unfolded_fprop", TORCH_BOX(&fprop));
-  m.impl("folded_dgrad", TORCH_BOX(&dgrad));
-  m.impl("unfolded_wgrad", TORCH_BOX(&wgrad));
-  m.impl("unfolded_bn_act", TORCH_BOX(&bn_act));
+  implement(m, "unfolded_fprop", TORCH_BOX(&fprop));
+  implement(m, "folded_dgrad", TORCH_BOX(&dgrad));
+  implement(m, "unfolded_wgrad", TORCH_BOX(&wgrad));
+  implement(m, "unfolded_bn_act", TORCH_BOX(&bn_act));
 }
 
 }  // namespace

@@ -211,11 +211,11 @@ Tensor wgrad(const Tensor& dy, const OptionalTensor& y, const OptionalTensor& ve
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
-  m.impl("winograd_fprop", TORCH_BOX(&fprop));
-  m.impl("winograd_dgrad", TORCH_BOX(&dgrad));
-  m.impl("winograd_wgrad", TORCH_BOX(&wgrad));
-  m.impl("winograd_prepare", TORCH_BOX(&prepare));
-  m.impl("winograd_bn_act", TORCH_BOX(&bn_act));
+  implement(m, "winograd_fprop", TORCH_BOX(&fprop));
+  implement(m, "winograd_dgrad", TORCH_BOX(&dgrad));
+  implement(m, "winograd_wgrad", TORCH_BOX(&wgrad));
+  implement(m, "winograd_prepare", TORCH_BOX(&prepare));
+  implement(m, "winograd_bn_act", TORCH_BOX(&bn_act));
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """Programs: what a schedule calls for one plan, recorded once and replayed as it was, without asking anything again.
 
 The first call of a plan runs its schedule (`fused_res.block.forward` or `backward`) under a recorder, which sees every operator of
-torch's and of ours and every launch of a Triton kernel. From that a function is written that calls the same, in the same order,
-with the same numbers, and lets go of each tensor after its last use; views that are there already are not made again. What a
+torch's and of ours and every launch of a Triton kernel. From that a function is made that calls the same, in the same order, with
+the same numbers, and lets go of each tensor after its last use; views that are there already are not made again. On a CPU the
+compiled library calls it all where it can (`fused_res.block.lowered`), and else Python does (`fused_res.block.recorded`). What a
 schedule decides in Python (who runs a convolution, which tile, whether something has to be copied) follows from the plan, from its
 tensors' strides and from torch's switches, and those are a program's key. Where a decision follows from values that a kernel has
 computed, nothing is recorded.
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_res import backends, settings
+from fused_res.block.lowered import lowered
+from fused_res.block.recorded import Name, Step, View, needed, written
 from fused_res.internals import disable_modes, float32_precisions, storage
 
 _BY_VALUES = {
@@ -33,6 +36,8 @@ _METHODS = {
     "aten::unbind.int": "unbind",
 }
 """Views that start elsewhere in memory than what they are made of, and take less time as methods."""
+_EMPTY = {"aten::empty.memory_format", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+"""Operators that make a tensor without values, and do nothing else."""
 _MOST = 64
 _NEVER = "never"
 """Stands where there can be no program."""
@@ -45,8 +50,8 @@ class _Refused(Exception):  # noqa: N818, no error
 class _Known(NamedTuple):
     """A tensor's name, and the names of all views of its storage by what they see of it; the first is made of no other."""
 
-    name: str
-    family: dict[tuple, str]
+    name: Name
+    family: dict[tuple, Name]
 
 
 def _is_view(operator: object, source: object, result: object) -> bool:
@@ -63,30 +68,33 @@ def _sees(tensor: Tensor) -> tuple:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
+def _view(name: Name, made: tuple, source: Name, seen: tuple) -> View:
+    """By what the view and its source see."""
+    return View(name, source, tuple(made[1]), tuple(made[2]), made[3] - seen[3])
+
+
 class _Recorder(TorchDispatchMode):
-    """Writes down what is called inside, line by line. It keeps no tensor alive, so that a recorded call needs no more memory."""
+    """Notes what is called inside, step by step. It keeps no tensor alive, so that a recorded call needs no more memory."""
 
     def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.refused = False
         self._known = WeakTensorKeyDictionary()
         self._count = 0
-        self._inputs = len(inputs)
-        self._constants: dict[str, object] = {}
+        self._inputs = inputs
         self._stream: Callable[[Tensor], int] | None = None
-        # The text of a line, the names that it reads and makes, and whether it makes views alone.
-        self._lines: list[tuple[str, list[str], list[str], bool]] = []
+        self._steps: list[Step] = []
         for i, tensor in enumerate(inputs):
             if tensor is not None:
-                self._known[tensor] = _Known(f"i{i}", {_sees(tensor): f"i{i}"})
+                name = Name(f"i{i}")
+                self._known[tensor] = _Known(name, {_sees(tensor): name})
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = operator.name()
         result = operator(*args, **kwargs)
-        self.refused = self.refused or name in _BY_VALUES
+        self.refused = self.refused or operator.name() in _BY_VALUES
         if not self._is_known(operator, args, result):
-            self._write(operator, args, kwargs, result, None if kwargs else _METHODS.get(name))
+            self._note(operator, args, kwargs, result)
         return result
 
     def _is_known(self, operator: torch._ops.OpOverload, args: tuple, result: object) -> bool:
@@ -102,9 +110,9 @@ class _Recorder(TorchDispatchMode):
         name = source.family.get(sees)
         if name is None and (sees[0], sees[3]) == (first[0], first[3]):
             # Of all ways to a view the shortest: of the first of its family, wherever that starts.
-            made: list[str] = []
-            name = self._target(result, made, source.family)
-            self._lines.append((f"{name} = {root}.as_strided({tuple(sees[1])}, {sees[2]})", [root], made, True))
+            name = self._named(result, source.family)
+            view = _view(name, sees, root, first)
+            self._steps.append(Step(Tensor.as_strided, (root, *view[2:4]), {}, name, "as_strided", views=(view,), spare=True))
         if name is not None:
             self._known[result] = _Known(name, source.family)
         return name is not None
@@ -114,86 +122,70 @@ class _Recorder(TorchDispatchMode):
         with disable_modes():
             function, args, kwargs, stream = again(call())
         self._stream = self._stream or stream
-        self._write(function, args, kwargs, None, None, on_stream=stream is not None)
-
-    def _write(
-        self, call: Callable, args: Sequence, kwargs: dict, result: object, method: str | None, on_stream: bool = False
-    ) -> None:
-        if self.refused:
-            return
-        read: list[str] = []
-        made: list[str] = []
         try:
-            arguments = [self._expression(value, read, on_stream) for value in args]
-            keywords = [f"{name}={self._expression(value, read)}" for name, value in kwargs.items()]
-            keywords += ["stream=stream"] if on_stream else []
+            step = Step(function, self._names(args), self._names(kwargs), None, on_stream=stream is not None)
+        except _Refused:
+            self.refused = True
+        else:
+            self._steps.append(step)
+
+    def _note(self, operator: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> None:
+        try:
+            named, keywords = self._names(args), self._names(kwargs)
         except _Refused:
             self.refused = True
             return
-        if method is None:
-            function = self._constant(call)
-        else:
-            function, arguments = f"{arguments[0]}.{method}", arguments[1:]
-        text = f"{function}({', '.join([*arguments, *keywords])})"
-        family = self._known[args[0]].family if _is_view(call, args[0] if args else None, result) else None
-        self._lines.append((f"{self._target(result, made, family)} = {text}", read, made, family is not None))
+        is_view = _is_view(operator, args[0] if args else None, result)
+        family = self._known[args[0]].family if is_view else None
+        name, views = operator.name(), None
+        target = self._named(result, family)
+        if is_view:
+            made, sees = [result] if isinstance(result, Tensor) else result, _sees(args[0])
+            if all(tensor.dtype == args[0].dtype for tensor in made):
+                views = tuple([_view(self._known[tensor].name, _sees(tensor), named[0], sees) for tensor in made])
+        spare = is_view or name in _EMPTY
+        method = None if kwargs else _METHODS.get(name)
+        self._steps.append(Step(operator, named, keywords, target, method, views=views, spare=spare))
 
-    def _constant(self, value: object) -> str:
-        name = f"c{len(self._constants)}"
-        self._constants[name] = value
-        return name
-
-    def _expression(self, value: object, read: list[str], addresses: bool = False) -> str:
+    def _names(self, value: object) -> object:
+        """The value with names in place of tensors."""
         if isinstance(value, Tensor):
             known = self._known.get(value)
             if known is None:
                 raise _Refused  # a tensor from elsewhere
-            read.append(known.name)
-            return f"{known.name}.data_ptr()" if addresses else known.name
-        if isinstance(value, list):
-            return f"[{', '.join([self._expression(v, read, addresses) for v in value])}]"
-        if isinstance(value, tuple):
-            inside = ", ".join([self._expression(v, read, addresses) for v in value])
-            plain = type(value) is tuple or type(value) is torch.Size
-            return f"({inside}{',' if len(value) == 1 else ''})" if plain else f"{self._constant(type(value))}({inside})"
-        return repr(value) if value is None or type(value) in (bool, int, str) else self._constant(value)
+            return known.name
+        if isinstance(value, dict):
+            return {key: self._names(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            parts = [self._names(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        return value
 
-    def _target(self, value: object, made: list[str], family: dict | None) -> str:
+    def _named(self, value: object, family: dict | None) -> object:
+        """Names for what has been made."""
         if isinstance(value, Tensor):
             known = self._known.get(value)
             if known is None:
-                known = self._known[value] = _Known(f"t{self._count}", {} if family is None else family)
+                known = self._known[value] = _Known(Name(f"t{self._count}"), {} if family is None else family)
                 known.family[_sees(value)] = known.name
                 self._count += 1
-            made.append(known.name)
             return known.name
-        if isinstance(value, (list, tuple)) and value:
-            return f"({', '.join([self._target(v, made, family) for v in value])},)"
-        return "_"
+        return tuple([self._named(part, family) for part in value]) if isinstance(value, (list, tuple)) else None
 
-    def function(self, results: object) -> Callable | None:
-        """The function of the inputs that calls what was called, and returns what stands for these results."""
+    def function(self, found: object, lowers: bool) -> Callable | None:
+        """The function of the inputs that calls what was called, and returns what stands for what was found.
+
+        lowers: whether the compiled library runs it where it can.
+        """
         if self.refused:
             return None
-        read: list[str] = []
         try:
-            end = self._expression(results, read)
+            results = self._names(found)
         except _Refused:
             return None
-        later, body = set(read), [f"    return {end}"]
-        for text, reads, made, is_view in reversed(self._lines):
-            if is_view and later.isdisjoint(made):
-                continue
-            last = sorted({name for name in (*reads, *made) if name not in later and name[0] == "t"})
-            body += [f"    del {', '.join(last)}"] if last else []
-            body.append(f"    {text}")
-            later.update(reads)
-        head = f"def program({', '.join(f'i{n}' for n in range(self._inputs))}):"
-        first = [] if self._stream is None else [f"    stream = {self._constant(self._stream)}(i0)"]
-        source = "\n".join([head, *first, *reversed(body)])
-        space = dict(self._constants)
-        exec(compile(source, "<a program of fused_res>", "exec"), space)
-        return space.pop("program")  # which then is in no cycle with what it calls
+        steps = needed(self._steps, results)
+        function = lowered(steps, self._inputs, results) if lowers else None
+        return function or written(steps, len(self._inputs), results, self._stream)
 
 
 def switches(device_type: str) -> tuple:
@@ -239,5 +231,5 @@ def _record(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Ten
         found = schedule(*inputs)
     if len(programs) >= _MOST:
         programs.clear()
-    programs[key] = recorder.function(found) or _NEVER
+    programs[key] = recorder.function(found, lowers=backend == "native" and not inputs[0].is_cuda) or _NEVER
     return found
