@@ -177,9 +177,10 @@ class Reader {
     return made;
   }
 
-  // 0 and an integer, 1 and a flag, 2 and which of the numbers, 3 and a memory format, or 4 and a dtype.
+  // 0 and an integer, 1 and a flag, 2 and which of the numbers, 3 and a memory format, 4 and a dtype,
+  // or 5 for the CPU.
   StableIValue read_plain() {
-    switch (below(5)) {
+    switch (below(6)) {
       case 0:
         return boxed(next());
       case 1:
@@ -188,8 +189,10 @@ class Reader {
         return boxed(numbers_[below(static_cast<int64_t>(numbers_.size()))]);
       case 3:
         return boxed(static_cast<torch::headeronly::MemoryFormat>(below(4)));
-      default:
+      case 4:
         return boxed(static_cast<ScalarType>(below(16)));
+      default:
+        return boxed(torch::stable::Device(torch::headeronly::DeviceType::CPU));
     }
   }
 

@@ -20,7 +20,7 @@ _DTYPES = {
 """Their numbers there."""
 _VIEW, _CALL = range(2)
 _NONE, _PLAIN, _PLAINS, _TENSOR, _TENSORS = range(5)
-_INTEGER, _FLAG, _NUMBER, _MEMORY_FORMAT, _DTYPE = range(5)
+_INTEGER, _FLAG, _NUMBER, _MEMORY_FORMAT, _DTYPE, _CPU = range(6)
 _NO_TENSOR, _ONE, _PERHAPS_ONE = range(3)
 _NOWHERE = -1
 
@@ -102,6 +102,8 @@ class _Code:
             return [_MEMORY_FORMAT, value if type(value) is int else _MEMORY_FORMATS.index(value)]
         if kind == "ScalarType" and (value if type(value) is int else _DTYPES.get(value)) in _DTYPES.values():
             return [_DTYPE, value if type(value) is int else _DTYPES[value]]
+        if kind == "Device" and value == torch.device("cpu"):
+            return [_CPU]
         raise _Unknown
 
     def _result(self, value: object, kind: str, last: frozenset[Name]) -> list[int]:
