@@ -175,8 +175,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def any_expired(storages: Sequence[object]) -> bool:
     """Whether the memory is gone of any of these `torch.multiprocessing.reductions.StorageWeakRef`."""
-    expired = torch.Storage._expired
-    return any(expired(storage.cdata) for storage in storages)
+    expired = torch.UntypedStorage._expired
+    return any([expired(storage.cdata) for storage in storages])
 
 
 def gpu_sleep(cycles: int) -> None:
