@@ -247,4 +247,4 @@ SUITES["host"] = (
     Case("host.bottleneck.identity", "bottleneck", 64, 16, 4),
     Case("host.bottleneck.projection", "bottleneck", 64, 32, 4, 2),
 )
-"""Blocks so small that at batch 1 their time is the host's: what calling them costs."""
+"""Blocks so small that at batch 1 their time is the host's: what calling them costs. What they call is counted on a CPU."""

@@ -159,7 +159,7 @@ def summaries(document: dict) -> list[str]:
     if ran_as:
         found = "; ".join(f"{backend} ({count} of {ran_as.total()})" for backend, count in ran_as.items())
         lines.append(f"fused_res ran as: {found}.")
-    lines += sum_lines(document) + host_lines(document)
+    lines += sum_lines(document) + host_lines(document) + call_lines(document)
     if check := document.get("check"):
         verdict = "passed" if check["passed"] else "FAILED"
         largest = "not finite" if check["worst"] is None else f"at {check['worst']:.2f} of its limit"
@@ -183,6 +183,18 @@ def host_lines(document: dict) -> list[str]:
             shares = {name: max(0.0, 1 - row["ms"]["median"] / row["wall_ms"]["median"]) for name, row in walls.items()}
             found = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
             lines.append(f"The host's share of the wall time, {case}, batch {batch}: {found}. A CUDA graph takes it away.")
+    return lines
+
+
+def call_lines(document: dict) -> list[str]:
+    """What a step asked of the host (`calls.count`), a line for each case in which it was counted."""
+    lines = []
+    for (case, batch, *_), peers in measured(document):
+        counts = {name: row["host"] for name, row in ran(peers).items() if "host" in row}
+        if counts:
+            shown = "{calls} functions in {files} files, {operators} operators of which {views} make views"
+            found = "; ".join(f"{name} {shown.format(**count)}" for name, count in counts.items())
+            lines.append(f"Called by a step, {case}, batch {batch}: {found}.")
     return lines
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fused_res.benchmarks import clocks, cudnn_graphs, foreign, memory, traffic  # noqa: F401 - two of them register peers
+from fused_res.benchmarks import calls, clocks, cudnn_graphs, foreign, memory, traffic  # noqa: F401 - two of them register peers
 from fused_res.benchmarks import peers as peers_module
 from fused_res.benchmarks.agreement import compare
+from fused_res.benchmarks.cases import SUITES
 from fused_res.benchmarks.clocks import Clock, Timing, clock_for
 from fused_res.benchmarks.peers import BARE, Peer, Refusal, Setup
 from fused_res.benchmarks.sums import summary
@@ -128,6 +129,8 @@ def _measured(
             row |= {"layout": ready[name].layout, "backend": ready[name].backend, "state": state, **used[name]}
             row["max_relative_error"] = {when: found.get(name) for when, found in errors.items()}
             row |= work(setup, name, ready[name].backend)
+            if setup.case in SUITES["host"] and device.type == "cpu":
+                row["host"] = calls.count(lambda step=ready[name].step: step(0))
         rows.append(row)
     return rows
 

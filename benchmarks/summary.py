@@ -71,11 +71,11 @@ def sum_table(document: dict) -> list[str]:
 
 
 def section(document: dict) -> str:
-    """What a document shows of a suite: conditions, a line for each case, the sums, and the command."""
+    """What a document shows of a suite: conditions, a line for each case, the sums, what was counted, and the command."""
     lines = [f"{report.conditions(document)}.", "", *case_lines(document)]
     if table := sum_table(document):
         lines += ["", *table]
-    for note in (*report.reasons(document), f"`{document['command']}`"):
+    for note in (*report.reasons(document), *report.call_lines(document), f"`{document['command']}`"):
         lines += ["", note]
     return "\n".join(lines)
 

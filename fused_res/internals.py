@@ -176,7 +176,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def any_expired(storages: Sequence[object]) -> bool:
     """Whether the memory is gone of any of these `torch.multiprocessing.reductions.StorageWeakRef`."""
     expired = torch.UntypedStorage._expired
-    return any([expired(storage.cdata) for storage in storages])
+    return any(map(expired, [storage.cdata for storage in storages]))
 
 
 def gpu_sleep(cycles: int) -> None:

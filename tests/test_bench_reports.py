@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fused_res import cli
-from fused_res.benchmarks import charts, clocks, compare, headline, plot, report, results, sums, webpage
+from fused_res.benchmarks import calls, charts, clocks, compare, headline, plot, report, results, sums, webpage
 from fused_res.benchmarks.cases import occurrences
 from fused_res.benchmarks.sums import summary
 
@@ -281,3 +281,22 @@ def test_no_sentence_about_blocks_that_are_not_all_there():
     document["rows"] = [found for found in document["rows"] if found["case"] != "resnet18.3.identity"]
     with pytest.raises(ValueError, match=r"resnet18\.3\.identity at batch 8: expected fused_res, eager and bare convolutions"):
         headline.sentence(document, "some.jsonl")
+
+
+def test_what_a_step_calls_is_counted():
+    def leaf():
+        return torch.ones(2).neg()
+
+    def step():
+        return leaf(), leaf().view(1, 2)
+
+    found = calls.count(step)
+    assert found["calls"] == 3
+    assert found["files"] == 1
+    assert found["views"] == 1
+    assert found["operators"] >= 5
+    document = {
+        "rows": [{"peer": "fused_res", "case": "a", "batch": 1, "dtype": "fp32", "mode": "train", "reason": None, "host": found}]
+    }
+    line = f"a, batch 1: fused_res 3 functions in 1 files, {found['operators']} operators of which 1 make views"
+    assert report.call_lines(document) == [f"Called by a step, {line}."]

@@ -112,8 +112,8 @@ class Reader {
     return several<Place>([this] { return read_place(); });
   }
 
-  // 0, its place and whether it is the last to read it, the place of the result, sizes, strides, and how many elements behind
-  // the first it starts; or 1, a name (of ours, or of torch's with its overload), and arguments and results.
+  // 0, its place and whether it is the last to read it, the place of the result, sizes, strides, and how many elements
+  // behind the first it starts; or 1, a name (of ours, or of torch's with its overload), and arguments and results.
   Step read_step() {
     Step step;
     step.view = below(2) == 0;
@@ -281,8 +281,7 @@ void call(Tensors& tensors, const Step& step, StableIValue* stack) {
   if (step.kernel != nullptr) {
     step.kernel(stack, step.arguments.size(), step.results.size());
   } else {
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack, TORCH_ABI_VERSION));
   }
   for (size_t i = 0; i < step.results.size(); ++i) {
     const Result& result = step.results[i];

@@ -14,8 +14,16 @@ from fused_res.block.recorded import Kept, Name, Step, names_in, written
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 """In the order of their numbers in C++."""
 _DTYPES = {
-    **{torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.bool: 11},
-    **{torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15},
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bool: 11,
+    torch.bfloat16: 15,
 }
 """Their numbers there."""
 _VIEW, _CALL = range(2)

@@ -33,7 +33,7 @@ class Step(NamedTuple):
     """One call.
 
     call: an operator, or a launcher. args, kwargs: with names in place of tensors. result: names, None, and tuples of them. method:
-    the method of the first argument that does the same in less time, if there is one. on_stream: whether it is a launcher that takes
+    one of the first argument that does the same in less time, if there is one. on_stream: whether it is a launcher that takes
     addresses, and the stream. views: of a call that makes nothing but views, these, unless they are of another dtype. spare:
     whether it is not needed where nobody reads what it makes.
     """
