@@ -13,8 +13,8 @@ _OPERATORS = ("aten::", "fused_res::", "mkldnn::")
 def count(step: Callable[[], object]) -> dict[str, int]:
     """Of one step: calls, files, operators and views.
 
-    Operators are counted as torch's profiler sees them, those that others call, too; what the compiled library calls inside of a
-    program is among them where it is torch's, and not where it is ours, or a view.
+    Operators are counted as torch's profiler sees them, those that others call, too, and those of programs, which the compiled
+    library calls at any other time.
     """
     step()
     calls, files = 0, set()

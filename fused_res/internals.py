@@ -32,6 +32,8 @@ _precision = torch._C._get_fp32_precision_getter
 _function_mode, _dispatch_modes = torch._C._is_torch_function_mode_enabled, torch._C._len_torch_dispatch_stack
 _transformed, _tracing = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 _alive = torch._C._functorch.unwrap_if_dead
+is_profiled = torch._C._autograd._profiler_enabled
+"""Whether one of torch's profilers runs. torch.compile cannot follow the question."""
 
 
 def constant_result(function: Callable[..., T]) -> Callable[..., T]:

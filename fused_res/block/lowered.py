@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_res.block.recorded import Kept, Name, Step, names_in, written
+from fused_res.internals import is_profiled
 
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 """In the order of their numbers in C++."""
@@ -127,6 +128,8 @@ class _Code:
 def lowered(steps: Sequence[Kept], inputs: Sequence[Tensor | None], results: object) -> Callable | None:
     """As `recorded.written`, run by the library; None where a step is none of those that it can call.
 
+    While a profiler runs, Python makes the calls, so that it sees each.
+
     Args:
         inputs: those of the recorded call.
     """
@@ -142,6 +145,7 @@ def lowered(steps: Sequence[Kept], inputs: Sequence[Tensor | None], results: obj
     numbers = [len(given), len(code.places), code.steps, *code.code, len(outputs), *ends]
     made = torch.ops.fused_res.make_program(" ".join(code.names), numbers, code.numbers)
     whole = Step(torch.ops.fused_res.run_program.default, (made, given), {}, tuple(outputs))
-    function = written([Kept(whole, frozenset())], len(inputs), results)
+    instead = is_profiled, written(steps, len(inputs), results)
+    function = written([Kept(whole, frozenset())], len(inputs), results, instead=instead)
     weakref.finalize(function, torch.ops.fused_res.free_program, made).atexit = False
     return function

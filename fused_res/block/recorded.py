@@ -118,12 +118,22 @@ def _target(result: object) -> str:
     return f"({', '.join(map(_target, result))},)" if isinstance(result, (list, tuple)) and result else "_"
 
 
-def written(steps: Sequence[Kept], inputs: int, results: object, stream: Callable[[Tensor], int] | None = None) -> Callable:
+def written(
+    steps: Sequence[Kept],
+    inputs: int,
+    results: object,
+    stream: Callable[[Tensor], int] | None = None,
+    instead: tuple[Callable[[], bool], Callable] | None = None,
+) -> Callable:
     """A function of the inputs that makes these steps and returns what stands for the results.
 
-    stream: what finds the stream of launches by the first input, where there are any.
+    stream: what finds the stream of launches by the first input, where there are any. instead: a question, and a function that
+    is called in place of the steps where the answer is yes.
     """
-    source, lines = _Source(), [f"def program({', '.join(f'i{n}' for n in range(inputs))}):"]
+    names = ", ".join(f"i{n}" for n in range(inputs))
+    source, lines = _Source(), [f"def program({names}):"]
+    if instead is not None:
+        lines += [f"    if {source.constant(instead[0])}():", f"        return {source.constant(instead[1])}({names})"]
     if stream is not None:
         lines.append(f"    stream = {source.constant(stream)}(i0)")
     for step, last in steps:
