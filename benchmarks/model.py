@@ -38,8 +38,8 @@ def least(case: Case, way: str, mode: str, batch: int, dtype: str, gpu: Gpu) -> 
     return sum(max(cost.bytes / gpu.bandwidth, cost.flops / gpu.peak(dtype)) for cost in costs)
 
 
-def expected(case: Case, way: str, mode: str, batch: int, dtype: str, gpu: Gpu, counts: cost.Counts = SLOTS) -> float:
-    """The time of a step that is to be expected on a GPU, kernel by kernel, with a full queue.
+def expected(case: Case, way: str, mode: str, batch: int, dtype: str, gpu: Gpu, counts: cost.Counts = SLOTS) -> list[float]:
+    """The time of each kernel of a step that is to be expected on a GPU with a full queue, its launch included.
 
     counts: instructions of the kernels with a matrix product.
 
@@ -51,16 +51,16 @@ def expected(case: Case, way: str, mode: str, batch: int, dtype: str, gpu: Gpu, 
             raise UsageError("the levels' kernels are Triton's, which is not installed")
         found = steps(case.geometry(batch, mode != "eval"), way, DTYPES[dtype], gpu.capability, mode == "train")
         running = [Step("move_statistics", 0.0)] if mode != "eval" else []
-        return cost.total([*found, *running], DTYPES[dtype], gpu, counts)
+        return [cost.seconds(step, DTYPES[dtype], gpu, counts) for step in (*found, *running)]
     share = {"eager": constants.EAGER, "fused BN": constants.COMPILER}.get(way, constants.STREAM)
-    total = 0.0
+    times = []
     for found in traffic.passes(case, way, mode):
         moved = traffic.cost(found, batch, ITEMSIZES[dtype])
         if found.flops:
-            total += cost.seconds(Step("library", moved.bytes, 0.0, moved.flops / 2), DTYPES[dtype], gpu)
+            times.append(cost.seconds(Step("library", moved.bytes, 0.0, moved.flops / 2), DTYPES[dtype], gpu))
         else:
-            total += constants.LAUNCH + max(constants.SMALL, moved.bytes / (share * gpu.bandwidth))
-    return total
+            times.append(constants.LAUNCH + max(constants.SMALL, moved.bytes / (share * gpu.bandwidth)))
+    return times
 
 
 def _way(peer: str, backend: str | None) -> str | None:
@@ -94,8 +94,8 @@ def predict(
 ) -> list[dict]:
     """A row for each case of a suite and way to run it, and, for a suite that is a network, for all its blocks together.
 
-    `bytes` and `flops` are of one step; `ms` by GPU is to be expected, or with `at_least` the least that bytes and FLOPs allow;
-    `measured` are pairs of device and milliseconds.
+    `bytes` and `flops` are of one step; `ms` by GPU is to be expected, with so many `launches` on the first one, or with `at_least`
+    the least that bytes and FLOPs allow; `measured` are pairs of device and milliseconds.
 
     Raises:
         ValueError: a suite of whole networks, which the model does not cover.
@@ -107,11 +107,13 @@ def predict(
     for case in cases:
         for way in ("bare", *traffic.WAYS):
             moved = traffic.total(case, way, mode, batch, ITEMSIZES[dtype])
-            time = least if at_least else expected
-            predicted = {name: 1e3 * time(case, way, mode, batch, dtype, GPUS[name]) for name in gpus}
+            step = case, way, mode, batch, dtype
+            times = {name: [least(*step, GPUS[name])] if at_least else expected(*step, GPUS[name]) for name in gpus}
+            predicted = {name: 1e3 * sum(found) for name, found in times.items()}
             head = {"case": case.name, "batch": batch, "dtype": dtype, "mode": mode, "way": way}
             seen = known.get((case.name, batch, dtype, mode, way), [])
-            figures = {"bytes": moved.bytes, "flops": moved.flops, "ms": predicted, "at_least": at_least}
+            launches = None if at_least else len(times[gpus[0]])
+            figures = {"bytes": moved.bytes, "flops": moved.flops, "launches": launches, "ms": predicted, "at_least": at_least}
             rows.append(head | figures | {"measured": seen})
     if suite in NETWORKS:
         rows += _together(suite, rows)
@@ -125,12 +127,13 @@ def _together(network: str, rows: list[dict]) -> list[dict]:
     for way in ("bare", *traffic.WAYS):
         of_way = [row for row in rows if row["way"] == way]
         head = of_way[0] | {"case": f"all {sum(counts.values())} blocks", "measured": []}
-        sums = {name: sum(counts[row["case"]] * row[name] for row in of_way) for name in ("bytes", "flops")}
+        summed = ("bytes", "flops") if rows[0]["at_least"] else ("bytes", "flops", "launches")
+        sums = {name: sum(counts[row["case"]] * row[name] for row in of_way) for name in summed}
         found.append(head | sums | {"ms": {gpu: sum(counts[row["case"]] * row["ms"][gpu] for row in of_way) for gpu in head["ms"]}})
     if rows[0]["at_least"]:
         return found
     best = {gpu: sum(counts[row["case"]] * row["ms"][gpu] for row in of_gpu) for gpu, of_gpu in best_levels(rows).items()}
-    return [*found, found[-1] | {"way": BEST, "bytes": None, "flops": None, "ms": best}]
+    return [*found, found[-1] | {"way": BEST, "bytes": None, "flops": None, "launches": None, "ms": best}]
 
 
 def best_levels(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -142,7 +145,8 @@ def best_levels(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 def _lines(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     gpus = list(rows[0]["ms"])
-    head = ["block", "runs as", "MB/image", "x eager", "GFLOP/image", *(f"{gpu} ms" for gpu in gpus), "measured ms"]
+    counted = [] if rows[0]["at_least"] else ["launches"]
+    head = ["block", "runs as", "MB/image", "x eager", "GFLOP/image", *counted, *(f"{gpu} ms" for gpu in gpus), "measured ms"]
     eager = {row["case"]: row["bytes"] for row in rows if row["way"] == "eager"}
     lines = []
     for row in rows:
@@ -152,7 +156,8 @@ def _lines(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
             moved, flops = (row[name] / row["batch"] for name in ("bytes", "flops"))
             per_image = [f"{moved / 1e6:.2f}", f"{eager[row['case']] / row['bytes']:.2f}", f"{flops / 1e9:.2f}"]
         times = [f"{row['ms'][gpu]:.3f}" for gpu in gpus]
-        lines.append([row["case"], row["way"], *per_image, *times, seen])
+        launches = ["" if row[name] is None else str(row[name]) for name in counted]
+        lines.append([row["case"], row["way"], *per_image, *launches, *times, seen])
     return head, lines
 
 
@@ -168,7 +173,7 @@ def caption(rows: Sequence[dict]) -> str:
         how = (
             f"the time of a step ({mode}, {dtype}, batch {batch}) on the GPU with a full queue, the sum over the kernels that it "
             "launches now of a launch and the longest of bytes / bandwidth, instructions / issue slots and FLOPs / peak, at the "
-            "shares of these that were measured on an H200 (fused_res/cost/constants.py)"
+            "shares of these that were measured on an H200 (fused_res/cost/constants.py); launches: how many, on the first GPU"
         )
     peaks = "; ".join(
         f"{name}: {GPUS[name].peak(dtype) / 1e12:g} TFLOP/s, {GPUS[name].bandwidth / 1e12:g} TB/s ({GPUS[name].source})"
@@ -217,7 +222,7 @@ def beside(document: dict, gpu: str, counts: cost.Counts = SLOTS) -> list[dict]:
     cases = {case.name: case for suite in SUITES.values() for case in suite}
     rows = []
     for (name, batch, dtype, mode, way), values in measured([document]).items():
-        predicted = 1e3 * expected(cases[name], way, mode, batch, dtype, GPUS[gpu], counts)
+        predicted = 1e3 * sum(expected(cases[name], way, mode, batch, dtype, GPUS[gpu], counts))
         row = {"case": name, "way": way, "batch": batch, "dtype": dtype, "mode": mode}
         rows.append(row | {"predicted": predicted, "measured": statistics.median(ms for _, ms in values)})
     return rows

@@ -8,11 +8,11 @@ import torch
 
 from fused_res.backends import triton
 from fused_res.benchmarks import calibration, model
-from fused_res.benchmarks.cases import SUITES
+from fused_res.benchmarks.cases import SUITES, occurrences
 from fused_res.benchmarks.results import load
 from fused_res.block.levels import LEVELS
 from fused_res.cost import constants, counted, predict, recorded
-from fused_res.cost.constants import GPUS, SLOTS
+from fused_res.cost.constants import GPUS, SLOTS, Slots
 from fused_res.cost.recorded import Step, launches, steps
 
 pytest.importorskip("triton")
@@ -211,3 +211,18 @@ def test_kinds_that_were_not_counted_take_the_instructions_of_their_like():
     like = predict.instructions(Step("conv_dgrad prologue", 0.0, 10.0, 100.0), gpu)
     assert predict.instructions(Step("conv_dgrad prologue unheard-of", 0.0, 10.0, 100.0), gpu) == like
     assert predict.instructions(Step("conv_wgrad_partial", 0.0, 10.0, 100.0), gpu) > 0
+
+
+def test_what_free_instructions_would_save_is_as_documented():
+    """docs/design.md: the best levels of ResNet-50's blocks in training, bfloat16, batch 256."""
+    free = {kind: dict.fromkeys(found, Slots(0, 0)) for kind, found in SLOTS.items()}
+    blocks, saved = occurrences("resnet50"), {}
+
+    def best(case, gpu, slots):
+        found = (steps(case.geometry(256), level, torch.bfloat16, gpu.capability) for level in LEVELS)
+        return min(predict.total(of_level, torch.bfloat16, gpu, slots) for of_level in found)
+
+    for gpu in map(GPUS.get, model.SHOWN):
+        now, without = (sum(n * best(case, gpu, slots) for case, n in blocks.items()) for slots in (SLOTS, free))
+        saved[gpu.name] = round(100 * (1 - without / now))
+    assert saved == {"A100": 3, "H100": 1, "H200": 4, "B200": 19}
