@@ -59,6 +59,12 @@ class _Sources:
             and not internals.any_expired(self.storages)
         )
 
+    def hold_one(self, i: int, tensor: Tensor) -> bool:
+        """Whether this is the one at place i, as it was."""
+        if tensor is not self.tensors[i] or tensor._version != self.versions[i] or tensor.data_ptr() != self.places[i]:
+            return False
+        return tensor.stride() == self.strides[i] and not internals.any_expired(self.storages[i : i + 1])
+
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
@@ -80,20 +86,19 @@ class _Fold:
         self.used = False
         self.made: dict[tuple, object] | None = {} if all(map(_is_followed, tensors)) else None
         self.calls: dict[tuple, tuple[object, object]] = {}
-        groups = [tensors] if owner is not None else [[tensor] for tensor in tensors]
-        self.sources = [_Sources(group) for group in groups] if self.made is not None else []
+        self.sources = _Sources([] if self.made is None else tensors)
         self.refused = tensors if self.made is None else []
         self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         if self.made is None:
             return len(self.refused) == len(tensors) and all(a is b for a, b in zip(self.refused, tensors, strict=True))
-        if self.values is None:
-            return self.sources[0].hold(tensors)
-        if len(tensors) != len(self.values):
+        if self.sources.hold(tensors):
+            return True
+        if self.values is None or len(tensors) != len(self.values):
             return False
-        found = zip(self.sources, self.values, tensors, strict=True)
-        return all(source.hold((tensor,)) or _are_alike(values, tensor) for source, values, tensor in found)
+        found = enumerate(zip(self.values, tensors, strict=True))
+        return all(self.sources.hold_one(i, tensor) or _are_alike(values, tensor) for i, (values, tensor) in found)
 
     def keep(self, key: tuple, found: tuple[object, object], which: tuple) -> None:
         """Keep what was made for a call and its kind, and let go of what goes beyond the bounds."""
@@ -110,7 +115,8 @@ class _Fold:
         if self.owner is not None:
             return False
         # Held by the fold, and by the call that counts.
-        return any(source.tensors[0].dim() > 1 and sys.getrefcount(source.tensors[0]) == 2 for source in self.sources)
+        held = self.sources.tensors
+        return any(held[i].dim() > 1 and sys.getrefcount(held[i]) == 2 for i in range(len(held)))
 
 
 def _are_alike(values: Tensor | None, tensor: Tensor) -> bool:
@@ -230,7 +236,7 @@ def drop(owner: object) -> None:
 def _drop_of(tensors: set[int]) -> None:
     """Let go of what follows from one of these tensors, given by their identities."""
     for key, fold in list(_folds.items()):
-        if any(id(tensor) in tensors for source in fold.sources for tensor in source.tensors):
+        if any(id(tensor) in tensors for tensor in fold.sources.tensors):
             _folds.pop(key, None)
 
 
