@@ -184,7 +184,7 @@ class Plan:
             objects.append(folder / f"{name}.o")
             text.append(f"build {line(objects[-1:])}: {rule} {line([source])}\n  flags = {line(flags)}")
 
-        for source in (SOURCES / "ops.cpp", *sorted((SOURCES / "cpu").glob("*.cpp"))):
+        for source in (*sorted(SOURCES.glob("*.cpp")), *sorted((SOURCES / "cpu").glob("*.cpp"))):
             if source.stem != "variant":
                 compile_with("cxx", source, f"{source.parent.name}.{source.stem}", [])
         for name, flags in VARIANTS.items():

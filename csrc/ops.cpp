@@ -113,5 +113,5 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "relu=True) -> Tensor");
   m.def("make_program(str names, int[] code, float[] numbers) -> int");
   m.def("free_program(int program) -> ()");
-  m.def("run_program(int program, Tensor[] inputs) -> Tensor[]");
+  m.def("run_program(int program, Tensor[] inputs, int stream=0) -> Tensor[]");
 }

@@ -1,11 +1,12 @@
 """Running a kernel: on the current stream, through whoever watches, or only noted."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.runtime import driver
 
@@ -42,17 +43,30 @@ def recording() -> Iterator[list[Launch]]:
         _local.noted = before
 
 
+class Direct(NamedTuple):
+    """A launch as the driver takes it: its function, blocks of so many threads and bytes of shared memory, and every parameter that
+    the kernel has, as its type in the kernel's signature and its value. A pointer without a tensor is 0."""
+
+    function: int
+    programs: int
+    threads: int
+    shared: int
+    parameters: tuple[tuple[str, Any], ...]
+
+
 class Again(NamedTuple):
     """How a kernel is run once more, with other tensors in their places: of the same strides, dtypes and alignment to 16 bytes.
 
     stream: None, or what returns a tensor's current stream. Where there is that, the function takes it as the keyword `stream`, and
-    addresses in place of tensors, which spares it to ask for either.
+    addresses in place of tensors, which spares it to ask for either. direct: the same for whoever calls the driver, or None where
+    Triton does more than that.
     """
 
     function: Callable
     arguments: tuple
     keywords: dict[str, Any]
     stream: Callable[[Tensor], int] | None = None
+    direct: Direct | None = None
 
 
 @contextmanager
@@ -102,7 +116,33 @@ def _again(launch: Launch, compiled: Any) -> Again:
         return Again(kernel[(programs,)], arguments, constants | {"num_warps": warps})
     bound = kernel.signature.bind(*arguments, **constants)
     bound.apply_defaults()
-    return Again(compiled[(programs, 1, 1)], tuple(bound.arguments.values()), {}, _current_stream)
+    values = tuple(bound.arguments.values())
+    return Again(compiled[(programs, 1, 1)], values, {}, _current_stream, _direct(compiled, programs, values))
+
+
+def is_hooked() -> bool:
+    """Whether somebody asked Triton to be told of launches, as its profiler does."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+def _direct(compiled: Any, programs: int, values: tuple) -> Direct | None:
+    made = compiled.metadata
+    special = made.num_ctas != 1 or made.launch_cooperative_grid or made.launch_pdl
+    if special or made.global_scratch_size or made.profile_scratch_size or getattr(made, "instrumentation_mode", ""):
+        return None
+    scratch = ("*i8", None), ("*i8", None)  # which every kernel has behind its own
+    parameters = (*_parameters(compiled.src.signature.values(), values), *scratch)
+    return Direct(compiled.function, programs, 32 * made.num_warps, made.shared, parameters)
+
+
+def _parameters(types: Iterable, values: Iterable) -> Iterator[tuple[str, Any]]:
+    """The types and values that are not constants, those of tuples one by one."""
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _parameters(kind, value)
+        elif kind != "constexpr":
+            yield kind, value
 
 
 def launch_tiles(kernel: Any, tiles: int, block: Tile, channels: int, *arguments: Any, **constants: Any) -> None:

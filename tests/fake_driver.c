@@ -1,15 +1,29 @@
 /* A CUDA driver that answers what Triton's run time asks and launches nothing. FAKE_SHARED: the shared memory, in bytes, that a
    block may ask for. cuda.h comes with Triton. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "cuda.h"
 
-static int launches;
+enum { FUNCTIONS = 4096, MOST = 64 };
+
+static int launches, direct;
 static unsigned long digest;
+static unsigned char sizes[FUNCTIONS][MOST];
 
 int fake_launches(void) { return launches; }
 
-/* Of what has been launched since the last call: kernels in their order, each with its grid, its block and its shared memory. */
+/* How many of them were not Triton's own. */
+int fake_direct(void) { return direct; }
+
+/* Says how many bytes each parameter of a function has: as many as are noted of a launch. */
+void fake_sizes(unsigned long function, int count, const unsigned char* bytes) {
+  memset(sizes[function % FUNCTIONS], 0, MOST);
+  memcpy(sizes[function % FUNCTIONS], bytes, count < MOST ? count : MOST);
+}
+
+/* Of what has been launched since the last call: kernels in their order, each with its grid, its block, its shared memory, its
+   stream and its parameters. */
 unsigned long fake_digest(void) {
   unsigned long found = digest;
   digest = 0;
@@ -98,13 +112,31 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
   return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+static CUresult note(CUfunction function, unsigned programs, unsigned threads, unsigned shared, CUstream stream, void** parameters) {
   launches++;
   add_to_digest((unsigned long)function);
-  add_to_digest(config->gridDimX);
-  add_to_digest(config->blockDimX);
-  add_to_digest(config->sharedMemBytes);
+  add_to_digest(programs);
+  add_to_digest(threads);
+  add_to_digest(shared);
+  add_to_digest((unsigned long)stream);
+  for (int i = 0; i < MOST && sizes[(unsigned long)function % FUNCTIONS][i] != 0; i++) {
+    unsigned long value = 0;
+    memcpy(&value, parameters[i], sizes[(unsigned long)function % FUNCTIONS][i]);
+    add_to_digest(value);
+  }
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
+  if (config->numAttrs > 0) add_to_digest(config->numAttrs);
+  return note(function, config->gridDimX, config->blockDimX, config->sharedMemBytes, config->hStream, parameters);
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                        unsigned threads_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
+  if (y * z * threads_y * threads_z != 1) return CUDA_ERROR_INVALID_VALUE;
+  direct++;
+  return note(function, x, threads, shared, stream, parameters);
 }
 
 CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction function, const CUlaunchConfig* config) {

@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -110,8 +110,9 @@ def _step(block: nn.Module, x: torch.Tensor, training: bool) -> None:
 def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
     """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any.
 
-    "same": whether a second step, which replays what was recorded of the first, launched the same kernels; "chosen": how many of
-    those launches Triton chose a compiled kernel for anew.
+    The first step is recorded; the second one replayed by Python, since somebody wants to be told of launches; the third by the
+    compiled library, where that is there. "same": whether the last two launched the same kernels with the same parameters; "chosen":
+    how many of their launches Triton chose a compiled kernel for anew; "direct": how many the compiled library made.
     """
     import fused_res
     from fused_res.backends import triton as backend
@@ -126,7 +127,14 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
 
     def run(kernel, *arguments, **options):
         chosen.append(kernel)
-        return choose(kernel, *arguments, **options)
+        found = choose(kernel, *arguments, **options)
+        if hasattr(found, "src"):
+            sizes = bytes(_sizes(found.src.signature.values()))
+            library.fake_sizes(ctypes.c_ulong(found.function), len(sizes), sizes)
+        return found
+
+    def told(metadata):
+        pass
 
     triton.knobs.compilation.listener = compiled
     choose, triton.JITFunction.run = triton.JITFunction.run, run
@@ -136,14 +144,20 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
     for name, block, x in _blocks(options.cases, getattr(torch, options.dtype), options.batch):
         for level in options.levels:
             for training in (True, False):
-                before, known, error, digests = library.fake_launches(), len(kernels), None, set()
+                before, known, error, digests, direct = library.fake_launches(), len(kernels), None, [], 0
                 try:
                     with fused_res.use_backend("triton", level):
-                        for _ in range(2):
+                        _step(block, x, training)
+                        chosen.clear()
+                        for replays in ("Python", "the library"):
                             library.fake_digest()
-                            chosen.clear()
+                            if replays == "Python":
+                                triton.knobs.runtime.launch_enter_hook.add(told)
+                            earlier = library.fake_direct()
                             _step(block, x, training)
-                            digests.add(library.fake_digest())
+                            direct = library.fake_direct() - earlier
+                            triton.knobs.runtime.launch_enter_hook.remove(told)
+                            digests.append(library.fake_digest())
                 except triton.runtime.errors.OutOfResources as found:
                     error = str(found)
                 row = {
@@ -151,10 +165,20 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
                     "level": level,
                     "training": training,
                     "error": error,
-                    "same": len(digests) == 1,
+                    "same": len(set(digests)) == 1,
                     "chosen": len(chosen),
+                    "direct": direct,
                 }
-                yield row | {"launches": (library.fake_launches() - before) // 2, "kernels": kernels[known:]}
+                yield row | {"launches": (library.fake_launches() - before) // 3, "kernels": kernels[known:]}
+
+
+def _sizes(types: Iterable) -> Iterator[int]:
+    """Bytes of each parameter of a kernel, by the types in its signature."""
+    for kind in types:
+        if isinstance(kind, tuple):
+            yield from _sizes(kind)
+        elif kind != "constexpr":
+            yield 8 if kind[0] == "*" else max(1, int(kind.lstrip("iufp")) // 8)
 
 
 def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:

@@ -272,4 +272,4 @@ def test_kernels_that_are_not_there_are_refused(native):
 
 def test_an_operator_of_pythons_alone_is_not_lowered():
     steps = [Kept(Step(len, (Name("i0"),), {}, None), frozenset())]
-    assert lowered.lowered(steps, [torch.ones(3)], []) is None
+    assert lowered.lowered(steps, [torch.ones(3)], [], None, internals.is_profiled) is None

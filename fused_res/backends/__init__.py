@@ -9,9 +9,10 @@ A backend module has four functions:
 - `find(primitive, device) -> Callable | None`: its implementation of a primitive of `fused_res.primitives` on this device, or None
   where it has none and the primitive's plain formula runs (for the convolutions that is the library: cuDNN, oneDNN).
 
-It may have eight more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find`
+It may have nine more. `evaluation(device, dtype) -> str | None`: the level of evaluation without gradients, where its `find`
 has `conv_bn_act`, whose weights are prepared; None for `level`'s. `watching(call) -> AbstractContextManager`: inside, a launch
-of a kernel that is none of torch's operators is handed to `call`, with what launches it again. `declined(primitive, unit,
+of a kernel that is none of torch's operators is handed to `call`, with what launches it again. `observed() -> bool`: whether
+somebody is told of such launches, who would miss those that the compiled library makes. `declined(primitive, unit,
 pixels) -> str | None`: why its convolution of that kind does not run this unit over so many pixels, in a few words for
 `explain`, or None where it does; without it, all of them run. `formula(primitive, device, dtype) -> str | None`: likewise why a
 step beside convolutions runs by its plain formula; without it, `explain` says nothing of them. `pays(primitive, unit, pixels) ->
@@ -31,6 +32,8 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
+
+from fused_res.internals import is_profiled
 
 
 def names() -> list[str]:
@@ -57,6 +60,17 @@ def watched(name: str, call: Callable) -> AbstractContextManager:
     """Inside, `call` gets the launches of this backend's kernels that are none of torch's operators."""
     watching = getattr(load(name), "watching", None)
     return nullcontext() if watching is None else watching(call)
+
+
+def observed(name: str) -> Callable[[], bool]:
+    """Asks whether somebody looks on who would miss what the compiled library calls."""
+    told = getattr(load(name), "observed", None)
+    return is_profiled if told is None else lambda: is_profiled() or told()
+
+
+def compiled(name: str) -> bool:
+    """Whether the compiled library is there, and to run what was recorded of this backend's calls: of all but the formulas."""
+    return name != LIBRARY and load("native").loads()
 
 
 def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -125,6 +125,16 @@ def load() -> None:
         torch.library.register_autograd(f"fused_res::{operator}", _refuse_gradient)
 
 
+@functools.cache
+def loads() -> bool:
+    """Whether there is a library that can be loaded; it is loaded then."""
+    try:
+        load()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _runs_on(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether a GPU runs code for one of these architectures: of its own major version and no later, or PTX no later."""
 

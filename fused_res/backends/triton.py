@@ -115,6 +115,10 @@ def watching(call: Callable) -> AbstractContextManager:
     return importlib.import_module("fused_res.kernels.launching").watching(call)
 
 
+def observed() -> bool:
+    return importlib.import_module("fused_res.kernels.launching").is_hooked()
+
+
 @functools.cache
 def find(primitive: str, device: torch.device) -> Callable | None:
     stem = _KERNELS.get(primitive)

@@ -1,8 +1,9 @@
 """A recorded call as the compiled library runs it, from its first operator to its last (`csrc/cpu/program.cpp`).
 
-On a CPU an operator on few elements takes less time than Python needs to call it.
+An operator on few elements takes less time than Python needs to call it, and so does a GPU's kernel on many more.
 """
 
+import struct
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fused_res.block.recorded import Kept, Name, Step, names_in, written
-from fused_res.internals import is_profiled
 
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 """In the order of their numbers in C++."""
@@ -27,11 +27,14 @@ _DTYPES = {
     torch.bfloat16: 15,
 }
 """Their numbers there."""
-_VIEW, _CALL = range(2)
+_DEVICES = ("cpu", "cuda", "meta")
+_VIEW, _CALL, _LAUNCH = range(3)
 _NONE, _PLAIN, _PLAINS, _TENSOR, _TENSORS = range(5)
-_INTEGER, _FLAG, _NUMBER, _MEMORY_FORMAT, _DTYPE, _CPU = range(6)
+_INTEGER, _FLAG, _NUMBER, _MEMORY_FORMAT, _DTYPE, _DEVICE = range(6)
 _NO_TENSOR, _ONE, _PERHAPS_ONE = range(3)
 _NOWHERE = -1
+_INTEGERS = {f"{sign}{bits}" for sign in "iu" for bits in (1, 8, 16, 32, 64)}
+"""Types of kernels' parameters, which are handed on as the bits of a 64-bit integer."""
 
 
 class _Unknown(Exception):  # noqa: N818, no error
@@ -39,10 +42,14 @@ class _Unknown(Exception):  # noqa: N818, no error
 
 
 class _Code:
-    """A program in numbers, of which a tensor is the place where it is kept."""
+    """A program in numbers, of which a tensor is the place where it is kept.
 
-    def __init__(self, inputs: Sequence[Name]) -> None:
+    on_cpu: whether our operators are the CPU's kernels.
+    """
+
+    def __init__(self, inputs: Sequence[Name], on_cpu: bool) -> None:
         self.places = {name: i for i, name in enumerate(inputs)}
+        self._on_cpu = on_cpu
         self.code: list[int] = []
         self.steps = 0
         self.numbers: list[float] = []
@@ -50,14 +57,35 @@ class _Code:
 
     def add(self, kept: Kept) -> None:
         step, last = kept
+        self.steps += 1
+        if step.direct is not None:
+            self._launch(step, last)
+            return
         if step.views is None:
             self._call(step, last)
             return
+        self.steps += len(step.views) - 1
         for view in step.views:
             source = self._read(view.source, last if view is step.views[-1] else ())
             shape = [len(view.shape), *view.shape, len(view.strides), *view.strides, view.offset]
             self.code += [_VIEW, *source, self._new(view.name), *shape]
-            self.steps += 1
+
+    def _launch(self, step: Step, last: frozenset[Name]) -> None:
+        function, programs, threads, shared, parameters = step.direct
+        found = [number for kind, value in parameters for number in self._parameter(kind, value)]
+        released = [self.places[name] for name in last]
+        self.code += [_LAUNCH, function, programs, threads, shared, len(parameters), *found, len(released), *released]
+
+    def _parameter(self, kind: str, value: object) -> list[int]:
+        if isinstance(value, Name):
+            return [1, self.places[value]]
+        if kind[0] == "*" and value is None:
+            return [0, 0]
+        if kind in _INTEGERS and type(value) in (int, bool):
+            return [0, value if value < 2**63 else value - 2**64]
+        if kind in ("fp32", "fp64") and type(value) in (int, float):
+            return [0, *struct.unpack("<q", struct.pack("<f" if kind == "fp32" else "<d", value).ljust(8, bytes(1)))]
+        raise _Unknown
 
     def _call(self, step: Step, last: frozenset[Name]) -> None:
         schema = getattr(step.call, "_schema", None)
@@ -71,10 +99,9 @@ class _Code:
         found = step.result if len(schema.returns) > 1 else (step.result,)
         for value, returned in zip(found, schema.returns, strict=False):
             results += self._result(value, str(returned.real_type), last)
-        name = schema.name.removeprefix("fused_res::")
+        own = self._on_cpu and schema.name.startswith("fused_res::")
         self.code += [_CALL, len(self.names), *arguments, *results]
-        self.names.append(name if name != schema.name else f"{name}.{schema.overload_name}")
-        self.steps += 1
+        self.names.append(schema.name.removeprefix("fused_res::") if own else f"{schema.name}.{schema.overload_name}")
 
     def _read(self, name: Name, last: Iterable[Name]) -> list[int]:
         if not isinstance(name, Name):  # a number in a tensor's place
@@ -111,8 +138,8 @@ class _Code:
             return [_MEMORY_FORMAT, value if type(value) is int else _MEMORY_FORMATS.index(value)]
         if kind == "ScalarType" and (value if type(value) is int else _DTYPES.get(value)) in _DTYPES.values():
             return [_DTYPE, value if type(value) is int else _DTYPES[value]]
-        if kind == "Device" and value == torch.device("cpu"):
-            return [_CPU]
+        if kind == "Device" and value.type in _DEVICES:
+            return [_DEVICE, _DEVICES.index(value.type), 0 if value.index is None else 1 + value.index]
         raise _Unknown
 
     def _result(self, value: object, kind: str, last: frozenset[Name]) -> list[int]:
@@ -125,17 +152,23 @@ class _Code:
         return [_ONE if kind == "Tensor" else _PERHAPS_ONE, self._new(value) if goes else _NOWHERE]
 
 
-def lowered(steps: Sequence[Kept], inputs: Sequence[Tensor | None], results: object) -> Callable | None:
+def lowered(
+    steps: Sequence[Kept],
+    inputs: Sequence[Tensor | None],
+    results: object,
+    stream: Callable[[Tensor], int] | None,
+    observed: Callable[[], bool],
+) -> Callable | None:
     """As `recorded.written`, run by the library; None where a step is none of those that it can call.
-
-    While a profiler runs, Python makes the calls, so that it sees each.
 
     Args:
         inputs: those of the recorded call.
+        stream: as for `written`.
+        observed: whether somebody looks on: then Python makes the calls, so that each is seen.
     """
     given = [Name(f"i{i}") for i, tensor in enumerate(inputs) if tensor is not None]
     outputs = list(dict.fromkeys([name for name in names_in(results) if name.is_made()]))
-    code = _Code(given)
+    code = _Code(given, next(tensor.device.type == "cpu" for tensor in inputs if tensor is not None))
     try:
         for kept in steps:
             code.add(kept)
@@ -144,8 +177,9 @@ def lowered(steps: Sequence[Kept], inputs: Sequence[Tensor | None], results: obj
     ends = [number for name in outputs for number in (code.places[name], 1)]
     numbers = [len(given), len(code.places), code.steps, *code.code, len(outputs), *ends]
     made = torch.ops.fused_res.make_program(" ".join(code.names), numbers, code.numbers)
-    whole = Step(torch.ops.fused_res.run_program.default, (made, given), {}, tuple(outputs))
-    instead = is_profiled, written(steps, len(inputs), results)
-    function = written([Kept(whole, frozenset())], len(inputs), results, instead=instead)
+    arguments = (made, given) if stream is None else (made, given, Name("stream"))
+    whole = Step(torch.ops.fused_res.run_program.default, arguments, {}, tuple(outputs))
+    instead = observed, written(steps, len(inputs), results, stream)
+    function = written([Kept(whole, frozenset())], len(inputs), results, stream, instead)
     weakref.finalize(function, torch.ops.fused_res.free_program, made).atexit = False
     return function

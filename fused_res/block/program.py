@@ -120,10 +120,11 @@ class _Recorder(TorchDispatchMode):
     def launch(self, call: Callable, again: Callable) -> None:
         """A kernel's launch, whose insides are its own; `again` says how it is launched with other tensors."""
         with disable_modes():
-            function, args, kwargs, stream = again(call())
+            function, args, kwargs, stream, direct = again(call())
         self._stream = self._stream or stream
         try:
-            step = Step(function, self._names(args), self._names(kwargs), None, on_stream=stream is not None)
+            named = self._names(args), self._names(kwargs), None
+            step = Step(function, *named, on_stream=stream is not None, direct=self._names(direct))
         except _Refused:
             self.refused = True
         else:
@@ -172,11 +173,8 @@ class _Recorder(TorchDispatchMode):
             return known.name
         return tuple([self._named(part, family) for part in value]) if isinstance(value, (list, tuple)) else None
 
-    def function(self, found: object, lowers: bool) -> Callable | None:
-        """The function of the inputs that calls what was called, and returns what stands for what was found.
-
-        lowers: whether the compiled library runs it where it can.
-        """
+    def function(self, found: object, backend: str) -> Callable | None:
+        """The function of the inputs that calls what was called, and returns what stands for what was found."""
         if self.refused:
             return None
         try:
@@ -184,7 +182,9 @@ class _Recorder(TorchDispatchMode):
         except _Refused:
             return None
         steps = needed(self._steps, results)
-        function = lowered(steps, self._inputs, results) if lowers else None
+        function = None
+        if backends.compiled(backend):
+            function = lowered(steps, self._inputs, results, self._stream, backends.observed(backend))
         return function or written(steps, len(self._inputs), results, self._stream)
 
 
@@ -231,5 +231,5 @@ def _record(programs: dict, key: tuple, schedule: Callable, inputs: Sequence[Ten
         found = schedule(*inputs)
     if len(programs) >= _MOST:
         programs.clear()
-    programs[key] = recorder.function(found, lowers=backend == "native" and not inputs[0].is_cuda) or _NEVER
+    programs[key] = recorder.function(found, backend) or _NEVER
     return found

@@ -34,8 +34,9 @@ class Step(NamedTuple):
 
     call: an operator, or a launcher. args, kwargs: with names in place of tensors. result: names, None, and tuples of them. method:
     one of the first argument that does the same in less time, if there is one. on_stream: whether it is a launcher that takes
-    addresses, and the stream. views: of a call that makes nothing but views, these, unless they are of another dtype. spare:
-    whether it is not needed where nobody reads what it makes.
+    addresses, and the stream; direct: what such a launcher asks of the driver, where that is all it does. views: of a call that
+    makes nothing but views, these, unless they are of another dtype. spare: whether it is not needed where nobody reads what it
+    makes.
     """
 
     call: Callable
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     result: object
     method: str | None = None
     on_stream: bool = False
+    direct: tuple | None = None
     views: tuple[View, ...] | None = None
     spare: bool = False
 
