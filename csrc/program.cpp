@@ -94,7 +94,9 @@ void call(Tensors& tensors, const Step& step, StableIValue* stack) {
   if (step.kernel != nullptr) {
     step.kernel(stack, step.arguments.size(), step.results.size());
   } else {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack, TORCH_ABI_VERSION));
+    const auto status = torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack, TORCH_ABI_VERSION);
+    // fused_res/block/lowered.py knows the error by these words.
+    STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "program: an operator of torch's failed: ", step.name);
   }
   for (size_t i = 0; i < step.results.size(); ++i) {
     const Result& result = step.results[i];

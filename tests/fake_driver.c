@@ -1,20 +1,22 @@
-/* A CUDA driver that answers what Triton's run time asks and launches nothing. FAKE_SHARED: the shared memory, in bytes, that a
-   block may ask for. cuda.h comes with Triton. */
+/* A CUDA driver that answers what Triton's run time asks and launches nothing, but for FAKE_SUM, which it computes itself, and
+   FAKE_FAULT, which fails. FAKE_SHARED: the shared memory, in bytes, that a block may ask for. cuda.h comes with Triton. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "cuda.h"
 
-enum { FUNCTIONS = 4096, MOST = 64 };
+enum { FUNCTIONS = 4096, MOST = 64, FAKE_SUM = 4001, FAKE_FAULT = 4002 };
 
 static int launches, direct;
+static CUstream last_stream;
 static unsigned long digest;
 static unsigned char sizes[FUNCTIONS][MOST];
 
 int fake_launches(void) { return launches; }
 
-/* How many of them were not Triton's own. */
+/* How many of them were not Triton's own, and the stream of the last. */
 int fake_direct(void) { return direct; }
+unsigned long fake_stream(void) { return (unsigned long)last_stream; }
 
 /* Says how many bytes each parameter of a function has: as many as are noted of a launch. */
 void fake_sizes(unsigned long function, int count, const unsigned char* bytes) {
@@ -85,6 +87,11 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   return CUDA_SUCCESS;
 }
 
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
 CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
@@ -112,8 +119,19 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
   return CUDA_SUCCESS;
 }
 
+/* out = a + scale * b, of n elements; shifted by an integer of 64 bits, and with two parameters behind that nobody reads. */
+static void sum(void** parameters) {
+  float *out = *(float**)parameters[0], *a = *(float**)parameters[1], *b = *(float**)parameters[2];
+  int n = *(int*)parameters[3];
+  float scale = *(float*)parameters[4];
+  long shift = *(long*)parameters[5];
+  if (*(void**)parameters[6] != NULL || *(void**)parameters[7] != NULL) abort();
+  for (int i = 0; i < n; i++) out[i] = a[i] + scale * b[i] + (float)shift;
+}
+
 static CUresult note(CUfunction function, unsigned programs, unsigned threads, unsigned shared, CUstream stream, void** parameters) {
   launches++;
+  last_stream = stream;
   add_to_digest((unsigned long)function);
   add_to_digest(programs);
   add_to_digest(threads);
@@ -136,6 +154,8 @@ CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z,
                         unsigned threads_z, unsigned shared, CUstream stream, void** parameters, void** extra) {
   if (y * z * threads_y * threads_z != 1) return CUDA_ERROR_INVALID_VALUE;
   direct++;
+  if ((unsigned long)function == FAKE_SUM) sum(parameters);
+  if ((unsigned long)function == FAKE_FAULT) return CUDA_ERROR_ILLEGAL_ADDRESS;
   return note(function, x, threads, shared, stream, parameters);
 }
 

@@ -21,7 +21,7 @@ from torch import nn
 from fused_res.aot import SHARED, compile_launch
 
 
-def _load_driver(folder: Path) -> ctypes.CDLL:
+def load_driver(folder: Path) -> ctypes.CDLL:
     """Build the driver and have Triton link against it."""
     library, headers = folder / "libcuda.so.1", Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).with_name("fake_driver.c")
@@ -111,8 +111,8 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
     """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any.
 
     The first step is recorded; the second one replayed by Python, since somebody wants to be told of launches; the third by the
-    compiled library, where that is there. "same": whether the last two launched the same kernels with the same parameters; "chosen":
-    how many of their launches Triton chose a compiled kernel for anew; "direct": how many the compiled library made.
+    compiled library, where that is there. "same": whether the last two launched the same kernels with the same parameters;
+    "chosen": how many of their launches Triton chose a compiled kernel for anew; "direct": how many the compiled library made.
     """
     import fused_res
     from fused_res.backends import triton as backend
@@ -226,7 +226,7 @@ def main() -> None:
     os.environ["FAKE_SHARED"] = str(SHARED[options.capability])
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache or folder)
-        library = _load_driver(Path(folder))
+        library = load_driver(Path(folder))
         _become(options.capability)
         if options.cache is None:
             _stop_at_shared_memory()

@@ -9,6 +9,7 @@ from compare import same
 from torch import nn
 
 from fused_res import BasicBlock, Bottleneck, accuracy, backends, explain, plans, use_backend
+from fused_res.block import lowered, program
 from fused_res.planner import LEVELS
 from fused_res.primitives.bn_act import bn_act, unpack_signs
 from fused_res.primitives.bn_act_backward import bn_act_backward_apply, bn_act_backward_finalize, bn_act_backward_reduce
@@ -312,6 +313,27 @@ def test_twenty_steps_from_one_state_are_bitwise_alike(deterministic, level, dty
             same(a, b, (k, name))
         # Other memory, other blocks in flight.
         torch.empty(k * 1_000_003, device="cuda").fill_(float("nan"))
+
+
+def test_what_the_library_launches_computes_what_triton_does(deterministic, level, monkeypatch):
+    """A step as it was recorded, as the compiled library makes it, and as Python does, for who wants to be told of launches."""
+    if not backends.compiled("triton"):
+        pytest.skip("the compiled library is not there")
+    launching = pytest.importorskip("fused_res.kernels.launching")
+    made, lower = [], lowered.lowered
+    monkeypatch.setattr(program, "lowered", lambda *args: made.append(lower(*args)) or made[-1])
+    model, x = network(), images().requires_grad_()
+    initial, first = copy.deepcopy(model.state_dict()), None
+    for hooked in (False, False, True):
+        monkeypatch.setattr(launching, "is_hooked", lambda hooked=hooked: hooked)
+        model.load_state_dict(initial)
+        out = model(x)
+        found = [out, *torch.autograd.grad(loss_of(out), [x, *model.parameters()]), *(b.clone() for b in model.buffers())]
+        first = first or found
+        for name, (a, b) in enumerate(zip(found, first, strict=True)):
+            same(a, b, (hooked, name))
+    assert made
+    assert None not in made
 
 
 # The Triton kernels against float64 and the plain formulas

@@ -1,7 +1,10 @@
 """Programs that the compiled library runs: what Python would have done, to the last bit, and no longer than it would have."""
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,16 +203,36 @@ def test_threads_run_one_program_at_once():
 
 
 def test_errors_are_those_of_the_operators():
-    """Ours with their words; torch's of their type. Then nothing of a run is left, and the next one is whole."""
+    """Of their types and with their words, ours and torch's. Then nothing of a run is left, and the next one is whole."""
     op = torch.ops.fused_res.bn_stats_finalize.default
     _, made = both(lambda y, gamma: op(y, gamma, None, 1e-5, None), torch.randn(4, 3), torch.ones(3))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gamma: expected"):
             made(torch.randn(4, 3), torch.ones(5))
         assert made(torch.randn(4, 3), torch.ones(3)).shape == (5, 3)
-    _, made = both(lambda x, y: torch.mm(x, y), torch.ones(2, 3), torch.ones(3, 2))
-    with pytest.raises(RuntimeError):
-        made(torch.ones(2, 3), torch.ones(4, 2))
+    _, made = both(lambda x, i: torch.index_select(x, 0, i), torch.ones(3, 2), torch.tensor([2]))
+    for _ in range(2):
+        with pytest.raises(IndexError, match="out of range"):
+            made(torch.ones(3, 2), torch.tensor([3]))
+        assert torch.equal(made(torch.ones(3, 2), torch.tensor([0])), torch.ones(1, 2))
+
+
+def test_nothing_that_may_fail_follows_a_write_to_an_input(attempts):
+    """It would be written twice where Python makes the calls once more."""
+
+    def first(x, y):
+        x.t().mul_(y)
+        return torch.mm(y, y)
+
+    def last(x, y):
+        z = torch.mm(y, y)
+        x.mul_(y)
+        return z
+
+    for schedule in (first, last):
+        program.run({}, ("key",), schedule, (torch.ones(2, 2), torch.ones(2, 2)), "native")
+    assert attempts[0] is None
+    assert attempts[1] is not None
 
 
 @pytest.mark.parametrize("function", [lambda x: x * 2, lambda x: x.add_(1), lambda x: torch.ops.aten.threshold(x, 0, 0)])
@@ -273,3 +296,12 @@ def test_kernels_that_are_not_there_are_refused(native):
 def test_an_operator_of_pythons_alone_is_not_lowered():
     steps = [Kept(Step(len, (Name("i0"),), {}, None), frozenset())]
     assert lowered.lowered(steps, [torch.ones(3)], [], None, internals.is_profiled) is None
+
+
+def test_launches_are_made_by_the_library():
+    """Of kernels that lie in Triton's modules: with the tensors' addresses, numbers and stream of each run, and its errors."""
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("fake_launches.py")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "done\n"

@@ -22,6 +22,7 @@ from fused_res.primitives.operands import Activation
 
 pytest.importorskip("triton")
 
+from fused_res.backends import native
 from fused_res.kernels.conv_cases import meta_activated, meta_cases, meta_gradient
 from fused_res.kernels.conv_tiling import Config, configurations, shared_bytes
 from fused_res.kernels.tiling import compiling_for
@@ -48,6 +49,7 @@ def check_blocks(capability, dtype, levels, cases):
         assert row["launches"] > 0, row
         assert row["same"], row
         assert row["chosen"] == 0, row
+        assert row["direct"] == (row["launches"] if native.loads() else 0), row
     kernels = [kernel for row in rows for kernel in row["kernels"]]
     assert max(shared for _, shared in kernels) <= SHARED[capability]
     return {name for name, _ in kernels}

@@ -1,4 +1,4 @@
-"""A recorded call as the compiled library runs it, from its first operator to its last (`csrc/cpu/program.cpp`).
+"""A recorded call as the compiled library runs it, from its first operator to its last (`csrc/program.cpp`).
 
 An operator on few elements takes less time than Python needs to call it, and so does a GPU's kernel on many more.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fused_res.block.recorded import Kept, Name, Step, names_in, written
+from fused_res.block.recorded import Instead, Kept, Name, Step, names_in, written
 
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 """In the order of their numbers in C++."""
@@ -37,6 +37,14 @@ _INTEGERS = {f"{sign}{bits}" for sign in "iu" for bits in (1, 8, 16, 32, 64)}
 """Types of kernels' parameters, which are handed on as the bits of a 64-bit integer."""
 
 
+_FAILED = "program: an operator of torch's failed"
+"""What the library's error says; csrc/program.cpp has the same words."""
+
+
+def _is_torchs(error: RuntimeError) -> bool:
+    return _FAILED in str(error)
+
+
 class _Unknown(Exception):  # noqa: N818, no error
     """What the library has no way to call."""
 
@@ -50,6 +58,9 @@ class _Code:
     def __init__(self, inputs: Sequence[Name], on_cpu: bool) -> None:
         self.places = {name: i for i, name in enumerate(inputs)}
         self._on_cpu = on_cpu
+        self._inputs = set(inputs)  # and views of them
+        self._writes_inputs = False
+        """Whether an operator has written to an input: no other that may fail is called after that."""
         self.code: list[int] = []
         self.steps = 0
         self.numbers: list[float] = []
@@ -64,11 +75,14 @@ class _Code:
         if step.views is None:
             self._call(step, last)
             return
-        self.steps += len(step.views) - 1
-        for view in step.views:
-            source = self._read(view.source, last if view is step.views[-1] else ())
+        views = [view for view in step.views if view.name not in last]
+        self.steps += len(views) - 1
+        for view in views:
+            source = self._read(view.source, last if view is views[-1] else ())
             shape = [len(view.shape), *view.shape, len(view.strides), *view.strides, view.offset]
             self.code += [_VIEW, *source, self._new(view.name), *shape]
+            if view.source in self._inputs:
+                self._inputs.add(view.name)
 
     def _launch(self, step: Step, last: frozenset[Name]) -> None:
         function, programs, threads, shared, parameters = step.direct
@@ -100,6 +114,9 @@ class _Code:
         for value, returned in zip(found, schema.returns, strict=False):
             results += self._result(value, str(returned.real_type), last)
         own = self._on_cpu and schema.name.startswith("fused_res::")
+        if self._writes_inputs and not own:
+            raise _Unknown
+        self._writes_inputs = self._writes_inputs or not self._inputs.isdisjoint(_written(step))
         self.code += [_CALL, len(self.names), *arguments, *results]
         self.names.append(schema.name.removeprefix("fused_res::") if own else f"{schema.name}.{schema.overload_name}")
 
@@ -152,6 +169,14 @@ class _Code:
         return [_ONE if kind == "Tensor" else _PERHAPS_ONE, self._new(value) if goes else _NOWHERE]
 
 
+def _written(step: Step) -> list[Name]:
+    """The names of tensors that an operator writes to."""
+    schema = step.call._schema
+    values = {argument.name: value for argument, value in zip(schema.arguments, step.args, strict=False)} | step.kwargs
+    changed = (argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write)
+    return [name for argument in changed for name in names_in(values.get(argument))]
+
+
 def lowered(
     steps: Sequence[Kept],
     inputs: Sequence[Tensor | None],
@@ -160,6 +185,9 @@ def lowered(
     observed: Callable[[], bool],
 ) -> Callable | None:
     """As `recorded.written`, run by the library; None where a step is none of those that it can call.
+
+    Where an operator of torch's fails, Python makes all calls once more: the stable ABI takes the error's type and words away. That
+    nobody sees two of one running statistic's steps then is for `_Code` to make sure of.
 
     Args:
         inputs: those of the recorded call.
@@ -179,7 +207,7 @@ def lowered(
     made = torch.ops.fused_res.make_program(" ".join(code.names), numbers, code.numbers)
     arguments = (made, given) if stream is None else (made, given, Name("stream"))
     whole = Step(torch.ops.fused_res.run_program.default, arguments, {}, tuple(outputs))
-    instead = observed, written(steps, len(inputs), results, stream)
+    instead = Instead(written(steps, len(inputs), results, stream), observed, _is_torchs)
     function = written([Kept(whole, frozenset())], len(inputs), results, stream, instead)
     weakref.finalize(function, torch.ops.fused_res.free_program, made).atexit = False
     return function

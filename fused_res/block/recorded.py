@@ -120,28 +120,39 @@ def _target(result: object) -> str:
     return f"({', '.join(map(_target, result))},)" if isinstance(result, (list, tuple)) and result else "_"
 
 
+class Instead(NamedTuple):
+    """A function that is called in place of a program: where `now()`, and where the program ends with an error that is `meant`."""
+
+    function: Callable
+    now: Callable[[], bool]
+    meant: Callable[[RuntimeError], bool]
+
+
 def written(
     steps: Sequence[Kept],
     inputs: int,
     results: object,
     stream: Callable[[Tensor], int] | None = None,
-    instead: tuple[Callable[[], bool], Callable] | None = None,
+    instead: Instead | None = None,
 ) -> Callable:
     """A function of the inputs that makes these steps and returns what stands for the results.
 
-    stream: what finds the stream of launches by the first input, where there are any. instead: a question, and a function that
-    is called in place of the steps where the answer is yes.
+    stream: what finds the stream of launches by the first input, where there are any.
     """
     names = ", ".join(f"i{n}" for n in range(inputs))
-    source, lines = _Source(), [f"def program({names}):"]
+    source, lines, body = _Source(), [f"def program({names}):"], []
     if instead is not None:
-        lines += [f"    if {source.constant(instead[0])}():", f"        return {source.constant(instead[1])}({names})"]
+        other = f"return {source.constant(instead.function)}({names})"
+        lines.append(f"    if {source.constant(instead.now)}(): {other}")
     if stream is not None:
         lines.append(f"    stream = {source.constant(stream)}(i0)")
     for step, last in steps:
-        lines.append(f"    {_target(step.result)} = {source.call(step)}")
-        lines += [f"    del {', '.join(sorted(last))}"] if last else []
-    lines.append(f"    return {source.of(results)}")
+        body.append(f"    {_target(step.result)} = {source.call(step)}")
+        body += [f"    del {', '.join(sorted(last))}"] if last else []
+    if instead is not None:
+        handler = f"        if {source.constant(instead.meant)}(error): {other}"
+        body = ["    try:", *[f"    {line}" for line in body], "    except RuntimeError as error:", handler, "        raise"]
+    lines += [*body, f"    return {source.of(results)}"]
     space = dict(source.constants)
     exec(compile("\n".join(lines), "<a program of fused_res>", "exec"), space)
     return space.pop("program")  # which then is in no cycle with what it calls
