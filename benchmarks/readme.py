@@ -12,6 +12,7 @@ predicted   SUITE MODE DTYPE BATCH: the least times that `fused_res.benchmarks.m
             expected on them
 beside      a result file: what the model expects beside what was measured, with the instructions in loops.csv beside it
 experiment  a file that a script of examples/ has written: the picture beside it, and what was found
+replays     a file that `tests/fake_gpu.py time` has written: what a step takes the host without a GPU
 
 A plot is drawn anew where it is of other results than the file beside it. With --check nothing is written, and the exit code is 1
 if anything would be.
@@ -81,6 +82,20 @@ def _experiment(name: str, folder: Path) -> str:
     return f"![{said['experiment'].replace('_', ' ')}]({_picture(name)})\n\n{found}\n\n{source}"
 
 
+def _replays(name: str, folder: Path) -> str:
+    said = json.loads((folder / name).read_text())
+    lines = [
+        "| block | level | launches | calls made by Python, us | by the compiled library, us |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in said["rows"]:
+        times = f"{row['us']['Python']:.0f} | {row['us']['library']:.0f}"
+        lines.append(f"| {row['case']} | {row['level']} | {row['launches']} | {times} |")
+    versions = ", ".join(f"{package} {version}" for package, version in said["versions"].items() if version)
+    where = f"{said['machine']['cpu']}, one thread; {versions}; commit {said['git']['commit'][:12]}"
+    return "\n".join([*lines, "", f"`{said['command']}` on {where} ([{Path(name).name}]({name}))."])
+
+
 RENDER = {
     "results": _measured,
     "summary": _summary,
@@ -91,6 +106,7 @@ RENDER = {
     "predicted": _predicted,
     "beside": _beside,
     "experiment": _experiment,
+    "replays": _replays,
 }
 DRAWN = ("results", "plot")
 MEASURED = ("results", "summary", "serving", "goals", "plot", "headline", "beside")

@@ -8,8 +8,12 @@ import ctypes
 import hashlib
 import json
 import os
+import shlex
+import statistics
 import subprocess
+import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,14 +86,15 @@ def _have_the_keys_of(wheel: Path) -> None:
     cache.triton_key = lambda: key.replace(own, other)
 
 
-def _blocks(names: list[str], dtype: torch.dtype, batch: int) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+def _blocks(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
     from fused_res.benchmarks.cases import SUITES, convert
 
     cases = {case.name: case for suite in SUITES.values() for case in suite}
-    for name in names:
+    dtype = getattr(torch, options.dtype)
+    for name in options.cases:
         case = cases[name]
         block = convert(case.module(), dtype, torch.channels_last, torch.device("meta"))
-        x = torch.empty(batch, case.inplanes, case.size, case.size, dtype=dtype, device="meta")
+        x = torch.empty(options.batch, case.inplanes, case.size, case.size, dtype=dtype, device="meta")
         yield name, block, x.contiguous(memory_format=torch.channels_last)
 
 
@@ -107,6 +112,15 @@ def _step(block: nn.Module, x: torch.Tensor, training: bool) -> None:
     torch.autograd.grad(out, [x, *block.parameters()], torch.empty_like(out))
 
 
+def _become_triton() -> None:
+    """Make the backend `triton` take meta tensors."""
+    from fused_res.backends import triton as backend
+
+    autocast = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else autocast(*device)
+    backend.supports = lambda device, dtype: None
+
+
 def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
     """Blocks at levels: what a step launched, what of that was compiled for it first, and the error it ended with, if any.
 
@@ -115,7 +129,6 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
     "chosen": how many of their launches Triton chose a compiled kernel for anew; "direct": how many the compiled library made.
     """
     import fused_res
-    from fused_res.backends import triton as backend
 
     kernels: list[tuple[str, int]] = []
 
@@ -133,15 +146,10 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
             library.fake_sizes(ctypes.c_ulong(found.function), len(sizes), sizes)
         return found
 
-    def told(metadata):
-        pass
-
     triton.knobs.compilation.listener = compiled
     choose, triton.JITFunction.run = triton.JITFunction.run, run
-    autocast = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else autocast(*device)
-    backend.supports = lambda device, dtype: None
-    for name, block, x in _blocks(options.cases, getattr(torch, options.dtype), options.batch):
+    _become_triton()
+    for name, block, x in _blocks(options):
         for level in options.levels:
             for training in (True, False):
                 before, known, error, digests, direct = library.fake_launches(), len(kernels), None, [], 0
@@ -152,11 +160,11 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
                         for replays in ("Python", "the library"):
                             library.fake_digest()
                             if replays == "Python":
-                                triton.knobs.runtime.launch_enter_hook.add(told)
+                                triton.knobs.runtime.launch_enter_hook.add(_told)
                             earlier = library.fake_direct()
                             _step(block, x, training)
                             direct = library.fake_direct() - earlier
-                            triton.knobs.runtime.launch_enter_hook.remove(told)
+                            triton.knobs.runtime.launch_enter_hook.remove(_told)
                             digests.append(library.fake_digest())
                 except triton.runtime.errors.OutOfResources as found:
                     error = str(found)
@@ -172,6 +180,51 @@ def _run_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[d
                 yield row | {"launches": (library.fake_launches() - before) // 3, "kernels": kernels[known:]}
 
 
+def _time_blocks(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
+    """One object: what the host takes for a step's programs, of which Python makes the calls, or the compiled library, in turns.
+
+    Microseconds, medians of `--rounds`. What torch takes for its own operators is in them, which for meta tensors are written in
+    Python: of a convolution more than all launches of a step by the library.
+    """
+    import fused_res
+    from fused_res import environment
+    from fused_res.block import program
+
+    rows, spent, replay = [], 0, program.replay
+
+    def timed(*arguments):
+        nonlocal spent
+        begin = time.perf_counter_ns()
+        found = replay(*arguments)
+        spent += time.perf_counter_ns() - begin
+        return found
+
+    program.replay = timed
+    _become_triton()
+    for name, block, x in _blocks(options):
+        for level in options.levels:
+            times = {True: [], False: []}
+            with fused_res.use_backend("triton", level):
+                _step(block, x, True)
+                for _ in range(options.rounds):
+                    for hooked, found in times.items():
+                        if hooked:
+                            triton.knobs.runtime.launch_enter_hook.add(_told)
+                        spent, before = 0, library.fake_launches()
+                        _step(block, x, True)
+                        found.append(spent / 1e3)
+                        triton.knobs.runtime.launch_enter_hook.remove(_told)
+            us = {who: round(statistics.median(times[hooked]), 1) for hooked, who in ((True, "Python"), (False, "library"))}
+            rows.append({"case": name, "level": level, "launches": library.fake_launches() - before, "us": us})
+    command = f"python tests/fake_gpu.py {shlex.join(sys.argv[1:])}"
+    about = {"machine": environment.machine(), "versions": environment.versions(), "git": environment.git()}
+    yield {"command": command, **about, "batch": options.batch, "dtype": options.dtype, "rounds": options.rounds, "rows": rows}
+
+
+def _told(metadata: object) -> None:
+    """Somebody who asked Triton to be told of launches."""
+
+
 def _sizes(types: Iterable) -> Iterator[int]:
     """Bytes of each parameter of a kernel, by the types in its signature."""
     for kind in types:
@@ -181,7 +234,7 @@ def _sizes(types: Iterable) -> Iterator[int]:
             yield 8 if kind[0] == "*" else max(1, int(kind.lstrip("iufp")) // 8)
 
 
-def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:
+def _compile_tiles(options: argparse.Namespace, library: ctypes.CDLL) -> Iterator[dict]:
     """The convolutions with every tile, whether it fits or not: shared memory as told from the tile, and as compiled."""
     from fused_res.kernels import conv_cases, conv_tiling
     from fused_res.kernels.ahead import variant
@@ -212,13 +265,14 @@ def _compile_tiles(options: argparse.Namespace) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("blocks", "tiles"))
+    parser.add_argument("what", choices=("blocks", "time", "tiles"))
     parser.add_argument("capability", type=int, choices=SHARED)
     parser.add_argument("dtype")
     parser.add_argument("precision", nargs="?", default="tf32", choices=("tf32", "ieee"), help="of float32")
     parser.add_argument("--levels", nargs="+")
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=200, help="of `time`")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="compile to the end, and keep it there")
     parser.add_argument("--wheel", type=Path, help="of this Triton, for the Python that is to find the kernels in the cache")
     options = parser.parse_args()
@@ -232,7 +286,8 @@ def main() -> None:
             _stop_at_shared_memory()
         if options.wheel is not None:
             _have_the_keys_of(options.wheel)
-        for row in _run_blocks(options, library) if options.what == "blocks" else _compile_tiles(options):
+        runs = {"blocks": _run_blocks, "time": _time_blocks, "tiles": _compile_tiles}
+        for row in runs[options.what](options, library):
             print(json.dumps(row), flush=True)
 
 
