@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-_VIEWS = {"aten::as_strided", "aten::select", "aten::view", "aten::permute", "aten::transpose", "aten::t", "aten::unbind"}
+_VIEWS = {f"aten::{name}" for name in ("alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split")}
+_VIEWS |= {f"aten::{name}" for name in ("squeeze", "t", "transpose", "unbind", "unsqueeze", "view")}
 _OPERATORS = ("aten::", "fused_res::", "mkldnn::")
 
 

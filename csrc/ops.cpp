@@ -112,6 +112,5 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "pointwise_bn_act(Tensor x, Tensor panels, int channels, int down, int right, Tensor vectors, Tensor? skip, bool "
       "relu=True) -> Tensor");
   m.def("make_program(str names, int[] code, float[] numbers) -> int");
-  m.def("free_program(int program) -> ()");
   m.def("run_program(int program, Tensor[] inputs, int stream=0) -> Tensor[]");
 }

@@ -135,30 +135,36 @@ void launch(Tensors& tensors, const Launch& launch, int64_t stream, int device, 
   for (const int64_t index : launch.released) aoti_torch_delete_tensor_object(tensors.take({index, true}));
 }
 
-std::shared_mutex mutex;
-std::map<int64_t, std::shared_ptr<const Program>> programs;
-int64_t made_so_far = 0;
+// Never destroyed: threads that are still there when the process ends may be running one.
+struct Programs {
+  std::shared_mutex mutex;
+  std::map<int64_t, std::shared_ptr<const Program>> known;
+  int64_t made = 0;
+};
+
+Programs& programs() {
+  static auto* const all = new Programs;
+  return *all;
+}
 
 int64_t make_program(std::string names, const std::vector<int64_t>& code, const std::vector<double>& numbers) {
   auto program = std::make_shared<const Program>(read_program(names, code, numbers));
-  const std::unique_lock lock(mutex);
-  programs.emplace(++made_so_far, std::move(program));
-  return made_so_far;
+  Programs& all = programs();
+  const std::unique_lock lock(all.mutex);
+  all.known.emplace(++all.made, std::move(program));
+  return all.made;
 }
 
-void free_program(int64_t program) {
-  const std::unique_lock lock(mutex);
-  programs.erase(program);
+std::shared_ptr<const Program> program_of(int64_t number) {
+  Programs& all = programs();
+  const std::shared_lock lock(all.mutex);
+  const auto found = all.known.find(number);
+  STD_TORCH_CHECK(found != all.known.end(), "program: there is no number ", number);
+  return found->second;
 }
 
 std::vector<Tensor> run_program(int64_t number, const std::vector<Tensor>& inputs, int64_t stream) {
-  std::shared_ptr<const Program> program;
-  {
-    const std::shared_lock lock(mutex);
-    const auto found = programs.find(number);
-    STD_TORCH_CHECK(found != programs.end(), "program: there is no number ", number);
-    program = found->second;
-  }
+  const std::shared_ptr<const Program> program = program_of(number);
   STD_TORCH_CHECK(static_cast<int64_t>(inputs.size()) == program->inputs, "inputs: expected ", program->inputs,
                   " tensors, got ", inputs.size());
   Tensors tensors(*program, inputs);
@@ -183,15 +189,24 @@ std::vector<Tensor> run_program(int64_t number, const std::vector<Tensor>& input
   return results;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) {
-  m.impl("make_program", TORCH_BOX(&make_program));
-  m.impl("free_program", TORCH_BOX(&free_program));
-}
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) { m.impl("make_program", TORCH_BOX(&make_program)); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 // Without values, for what launches nothing.
 STABLE_TORCH_LIBRARY_IMPL(fused_res, Meta, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
+
+// Functions of C and not operators: programs are freed wherever Python lets go of them, and nobody is to see that
+// called.
+extern "C" __attribute__((visibility("default"))) void fused_res_free_program(int64_t number) {
+  Programs& all = programs();
+  const std::unique_lock lock(all.mutex);
+  all.known.erase(number);
+}
+
+extern "C" __attribute__((visibility("default"))) bool fused_res_has_kernel(const char* name) {
+  return cpu::operators().count(name) > 0;
+}
 
 }  // namespace
 }  // namespace fused_res

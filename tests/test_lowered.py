@@ -1,6 +1,8 @@
 """Programs that the compiled library runs: what Python would have done, to the last bit, and no longer than it would have."""
 
 import gc
+import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ import torch
 from blocks import BLOCKS, image, make, step
 from fused_res import backends, internals, use_backend
 from fused_res.block import lowered, program
-from fused_res.block.recorded import Kept, Name, Step
+from fused_res.block.noted import Kept, Name, Noted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +87,7 @@ def test_views_lists_results_in_place_and_none_come_out_as_from_python():
         a.mul_(y)
         b = torch.cat([first, second, first])
         c = a.t().contiguous().select(0, 1)
-        return (a, [first, b, None], c, x, (rows.mm(a.t()),), b.to(torch.float64))
+        return (a, [torch.mm(first, first.t()), b, None], c, x, (rows.mm(a.t()),), b.to(torch.float64))
 
     x, y = torch.arange(12.0).view(2, 2, 3), torch.tensor(3.0)
     expected, made = both(schedule, x, None, y)
@@ -106,15 +108,17 @@ def test_inputs_that_start_within_a_memory_are_read_from_there():
         assert torch.equal(made(x), schedule(x))
 
 
-def test_what_is_read_twice_by_one_operator_lives_as_long():
+def test_what_is_read_twice_by_one_operator_lives_as_long_and_no_longer(monkeypatch):
     def schedule(x):
         y = x.clone()
-        z = torch.mm(y, y)
-        return torch.cat([z, z, x])
+        return torch.mm(torch.mm(y, y), x)
 
-    x = torch.randn(3, 3)
+    x = torch.randn(300, 300)
     expected, made = both(schedule, x)
-    assert_equal(made(x), expected)
+    found, (sizes, most) = allocated(made, monkeypatch, x)
+    assert_equal(found, expected)
+    assert len(sizes) == 5
+    assert most == 2 * x.nbytes
 
 
 def test_results_are_inference_tensors_where_they_would_have_been():
@@ -128,6 +132,16 @@ def test_results_are_inference_tensors_where_they_would_have_been():
     assert kinds == [True] * 4
 
 
+def allocated(made, monkeypatch, *inputs):
+    """What the library makes of it, the bytes that were allocated and, below 0, freed, and the most that there were at a time."""
+    asks = next(name for name, value in made.__globals__.items() if value is internals.is_profiled)
+    monkeypatch.setitem(made.__globals__, asks, lambda: False)
+    with torch.profiler.profile(profile_memory=True) as watched:
+        found = made(*inputs)
+    sizes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return found, (sizes, max(itertools.accumulate(sizes)))
+
+
 def test_tensors_are_let_go_after_their_last_use(monkeypatch):
     """Of a chain of images two are alive at a time."""
 
@@ -138,15 +152,7 @@ def test_tensors_are_let_go_after_their_last_use(monkeypatch):
 
     x = torch.randn(256, 1024)
     _, made = both(schedule, x)
-    asks = next(name for name, value in made.__globals__.items() if value is internals.is_profiled)
-    monkeypatch.setitem(made.__globals__, asks, lambda: False)
-    with torch.profiler.profile(profile_memory=True) as watched:
-        found = made(x)
-    sizes = [event.nbytes() for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now, most = 0, 0
-    for size in sizes:
-        now += size
-        most = max(most, now)
+    found, (sizes, most) = allocated(made, monkeypatch, x)
     assert len(sizes) == 15
     assert most == 2 * x.nbytes
     assert torch.equal(found, x)
@@ -176,6 +182,29 @@ def test_a_program_goes_with_its_function(native):
             native.run_program(number, [torch.zeros(3)])
     finally:
         gc.enable()
+
+
+def test_a_program_that_goes_while_another_is_recorded_leaves_no_trace(attempts):
+    """Whenever Python collects it; what frees it is no operator that somebody could see."""
+    _, other = both(lambda x: x.clone(), torch.ones(3))
+    holder = [other]
+    del other
+
+    def schedule(x):
+        y = x.clone()
+        holder.clear()
+        return y.clone()
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    seen, x = [], torch.ones(3)
+    with Watching():
+        program.run({}, ("key",), schedule, (x,), "native")
+    assert seen == ["aten::clone"] * 2
+    assert attempts[-1] is not None
 
 
 def test_threads_run_one_program_at_once():
@@ -212,8 +241,9 @@ def test_errors_are_those_of_the_operators():
         assert made(torch.randn(4, 3), torch.ones(3)).shape == (5, 3)
     _, made = both(lambda x, i: torch.index_select(x, 0, i), torch.ones(3, 2), torch.tensor([2]))
     for _ in range(2):
-        with pytest.raises(IndexError, match="out of range"):
+        with pytest.raises(IndexError, match="out of range") as found:
             made(torch.ones(3, 2), torch.tensor([3]))
+        assert found.value.__context__ is None
         assert torch.equal(made(torch.ones(3, 2), torch.tensor([0])), torch.ones(1, 2))
 
 
@@ -233,6 +263,38 @@ def test_nothing_that_may_fail_follows_a_write_to_an_input(attempts):
         program.run({}, ("key",), schedule, (torch.ones(2, 2), torch.ones(2, 2)), "native")
     assert attempts[0] is None
     assert attempts[1] is not None
+
+
+@pytest.mark.parametrize("schedule", [lambda x: x.t(), lambda x: [x.clone(), x[0]], lambda x: x.view(torch.int32)])
+def test_results_that_view_an_input_are_pythons(schedule, attempts):
+    """Autograd and inference mode tell them from other tensors."""
+    program.run({}, ("key",), schedule, (torch.ones(2, 2),), "native")
+    assert attempts == [None]
+
+
+def test_every_cpu_kernel_can_be_called_by_a_program():
+    root = Path(__file__).parents[1] / "csrc" / "cpu"
+    names = [name for path in root.glob("*.cpp") for name in re.findall(r'impl\w*\((?:m, )?"(\w+)"', path.read_text())]
+    assert len(names) > 30
+    assert all(map(backends.load("native").has_kernel, names))
+    assert not backends.load("native").has_kernel("block_forward")
+
+
+@pytest.mark.parametrize("runs", ["native", "triton"])
+def test_running_statistics_move_when_all_else_is_done(runs, monkeypatch, request):
+    """Where an operator of torch's fails before, Python may make all calls once more."""
+    if runs == "triton":
+        request.getfixturevalue("proven_interpreter")
+    noted = []
+    monkeypatch.setattr(program, "lowered", lambda steps, inputs, *_: noted.append((steps, inputs)))
+    block = make("projection", torch.float32)
+    with use_backend(runs, "bn_act"):
+        block(image(block, n=1, size=4, dtype=torch.float32))
+    (steps, inputs), buffers = noted[0], {id(buffer) for buffer in block.buffers()}
+    moved = {f"i{i}" for i, tensor in enumerate(inputs) if id(tensor) in buffers}
+    assert len(moved) == 9
+    first = next(n for n, kept in enumerate(steps) if moved.intersection(kept.step.reads()))
+    assert all(kept.step.views is not None for kept in steps[first + 1 :])
 
 
 @pytest.mark.parametrize("function", [lambda x: x * 2, lambda x: x.add_(1), lambda x: torch.ops.aten.threshold(x, 0, 0)])
@@ -294,7 +356,7 @@ def test_kernels_that_are_not_there_are_refused(native):
 
 
 def test_an_operator_of_pythons_alone_is_not_lowered():
-    steps = [Kept(Step(len, (Name("i0"),), {}, None), frozenset())]
+    steps = [Kept(Noted(len, (Name("i0"),), {}, None), frozenset())]
     assert lowered.lowered(steps, [torch.ones(3)], [], None, internals.is_profiled) is None
 
 

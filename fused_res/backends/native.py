@@ -3,6 +3,7 @@
 The library is loaded when this backend is first asked for. FUSED_RES_NATIVE=0 in the environment leaves it alone.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -123,6 +124,26 @@ def load() -> None:
         ) from error
     for operator in (*_FUNCTIONAL, *(_FUNCTIONAL_ON_GPU if record().get("cuda_archs") else ())):
         torch.library.register_autograd(f"fused_res::{operator}", _refuse_gradient)
+
+
+@functools.cache
+def _functions() -> ctypes.CDLL:
+    """What the library has beside its operators, which no mode sees called."""
+    load()
+    library = ctypes.CDLL(FILE)
+    library.fused_res_free_program.argtypes, library.fused_res_free_program.restype = [ctypes.c_int64], None
+    library.fused_res_has_kernel.argtypes, library.fused_res_has_kernel.restype = [ctypes.c_char_p], ctypes.c_bool
+    return library
+
+
+def free_program(number: int) -> None:
+    """Let go of a program that `fused_res::make_program` has made."""
+    _functions().fused_res_free_program(number)
+
+
+def has_kernel(name: str) -> bool:
+    """Whether a program can call this operator's CPU kernel."""
+    return _functions().fused_res_has_kernel(name.encode())
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -112,11 +113,16 @@ def tile(*numbers: int) -> tuple:
 
 
 def watching(call: Callable) -> AbstractContextManager:
-    return importlib.import_module("fused_res.kernels.launching").watching(call)
+    return _launching().watching(call)
 
 
 def observed() -> bool:
-    return importlib.import_module("fused_res.kernels.launching").is_hooked()
+    return _launching().is_hooked()
+
+
+@functools.cache
+def _launching() -> types.ModuleType:
+    return importlib.import_module("fused_res.kernels.launching")
 
 
 @functools.cache

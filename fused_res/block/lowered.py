@@ -1,16 +1,20 @@
 """A recorded call as the compiled library runs it, from its first operator to its last (`csrc/program.cpp`).
 
-An operator on few elements takes less time than Python needs to call it, and so does a GPU's kernel on many more.
+On small tensors Python's call of an operator takes longer than the operator. On a GPU that holds for large ones, too: the host only
+has to enqueue their kernels.
 """
 
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fused_res.block.recorded import Instead, Kept, Name, Step, names_in, written
+from fused_res.backends import native
+from fused_res.block.noted import Instead, Kept, Name, Noted, names_in, written
+from fused_res.internals import disable_modes
 
 _MEMORY_FORMATS = (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 """In the order of their numbers in C++."""
@@ -66,6 +70,9 @@ class _Code:
         self.numbers: list[float] = []
         self.names: list[str] = []
 
+    def views_of_inputs(self) -> set[Name]:
+        return {name for name in self._inputs if name.is_made()}
+
     def add(self, kept: Kept) -> None:
         step, last = kept
         self.steps += 1
@@ -78,13 +85,13 @@ class _Code:
         views = [view for view in step.views if view.name not in last]
         self.steps += len(views) - 1
         for view in views:
-            source = self._read(view.source, last if view is views[-1] else ())
+            source = self._read(view.source, Counter(last if view is views[-1] else ()))
             shape = [len(view.shape), *view.shape, len(view.strides), *view.strides, view.offset]
             self.code += [_VIEW, *source, self._new(view.name), *shape]
             if view.source in self._inputs:
                 self._inputs.add(view.name)
 
-    def _launch(self, step: Step, last: frozenset[Name]) -> None:
+    def _launch(self, step: Noted, last: frozenset[Name]) -> None:
         function, programs, threads, shared, parameters = step.direct
         found = [number for kind, value in parameters for number in self._parameter(kind, value)]
         released = [self.places[name] for name in last]
@@ -98,37 +105,46 @@ class _Code:
         if kind in _INTEGERS and type(value) in (int, bool):
             return [0, value if value < 2**63 else value - 2**64]
         if kind in ("fp32", "fp64") and type(value) in (int, float):
-            return [0, *struct.unpack("<q", struct.pack("<f" if kind == "fp32" else "<d", value).ljust(8, bytes(1)))]
+            try:
+                bits = struct.pack("<f" if kind == "fp32" else "<d", value)
+            except OverflowError:
+                raise _Unknown from None
+            return [0, *struct.unpack("<q", bits.ljust(8, b"\0"))]
         raise _Unknown
 
-    def _call(self, step: Step, last: frozenset[Name]) -> None:
+    def _call(self, step: Noted, last: frozenset[Name]) -> None:
         schema = getattr(step.call, "_schema", None)
         if schema is None:
             raise _Unknown
-        reads, arguments, results = step.reads(), [len(schema.arguments)], [len(schema.returns)]
-        ends = {name for name in last if reads.count(name) == 1}  # of others it is not said which reading is the last
+        arguments, results = [len(schema.arguments)], [len(schema.returns)]
+        ends = Counter({name: count for name, count in Counter(step.reads()).items() if name in last})
         for i, argument in enumerate(schema.arguments):
             value = step.args[i] if i < len(step.args) else step.kwargs.get(argument.name, argument.default_value)
             arguments += self._argument(value, str(argument.real_type), ends)
         found = step.result if len(schema.returns) > 1 else (step.result,)
         for value, returned in zip(found, schema.returns, strict=False):
             results += self._result(value, str(returned.real_type), last)
-        own = self._on_cpu and schema.name.startswith("fused_res::")
-        if self._writes_inputs and not own:
+        name = schema.name.removeprefix("fused_res::")
+        own = self._on_cpu and name != schema.name
+        if (own and not native.has_kernel(name)) or (self._writes_inputs and not own):
             raise _Unknown
         self._writes_inputs = self._writes_inputs or not self._inputs.isdisjoint(_written(step))
+        if step.call.is_view and not self._inputs.isdisjoint(step.reads()):
+            self._inputs.update(step.makes())
         self.code += [_CALL, len(self.names), *arguments, *results]
-        self.names.append(schema.name.removeprefix("fused_res::") if own else f"{schema.name}.{schema.overload_name}")
+        self.names.append(name if own else f"{schema.name}.{schema.overload_name}")
 
-    def _read(self, name: Name, last: Iterable[Name]) -> list[int]:
+    def _read(self, name: Name, last: Counter[Name]) -> list[int]:
+        """Its place, and whether this is the last time: `last` has how often it is read in this step, if nobody reads it later."""
         if not isinstance(name, Name):  # a number in a tensor's place
             raise _Unknown
-        return [self.places[name], int(name in last)]
+        last[name] -= 1
+        return [self.places[name], int(last[name] == 0)]
 
     def _new(self, name: Name) -> int:
         return self.places.setdefault(name, len(self.places))
 
-    def _argument(self, value: object, kind: str, last: set[Name]) -> list[int]:
+    def _argument(self, value: object, kind: str, last: Counter[Name]) -> list[int]:
         optional = kind.startswith("Optional[")
         kind = kind.removeprefix("Optional[").removesuffix("]") if optional else kind
         if value is None and optional:
@@ -169,7 +185,7 @@ class _Code:
         return [_ONE if kind == "Tensor" else _PERHAPS_ONE, self._new(value) if goes else _NOWHERE]
 
 
-def _written(step: Step) -> list[Name]:
+def _written(step: Noted) -> list[Name]:
     """The names of tensors that an operator writes to."""
     schema = step.call._schema
     values = {argument.name: value for argument, value in zip(schema.arguments, step.args, strict=False)} | step.kwargs
@@ -184,10 +200,11 @@ def lowered(
     stream: Callable[[Tensor], int] | None,
     observed: Callable[[], bool],
 ) -> Callable | None:
-    """As `recorded.written`, run by the library; None where a step is none of those that it can call.
+    """As `noted.written`, run by the library; None where a step is none of those that it can call.
 
-    Where an operator of torch's fails, Python makes all calls once more: the stable ABI takes the error's type and words away. That
-    nobody sees two of one running statistic's steps then is for `_Code` to make sure of.
+    Where an operator of torch's fails, Python makes all calls once more: the stable ABI takes the error's type and words away. So
+    nothing may have been written to an input by then. Of operators that is made sure of here; kernels that are launched write to
+    running statistics alone, and a schedule moves these when all else is done.
 
     Args:
         inputs: those of the recorded call.
@@ -202,12 +219,15 @@ def lowered(
             code.add(kept)
     except _Unknown:
         return None
+    if not code.views_of_inputs().isdisjoint(outputs):  # which autograd and inference mode tell from other tensors
+        return None
     ends = [number for name in outputs for number in (code.places[name], 1)]
     numbers = [len(given), len(code.places), code.steps, *code.code, len(outputs), *ends]
-    made = torch.ops.fused_res.make_program(" ".join(code.names), numbers, code.numbers)
+    with disable_modes():
+        made = torch.ops.fused_res.make_program(" ".join(code.names), numbers, code.numbers)
     arguments = (made, given) if stream is None else (made, given, Name("stream"))
-    whole = Step(torch.ops.fused_res.run_program.default, arguments, {}, tuple(outputs))
+    whole = Noted(torch.ops.fused_res.run_program.default, arguments, {}, tuple(outputs))
     instead = Instead(written(steps, len(inputs), results, stream), observed, _is_torchs)
     function = written([Kept(whole, frozenset())], len(inputs), results, stream, instead)
-    weakref.finalize(function, torch.ops.fused_res.free_program, made).atexit = False
+    weakref.finalize(function, native.free_program, made).atexit = False
     return function

@@ -3,7 +3,7 @@
 The first call of a plan runs its schedule (`fused_res.block.forward` or `backward`) under a recorder, which sees every operator of
 torch's and of ours and every launch of a Triton kernel. From that a function is made that calls the same, in the same order, with
 the same numbers, and lets go of each tensor after its last use; views that are there already are not made again. On a CPU the
-compiled library calls it all where it can (`fused_res.block.lowered`), and else Python does (`fused_res.block.recorded`). What a
+compiled library calls it all where it can (`fused_res.block.lowered`), and else Python does (`fused_res.block.noted`). What a
 schedule decides in Python (who runs a convolution, which tile, whether something has to be copied) follows from the plan, from its
 tensors' strides and from torch's switches, and those are a program's key. Where a decision follows from values that a kernel has
 computed, nothing is recorded.
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_res import backends, settings
 from fused_res.block.lowered import lowered
-from fused_res.block.recorded import Name, Step, View, needed, written
+from fused_res.block.noted import Name, Noted, View, needed, written
 from fused_res.internals import disable_modes, float32_precisions, storage
 
 _BY_VALUES = {
@@ -83,7 +83,7 @@ class _Recorder(TorchDispatchMode):
         self._count = 0
         self._inputs = inputs
         self._stream: Callable[[Tensor], int] | None = None
-        self._steps: list[Step] = []
+        self._steps: list[Noted] = []
         for i, tensor in enumerate(inputs):
             if tensor is not None:
                 name = Name(f"i{i}")
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
             # Of all ways to a view the shortest: of the first of its family, wherever that starts.
             name = self._named(result, source.family)
             view = _view(name, sees, root, first)
-            self._steps.append(Step(Tensor.as_strided, (root, *view[2:4]), {}, name, "as_strided", views=(view,), spare=True))
+            self._steps.append(Noted(Tensor.as_strided, (root, *view[2:4]), {}, name, "as_strided", views=(view,), spare=True))
         if name is not None:
             self._known[result] = _Known(name, source.family)
         return name is not None
@@ -124,7 +124,7 @@ class _Recorder(TorchDispatchMode):
         self._stream = self._stream or stream
         try:
             named = self._names(args), self._names(kwargs), None
-            step = Step(function, *named, on_stream=stream is not None, direct=self._names(direct))
+            step = Noted(function, *named, on_stream=stream is not None, direct=self._names(direct))
         except _Refused:
             self.refused = True
         else:
@@ -146,7 +146,7 @@ class _Recorder(TorchDispatchMode):
                 views = tuple([_view(self._known[tensor].name, _sees(tensor), named[0], sees) for tensor in made])
         spare = is_view or name in _EMPTY
         method = None if kwargs else _METHODS.get(name)
-        self._steps.append(Step(operator, named, keywords, target, method, views=views, spare=spare))
+        self._steps.append(Noted(operator, named, keywords, target, method, views=views, spare=spare))
 
     def _names(self, value: object) -> object:
         """The value with names in place of tensors."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Name(str):
-    """A tensor."""
+    """A tensor, or another variable of the function."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ class View(NamedTuple):
     offset: int
 
 
-class Step(NamedTuple):
+class Noted(NamedTuple):
     """One call.
 
     call: an operator, or a launcher. args, kwargs: with names in place of tensors. result: names, None, and tuples of them. method:
@@ -59,7 +59,7 @@ class Step(NamedTuple):
 class Kept(NamedTuple):
     """A step of a program, and the names that nobody needs after it."""
 
-    step: Step
+    step: Noted
     last: frozenset[Name]
 
 
@@ -70,7 +70,7 @@ def names_in(value: object) -> list[Name]:
     return [name for part in value for name in names_in(part)] if isinstance(value, (list, tuple)) else []
 
 
-def needed(steps: Sequence[Step], results: object) -> list[Kept]:
+def needed(steps: Sequence[Noted], results: object) -> list[Kept]:
     """The steps that results need, or whose effects do."""
     later, kept = set(names_in(results)), []
     for step in reversed(steps):
@@ -104,7 +104,7 @@ class _Source:
             return f"({inside}{',' if len(value) == 1 else ''})" if plain else f"{self.constant(type(value))}({inside})"
         return repr(value) if value is None or type(value) in (bool, int, str) else self.constant(value)
 
-    def call(self, step: Step) -> str:
+    def call(self, step: Noted) -> str:
         arguments = [self.of(value, step.on_stream) for value in step.args]
         arguments += [f"{name}={self.of(value)}" for name, value in step.kwargs.items()]
         arguments += ["stream=stream"] if step.on_stream else []
@@ -149,9 +149,10 @@ def written(
     for step, last in steps:
         body.append(f"    {_target(step.result)} = {source.call(step)}")
         body += [f"    del {', '.join(sorted(last))}"] if last else []
-    if instead is not None:
-        handler = f"        if {source.constant(instead.meant)}(error): {other}"
-        body = ["    try:", *[f"    {line}" for line in body], "    except RuntimeError as error:", handler, "        raise"]
+    if instead is not None:  # which is called after the handler, so that its own error has no other behind it
+        handler = [f"        if not {source.constant(instead.meant)}(error): raise", "        fails = True"]
+        body = ["    fails = False", "    try:", *[f"    {line}" for line in body], "    except RuntimeError as error:", *handler]
+        body.append(f"    if fails: {other}")
     lines += [*body, f"    return {source.of(results)}"]
     space = dict(source.constants)
     exec(compile("\n".join(lines), "<a program of fused_res>", "exec"), space)
