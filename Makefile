@@ -9,7 +9,8 @@ READY := $(VENV)/.ready
 # One process for each core, each with one thread: the tests' tensors are too small for more, which would mostly wait for each other.
 TEST_JOBS ?= auto
 TEST_THREADS ?= 1
-PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOBS) --dist loadfile
+# Files in their order: those of most tests first, which is usual, leaves for the end the few whose single tests compile for a minute.
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 CXX_SOURCES = $(shell git ls-files '*.cpp' '*.cu' '*.h' '*.cuh')
 

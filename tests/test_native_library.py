@@ -319,7 +319,7 @@ def test_kernels_under_sanitizers(tmp_path, name):
         if wider:
             pytest.skip("avx512bf16, which this CPU has, is compiled from the same lines and one more")
     flags = [flag for flag in setup.CXX_FLAGS if not flag.startswith("-O")] + setup.VARIANTS[name] + setup.VARIANT_FLAGS
-    sanitize = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-DFUSED_RES_VARIANT={name}"]
+    sanitize = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-DFUSED_RES_VARIANT={name}"]
     sources = ["csrc/cpu/variant.cpp", Path(__file__).with_name("cpu_kernels.cpp")]
     compiled = subprocess.run(
         ["g++", *flags, *sanitize, *sources, "-o", tmp_path / "kernels"], cwd=ROOT, capture_output=True, text=True, check=False
