@@ -22,6 +22,9 @@ _check_types = TritonSemantic.binary_op_type_checking_impl
 _unwrap = tl.core._unwrap_if_constexpr
 _equal_types = tl.dtype.__eq__
 _fits = interpreter._validate_np_data_size
+_broadcast = TritonSemantic.broadcast_impl_value
+_expand = TritonSemantic.expand_dims
+_cast = TritonSemantic.cast
 
 _INTEGERS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 # Of triton.language and its core, those that are patched for the kernel that runs.
@@ -33,6 +36,10 @@ _fitting: set[tuple] = set()
 # Of two operands by their types: what either becomes in an operation.
 _joined: dict[tuple, tuple] = {}
 _constants: dict[tuple, tl.tensor] = {}
+_broadcasted: dict[tuple, tuple] = {}
+_expanded: dict[tuple, tl.dtype] = {}
+# Between these NumPy converts as hardware does.
+_INTEGRAL = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
 # What `_unwrap` gives back as it is.
 _BARE = frozenset((tl.tensor, tl.dtype, int, float, bool, str, type(None)))
 # Types for which a number of a kind that `_kind` names is never out of range.
@@ -103,11 +110,12 @@ def _make_block(self, element_ty, shape):
 
 def _make_tensor(self, handle, type):
     """What is the same for all tensors of a type is made once for it."""
-    known = vars(type).setdefault("_of_tensors", {})
+    known = type.__dict__.get("_of_tensors")
     if not known:
         _tensor_init(self, None, type)
+        known = type.__dict__.setdefault("_of_tensors", {})
         known.update(vars(self))
-    vars(self).update(known)
+    self.__dict__.update(known)
     self.handle = handle
 
 
@@ -119,12 +127,19 @@ def _are_equal_types(self, other):
     return self.name == other.name if type(other) is tl.dtype else _equal_types(self, other)
 
 
-def _make_handle(self, data, dtype, attr=None):
+def _fits_once(data, dtype):
     held = data.itemsize, dtype.name
-    if held not in _fitting:
-        if not _fits(data, dtype):
-            raise ValueError(f"elements of {data.itemsize} bytes for {dtype}")
+    if held in _fitting:
+        return True
+    if _fits(data, dtype):
         _fitting.add(held)
+        return True
+    return False
+
+
+def _make_handle(self, data, dtype, attr=None):
+    if not _fits_once(data, dtype):
+        raise ValueError(f"elements of {data.itemsize} bytes for {dtype}")
     self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
 
 
@@ -182,6 +197,46 @@ def _check_types_of_two(semantic, lhs, rhs, *options, **named):
     return _join(semantic, lhs, known[0]), _join(semantic, rhs, known[1])
 
 
+def _spread(value, type):
+    if type is None:
+        return value
+    data = np.empty(type.shape, value.handle.data.dtype)
+    data[...] = value.handle.data
+    return tl.tensor(interpreter.TensorHandle(data, value.handle.dtype.scalar), type)
+
+
+def _broadcast_two(semantic, lhs, rhs):
+    key = lhs.type.name, rhs.type.name
+    known = _broadcasted.get(key)
+    if known is None:
+        two = _broadcast(semantic, lhs, rhs)
+        _broadcasted[key] = tuple(None if new.type.name == old else new.type for new, old in zip(two, key, strict=True))
+        return two
+    return _spread(lhs, known[0]), _spread(rhs, known[1])
+
+
+def _expand_dims(semantic, value, axis):
+    key = value.type.name, axis
+    type = _expanded.get(key)
+    if type is None:
+        found = _expand(semantic, value, axis)
+        if value.type.is_block() and axis >= 0:
+            _expanded[key] = found.type
+        return found
+    handle = value.handle
+    return tl.tensor(interpreter.TensorHandle(handle.data[(slice(None),) * axis + (None,)], handle.dtype.scalar), type)
+
+
+def _cast_once(semantic, value, type, *rounding, **named):
+    old, new = value.type.scalar, type.scalar
+    if old.name == new.name:
+        return value
+    if old.name in _INTEGRAL and new.name in _INTEGRAL and not rounding and not named:
+        handle = interpreter.TensorHandle(value.handle.data.astype(_numpy_type(new)), new)
+        return tl.tensor(handle, value.type.with_element_ty(new))
+    return _cast(semantic, value, type, *rounding, **named)
+
+
 def _check_overflow(semantic, lhs, rhs, binary_op):
     """In NumPy, where Triton interprets seven operations more for it."""
     dtype = lhs.type.scalar
@@ -189,16 +244,18 @@ def _check_overflow(semantic, lhs, rhs, binary_op):
         return
     name = binary_op.__name__
     wide = _INTEGERS[name](lhs.handle.data, rhs.handle.data, dtype=np.int64)
-    if wide.min() < dtype.get_int_min_value() or wide.max() > dtype.get_int_max_value():
+    least, most = (wide.item(),) * 2 if wide.size == 1 else (wide.min(), wide.max())
+    if least < dtype.get_int_min_value() or most > dtype.get_int_max_value():
         raise AssertionError(f"int{dtype.int_bitwidth} overflow detected for operation {name}")
 
 
 def install() -> None:
     """Patch the interpreter; any number of times."""
     interpreter._patch_lang, interpreter._patch_builtin = _patch_once, _patch_builtins
-    interpreter._get_np_dtype = _numpy_type
+    interpreter._get_np_dtype, interpreter._validate_np_data_size = _numpy_type, _fits_once
     interpreter.TensorHandle.__init__ = _make_handle
     tl.block_type.__init__, tl.tensor.__init__ = _make_block, _make_tensor
     tl.block_type.with_element_ty, tl.dtype.__eq__, tl.core._unwrap_if_constexpr = _with_element, _are_equal_types, _unwrap_bare
     TritonSemantic.binary_op_type_checking_impl = _check_types_of_two
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    TritonSemantic.broadcast_impl_value, TritonSemantic.expand_dims, TritonSemantic.cast = _broadcast_two, _expand_dims, _cast_once
