@@ -137,8 +137,8 @@ wheel: $(READY)
 	$(BIN)/python -m build --quiet --sdist .
 	FUSED_RES_BUILD="$(abspath build/native)" PATH="$(abspath $(BIN)):$$PATH" .ci/wheel dist/*.tar.gz
 	$(PYTHON) -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
-	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	build/wheel/bin/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	build/wheel/bin/python -m pip install --quiet --no-compile --constraint constraints.txt dist/*.whl
 	cd build/wheel && bin/python $(CURDIR)/.ci/check_wheel.py
 
 clean:

@@ -327,7 +327,8 @@ def test_kernels_under_sanitizers(tmp_path, name):
     if "cannot find" in compiled.stderr:
         pytest.skip("the sanitizers' libraries are not installed")
     assert compiled.returncode == 0, compiled.stderr
-    done = subprocess.run([tmp_path / "kernels"], capture_output=True, text=True, check=False)
+    sizes = [] if name == "avx2" else ["all"]  # one set of the same lines is enough for that
+    done = subprocess.run([tmp_path / "kernels", *sizes], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == name
 
