@@ -1,7 +1,8 @@
 """Triton's CPU interpreter with less bookkeeping: the same values, checks and errors in less time.
 
 On small tiles nearly all of its time goes into Python around NumPy. What it finds again for each operation and each call of a
-device function (which functions are built in, the type of a block, the attributes of a tensor of that type) is kept here instead.
+device function (which functions are built in, the type of a block, the attributes of a tensor of that type, what two types become
+in an operation) is kept here instead, by the names of the types. Operands of an operation are left to NumPy to bring to one shape.
 The hooks are private to Triton (3.6 to 3.9), and as in `interpreter.py` one that is missing is an error.
 """
 
@@ -33,10 +34,10 @@ _numpy_types: dict[str, np.dtype] = {}
 _blocks: dict[tuple, dict] = {}
 # Bytes of NumPy's elements that a type has been found to hold.
 _fitting: set[tuple] = set()
-# Of two operands by their types: what either becomes in an operation.
+# By the types of two operands: what either becomes in an operation, and of which type it is where both are to have one shape.
 _joined: dict[tuple, tuple] = {}
-_constants: dict[tuple, tl.tensor] = {}
 _broadcasted: dict[tuple, tuple] = {}
+_constants: dict[tuple, tl.tensor] = {}
 _expanded: dict[tuple, tl.dtype] = {}
 # Between these NumPy converts as hardware does.
 _INTEGRAL = frozenset(("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"))
@@ -53,6 +54,7 @@ class _OuterScope(_Scope):
 
 
 def _interpreted(member):
+    """Without the wrapper that asks whether there is a `_semantic`."""
     function = getattr(member, "__wrapped__", member)
 
     def interpreted(*args, **kwargs):
@@ -227,7 +229,7 @@ def _expand_dims(semantic, value, axis):
     return tl.tensor(interpreter.TensorHandle(handle.data[(slice(None),) * axis + (None,)], handle.dtype.scalar), type)
 
 
-def _cast_once(semantic, value, type, *rounding, **named):
+def _cast_at_once(semantic, value, type, *rounding, **named):
     old, new = value.type.scalar, type.scalar
     if old.name == new.name:
         return value
@@ -258,4 +260,5 @@ def install() -> None:
     tl.block_type.with_element_ty, tl.dtype.__eq__, tl.core._unwrap_if_constexpr = _with_element, _are_equal_types, _unwrap_bare
     TritonSemantic.binary_op_type_checking_impl = _check_types_of_two
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
-    TritonSemantic.broadcast_impl_value, TritonSemantic.expand_dims, TritonSemantic.cast = _broadcast_two, _expand_dims, _cast_once
+    TritonSemantic.broadcast_impl_value, TritonSemantic.expand_dims = _broadcast_two, _expand_dims
+    TritonSemantic.cast = _cast_at_once
