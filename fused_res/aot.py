@@ -235,14 +235,20 @@ def inspect(variant, dtype: torch.dtype, arch: int) -> Row:
 
 
 def table(
-    sample: bool, only: Collection[str] = (), tiles: bool = False, archs: Collection[int] = tuple(SHARED)
+    sample: bool,
+    only: Collection[str] = (),
+    tiles: bool = False,
+    archs: Collection[int] = tuple(SHARED),
+    dtypes: Collection[torch.dtype] = DTYPES,
 ) -> Iterator[tuple[str, Row]]:
-    """File and row of all variants for these architectures, or of those in some files only; or of the convolutions' tiles.
+    """File and row of all variants for these architectures and dtypes, or of some files only; or of the convolutions' tiles.
 
     A sample has the variants marked so, in two dtypes, for compute capability 9.0, and in bfloat16 those that multiply matrices for
     a few more.
     """
-    for dtype in (torch.bfloat16, torch.float32) if sample else DTYPES:
+    for dtype in DTYPES:
+        if dtype not in dtypes or (sample and dtype == torch.float16):
+            continue
         for arch in archs:
             for file, variant in variants(dtype, arch, "aot_tiles" if tiles else "aot_variants"):
                 sampled = arch == 90 or (variant.matrix and arch in _SAMPLE and dtype == torch.bfloat16)
@@ -292,6 +298,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", action="append", default=[], type=int, choices=SHARED, help="for this architecture only, such as 90; repeatable"
     )
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        default=[],
+        choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
+        help="in this dtype only; repeatable",
+    )
     parser.add_argument("--tiles", action="store_true", help="instead, the convolutions with every tile that tuning tries")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument("--update", type=Path, metavar="DOCUMENT", help="write docs/kernels.md anew, and the data beside it")
@@ -312,12 +325,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--sample: expected neither --update nor --tiles with it")
     if options.update and options.tiles:
         parser.error("--tiles: expected no --update with it")
+    if options.update and options.dtype:
+        parser.error("--dtype: expected no --update with it")
     failed = 0
     if not options.json:
         heads = f"{'kernel':24} {'variant':54} {'dtype':9} {'arch':7}{'regs':>4} local shared"
         print(f"{heads}  {'loads (n x bytes)':24} {'stores':14} async matrix")
     sections: dict[str, list[Row]] = {}
-    for file, row in table(options.sample, options.only, options.tiles, options.arch or SHARED):
+    dtypes = [getattr(torch, name) for name in options.dtype] or DTYPES
+    for file, row in table(options.sample, options.only, options.tiles, options.arch or SHARED, dtypes):
         sections.setdefault(file, []).append(row)
         print(json.dumps(asdict(row)) if options.json else _line(row), flush=True)
         for problem in row.problems:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import ctypes
+import gc
 import importlib
 import importlib.util
 import os
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "device" in item.fixturenames and item.get_closest_marker("gpu") is None:
             item.add_marker(pytest.mark.kernel)
+
+
+def pytest_collection_finish():
+    """What is there for all tests is not searched for garbage by every collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +201,23 @@ def _forget_warnings(monkeypatch):
     monkeypatch.setattr("fused_res.notices._said", set())
 
 
+@pytest.fixture(scope="session")
+def _imported_dynamo():
+    dynamo = importlib.import_module("torch._dynamo")
+    gc.collect()
+    gc.freeze()
+    return dynamo
+
+
 @pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield torch._dynamo
-    torch._dynamo.reset()
+def dynamo(_imported_dynamo):
+    dynamo = _imported_dynamo
+    dynamo.reset()
+    # Where it is "info", a stack is taken for every cell that a traced function stores, which takes a third of the time.
+    policy = {"side_effect_replay_policy": "silent"} if hasattr(dynamo.config, "side_effect_replay_policy") else {}
+    with dynamo.config.patch(policy):
+        yield dynamo
+    dynamo.reset()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Runs of the CUDA kernels on the CPU, under AddressSanitizer and UBSan, in another process: the client of cuda_serving.h."""
 
+import fcntl
 import hashlib
 import itertools
 import os
@@ -52,19 +53,22 @@ def build(folder: Path, name: str = "cuda_kernels", *flags: str) -> Path:
     kept = ROOT / "build" / "emulated" / f"{name}-{_key(command)}"
     if kept.is_file():
         return kept
-    program = folder / name
+    if not os.access(ROOT, os.W_OK):
+        return _compile(command, folder / name)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # Tests in other processes want the same: one compiles, which takes most of a minute, and the others wait.
+    with (kept.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_file():
+            for older in kept.parent.glob(f"{name}-*"):
+                older.unlink()
+            _compile(command, kept.with_suffix(".part")).replace(kept)
+    return kept
+
+
+def _compile(command: list, program: Path) -> Path:
     done = subprocess.run([*command, "-o", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if not os.access(ROOT, os.W_OK):
-        return program
-    # Tests in other processes may be doing the same: whoever is last leaves a whole file.
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    for older in kept.parent.glob(f"{name}-*"):
-        if not older.name.startswith(kept.name):
-            older.unlink(missing_ok=True)
-    copy = kept.with_suffix(f".{os.getpid()}")
-    shutil.copy2(program, copy)
-    copy.replace(kept)
     return program
 
 

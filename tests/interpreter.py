@@ -22,8 +22,8 @@ import interpreter_pace
 
 _Builder = interpreter.InterpreterBuilder
 _random = np.random.default_rng(0)
-# Address ranges that the running kernel was given: [[first byte, one past the last byte], ...].
-_spans = np.zeros((0, 2), np.uint64)
+# Address ranges that the running kernel was given: (first byte, one past the last byte).
+_spans: list[tuple[int, int]] = []
 # Whether the running kernel is in a loop with stages.
 _pipelined = False
 
@@ -50,7 +50,7 @@ def _convert(values, source, target, rounding):
 
 
 def _checked_binary_op(builder, left, right, operation):
-    if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar):
+    if "bf16" in (left.dtype.scalar.name, right.dtype.scalar.name):
         raise TypeError(f"{operation.__name__} of bfloat16: widen to float32 first, the interpreter would take the raw bits")
     return _binary_op(builder, left, right, operation)
 
@@ -127,7 +127,7 @@ def _tensors(values):
 def _bounded_run(function, *args, **kwargs):
     global _spans, _pipelined
     outer, _pipelined = _spans, False
-    _spans = np.array([_span(t) for t in _tensors((*args, *kwargs.values()))], np.uint64).reshape(-1, 2)
+    _spans = [_span(t) for t in _tensors((*args, *kwargs.values()))]
     try:
         return _run(function, *args, **kwargs)
     finally:
@@ -135,9 +135,16 @@ def _bounded_run(function, *args, **kwargs):
 
 
 def _check_addresses(pointers, mask):
-    at = pointers.data[np.broadcast_to(mask, pointers.data.shape)].astype(np.uint64)
-    size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
-    if at.size and not ((at[:, None] >= _spans[:, 0]) & (at[:, None] + size <= _spans[:, 1])).any(1).all():
+    at = pointers.data.ravel() if mask is True else pointers.data[np.broadcast_to(mask, pointers.data.shape)]
+    if not at.size:
+        return
+    at, size = at.astype(np.uint64, copy=False), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    first, last = int(at.min()), int(at.max()) + size
+    # Mostly all of them lie in one tensor.
+    if any(start <= first and last <= end for start, end in _spans):
+        return
+    spans = np.array(_spans, np.uint64).reshape(-1, 2)
+    if not ((at[:, None] >= spans[:, 0]) & (at[:, None] + np.uint64(size) <= spans[:, 1])).any(1).all():
         raise IndexError("access outside of the kernel's tensors")
 
 

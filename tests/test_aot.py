@@ -81,15 +81,17 @@ def compiled(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.fixture(scope="module")
-def sample():
-    return compiled("-m", "fused_res.aot", "--sample", "--json")
+def sample(*options):
+    """Rows of a part of the sample, sound all of them."""
+    result = compiled("-m", "fused_res.aot", "--sample", "--json", *options)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.timeout(300)
-def test_sample_compiles_to_sound_code(sample):
-    assert sample.returncode == 0, sample.stderr
-    rows = [json.loads(line) for line in sample.stdout.splitlines()]
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_sample_compiles_to_sound_code(dtype):
+    rows = sample("--arch", "90", "--dtype", dtype)
     assert {row["kernel"] for row in rows} >= {
         "bn_stats",
         "bn_finalize",
@@ -101,8 +103,15 @@ def test_sample_compiles_to_sound_code(sample):
         "conv_wgrad_partial",
         "masked_add",
     }
-    assert {row["arch"] for row in rows if row["matrix"]} == {90, 100, 120}
-    assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    assert {row["matrix"] for row in rows} == {"", "wgmma"}
+    assert {(row["arch"], row["dtype"]) for row in rows} == {(90, dtype)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_so_does_what_multiplies_for_newer_gpus():
+    rows = sample("--arch", "100", "--arch", "120")
+    assert {(row["arch"], row["matrix"]) for row in rows} == {(100, "tcgen05"), (120, "mma")}
 
 
 @pytest.mark.timeout(300)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_res import cli
-from fused_res.benchmarks import agreement, clocks, lines, peers, results, runner, suite, summary
+from fused_res.benchmarks import agreement, ceiling, clocks, lines, peers, results, runner, suite, summary
 from fused_res.benchmarks.cases import Case, Network
 from fused_res.benchmarks.peers import Setup
 
@@ -34,6 +34,12 @@ def plant(monkeypatch):
         monkeypatch.setitem(peers.REGISTRY, name, peers.REGISTRY[name]._replace(make=make))
 
     return plant
+
+
+@pytest.fixture(autouse=True)
+def a_quick_ceiling(monkeypatch):
+    monkeypatch.setitem(ceiling.BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(ceiling.SIDE, "cpu", 64)
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def run(folder, *options, hang):
     (folder / "pytest.ini").write_text("[pytest]\n")
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": paths}
-    command = [sys.executable, "-m", "pytest", "-p", "broken_context", "-p", "no:cacheprovider", "-rA", *options, "test_planted.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "broken_context", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-rA"]
+    command += [*options, "test_planted.py"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
     summary = [line for line in done.stdout.splitlines() if line.startswith(("PASSED ", "FAILED "))]
     return done, [(line.split()[0], line.split("::")[1].split()[0]) for line in summary]

@@ -42,12 +42,12 @@ def test_info_json(capsys):
     assert [row["reason"] for row in rows if row["backend"] == "reference"] == [None] * len(environment.DTYPES)
 
 
-def test_info_needs_no_extra():
+def test_info_needs_no_extra(fresh):
     """Without rich, matplotlib and scikit-learn, as after a plain installation."""
     hide = "import sys; sys.modules.update(rich=None, matplotlib=None, sklearn=None)"
     run = f"{hide}; from fused_res.cli import main; print(main(['info'])); print(main(['bench']), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", run], env=VARIABLES, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("\n0\n")
+    done = fresh.run(run)
+    assert done.stdout.endswith("\n0\n"), done.stderr
     assert "pip install 'fused-res[bench]'" in done.stderr
     assert done.stderr.endswith("\n2\n")
 

@@ -1,7 +1,5 @@
 """Torch's classes and functions replaced for the whole process: the replacement takes part, and `explain` names it."""
 
-import subprocess
-import sys
 import types
 
 import pytest
@@ -109,7 +107,7 @@ def test_a_replaced_class_makes_modules_of_another_type(monkeypatch):
     assert_same(step(block, x), step(Eager(twin), x))
 
 
-def test_what_was_replaced_before_the_import_is_seen():
+def test_what_was_replaced_before_the_import_is_seen(fresh):
     code = """
 import functools, torch, torch.nn.functional as F
 conv2d = F.conv2d
@@ -117,8 +115,8 @@ F.conv2d = functools.wraps(conv2d)(lambda *a, **k: conv2d(*a, **k))
 import fused_res
 print(fused_res.BasicBlock(2, 2).unfused_reason(torch.ones(1, 2, 3, 3)))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "torch.nn.functional.conv2d has been replaced"
+    found = fresh.run(code)
+    assert found.stdout.strip() == "torch.nn.functional.conv2d has been replaced", found.stderr
 
 
 def test_nothing_is_replaced_here():

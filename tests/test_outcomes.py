@@ -27,6 +27,11 @@ def test_skipped():
 """
 
 
+# Without hypothesis, whose import takes longer than all of these tests.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+PYTEST += ["-p", "fused_res.benchmarks.outcomes"]
+
+
 @pytest.fixture
 def run(tmp_path, outcomes_alone):
     """Runs pytest with the plugin on `TESTS`; returns its exit code and the names of the tests that it ran."""
@@ -35,8 +40,7 @@ def run(tmp_path, outcomes_alone):
 
     def run(*options):
         before = path.read_text().count("\n") if path.is_file() else 0
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fused_res.benchmarks.outcomes"]
-        command += ["--outcomes", str(path), "--timeout", "4", "--timeout-method", "thread", *options, "test_planted.py"]
+        command = [*PYTEST, "-q", "--outcomes", path, "--timeout", "4", "--timeout-method", "thread", *options, "test_planted.py"]
         code = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode
         ran = [json.loads(line)["test"].split("::")[1] for line in path.read_text().splitlines()[before:]]
         return code, ran
@@ -69,8 +73,7 @@ def test_crashes_and_hangs_cost_one_test_each_and_what_passed_is_left_out(run, m
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_has_written_what_it_found_and_the_next_runs_the_rest(run, monkeypatch, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "fused_res.benchmarks.outcomes"]
-    command += ["--outcomes", str(run.path), "test_planted.py", "-k", "passes"]
+    command = [*PYTEST, "--outcomes", str(run.path), "test_planted.py", "-k", "passes"]
     monkeypatch.setenv("WELL", "1")
     killed, end = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL), time.monotonic() + 60
     while not outcomes.load(run.path) and time.monotonic() < end:
@@ -94,17 +97,7 @@ def test_what_failed_before_comes_last_and_files_are_mixed(run):
 
 def test_without_the_option_nothing_changes(tmp_path, outcomes_alone):
     (tmp_path / "test_planted.py").write_text("def test_b(): pass\ndef test_a(): pass\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "fused_res.benchmarks.outcomes",
-        "test_planted.py",
-    ]
+    command = [*PYTEST, "-v", "test_planted.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.index("test_b") < done.stdout.index("test_a")

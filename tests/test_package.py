@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,29 +19,25 @@ PAYS = triton.pays  # conftest.py replaces it in every test by one that says yes
 STEMS = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "conv_fprop", "conv_dgrad", "conv_wgrad", "masked_add"]
 
 
-def run(code, **kwargs):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", **kwargs)
-
-
 def test_public_names_exist_and_are_documented():
     for name in fused_res.__all__:
         assert getattr(fused_res, name).__doc__, name
 
 
-def test_folders_are_installed_inside_the_package_only():
-    done = run(
+def test_folders_are_installed_inside_the_package_only(fresh):
+    done = fresh.run(
         "import importlib.util as u, fused_res.kernels, fused_res.benchmarks;"
         "assert u.find_spec('kernels') is None and u.find_spec('benchmarks') is None"
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_loads_neither_triton_nor_the_benchmark():
-    done = run("import sys, fused_res; print([m for m in sys.modules if m in ('triton', 'matplotlib', 'sklearn', 'rich')])")
+def test_importing_loads_neither_triton_nor_the_benchmark(fresh):
+    done = fresh.run("import sys, fused_res; print([m for m in sys.modules if m in ('triton', 'matplotlib', 'sklearn', 'rich')])")
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_without_triton_blocks_run_and_its_backend_says_why():
+def test_without_triton_blocks_run_and_its_backend_says_why(fresh):
     code = """
 import sys
 class Absent:
@@ -62,7 +57,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = run(code)
+    done = fresh.run(code)
     assert "the package triton is not installed" in done.stdout, done.stdout + done.stderr
 
 

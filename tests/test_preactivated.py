@@ -135,10 +135,15 @@ def problem(kind, shortcut, training, scale, device="cpu"):
         ("PreActBottleneck", "identity", False, None, "prologue"),
     ],
 )
-def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, scale, level, dtype, cpu_backend):
+def test_blocks_are_as_accurate_as_eager(kind, shortcut, training, scale, level, dtype, cpu_backends):
     make_one, tolerance = problem(kind, shortcut, training, scale), 64 * torch.finfo(dtype).eps
-    verdicts = accuracy.judge(make_one, dtype, cpu_backend, level, sign_tolerance=tolerance)
-    failed = [f"{v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}" for v in verdicts if not v.passed]
+    found = accuracy.judge_each(make_one, dtype, [(name, level) for name in cpu_backends], sign_tolerance=tolerance)
+    failed = [
+        f"{name}: {v.quantity}: {v.error:.2e}, eager {v.eager:.2e}, limit {v.limit:.2e}"
+        for (name, _), verdicts in found.items()
+        for v in verdicts
+        if not v.passed
+    ]
     assert not failed, "\n".join(failed)
 
 

@@ -15,7 +15,7 @@ VARIABLES = {name: value for name, value in os.environ.items() if not name.start
 
 
 def pytest_run(*arguments):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, arguments)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=VARIABLES, capture_output=True, text=True, check=False)
 
 
