@@ -140,8 +140,7 @@ __device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
 // All but one take the 48 KiB of shared memory that every GPU gives without being asked, or less. Rows are shared by as
 // many warps in a small tile as in a large one: no bit of a result, statistics included, depends on that.
 using SmallTiling = Tiling<64, 64, 64, 4, 4>;
-/// Of warps with twice the rows, which issue fewer instructions for each result and leave no registers for a second
-/// one.
+/// Of warps with more rows, which issue fewer instructions for each result.
 using LargeForwardTiling = Tiling<64, 128, 64, 3, 2>;
 using TallForwardTiling = Tiling<128, 128, 64, 3, 2>;
 using SmallForwardTiling = Tiling<64, 64, 64, 4, 2>;
