@@ -24,7 +24,7 @@ constexpr std::size_t kStaticMemory = 48 * 1024;
 struct Queue {
   cudaStream_t stream;
   int multiprocessors;
-  int shared_memory;  // bytes of a multiprocessor
+  int shared_memory = 0;  // bytes of a multiprocessor
 };
 
 #ifdef __CUDACC__
