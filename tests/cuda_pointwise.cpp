@@ -45,7 +45,16 @@ void serve_tail(Request& r) {
   with_type(number, [&](auto type) { pointwise_tail<typename decltype(type)::type>(a, tile, {}); });
 }
 
-void (*const kServers[])(Request&) = {serve_fprop, serve_tail};
+/// The tile of a tail, with a projection or without, where a multiprocessor has so many bytes of shared memory.
+void serve_tail_tile(Request& r) {
+  PointwiseTail a{};
+  a.main.z.pixels = r.integer();
+  a.channels = static_cast<int>(r.integer());
+  a.projection.weight = r.integer() != 0 ? &a : nullptr;
+  *r.buffer<std::int64_t>() = static_cast<std::int64_t>(tail_tile(a, {nullptr, 1, static_cast<int>(r.integer())}));
+}
+
+void (*const kServers[])(Request&) = {serve_fprop, serve_tail, serve_tail_tile};
 
 }  // namespace
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fused_res.primitives.bn_act import pack_signs, sign_bytes
 
-CORE, POINTWISE = ("instruction", "plain"), ("fprop", "tail")
+CORE, POINTWISE = ("instruction", "plain"), ("fprop", "tail", "tail tile")
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INSTRUCTIONS = (
     "mma f32",
@@ -20,7 +20,7 @@ INSTRUCTIONS = (
     "divide",
     "halves",
 )
-TILES = ("small", "large")
+TILES = ("small", "large", "tall")
 ROWS = 64
 """Of a tile that statistics are of."""
 

@@ -238,10 +238,36 @@ TILED = ((1, 13, 17), (1, 1), 40, 136)
 @over_dtypes
 @pytest.mark.parametrize("shape", [SHAPES[0], pytest.param(TILED, marks=pytest.mark.long)], ids=["one", "tiles"])
 def test_alignment_tile_and_thread_order_change_no_bit(emulator, dtype, shape):
-    runs = [dict(all_kernels(emulator, dtype, shape, **o)) for o in ({}, {"tile": "large"}, {"shift": 1})]
+    runs = [dict(all_kernels(emulator, dtype, shape, **o)) for o in ({}, {"tile": "large"}, {"tile": "tall"}, {"shift": 1})]
     for name, first in runs[0].items():
         for other in runs[1:]:
             same(first.view(torch.uint8), other[name].view(torch.uint8), name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_a_projections_tall_tile_goes_over_several_steps_of_either_product(emulator, dtype):
+    """Its two stages in turn, over 72 and 36 channels; NaN and infinities, which TF32's rounding is to leave alone."""
+    arguments = tail_arguments(((1, 10, 13), (1, 1), 72, 136), dtype, products.real, "projection")
+    for row, value in ((3, float("nan")), (64, -float("nan")), (77, float("inf"))):
+        arguments["main"][0].view(-1, 72)[row, 5] = value
+        arguments["projection"][0].view(-1, 36)[row + 1, 7] = value
+    small, tall = (products.run_tail(emulator, **arguments, tile=tile) for tile in ("small", "tall"))
+    assert not emulator.conflicts
+    for one, other in zip(small, tall, strict=True):
+        same(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_a_projection_has_the_tall_tile_where_two_blocks_fit_and_there_are_enough(emulator):
+    def tile(pixels, channels, projects, shared):
+        found = torch.empty(1, dtype=torch.int64)
+        emulator.run("tail tile", (pixels, channels, projects, shared << 10), (found,), (found,))
+        return products.TILES[found.item()]
+
+    assert tile(256 * 28 * 28, 512, True, 228) == tile(256 * 28 * 28, 512, True, 164) == "tall"
+    assert tile(256 * 28 * 28, 512, True, 100) == tile(256 * 28 * 28, 512, False, 228) == "large"
+    assert tile(128 * 144, 128, True, 228) == "large"
+    assert tile(128 * 288, 128, True, 228) == "tall"
+    assert tile(256 * 28 * 28, 64, True, 228) == "small"
 
 
 @pytest.mark.parametrize("buffer", range(10))
@@ -291,16 +317,18 @@ def test_every_missing_barrier_and_wait_of_fprop_shows(emulator):
         assert breaks(run, right, skipped_wait=wait), wait
 
 
-def test_every_missing_barrier_and_wait_of_a_projections_tail_shows(emulator):
-    arguments = tail_arguments(((1, 8, 8), (1, 1), 32, 64), BF16, products.real, "projection")
+@pytest.mark.parametrize(("tile", "shape"), [("small", ((1, 8, 8), (1, 1), 32, 64)), ("tall", ((1, 8, 16), (1, 1), 32, 128))])
+def test_every_missing_barrier_and_wait_of_a_projections_tail_shows(emulator, tile, shape):
+    """All warps have results that count; of the tall tile's last barrier two runs in five show that it is missing."""
+    arguments = tail_arguments(shape, BF16, products.real, "projection")
 
     def run(**fault):
-        return products.run_tail(emulator, **arguments, **fault)
+        return products.run_tail(emulator, **arguments, tile=tile, **fault)
 
     right, steps = run(), 1 + 1
     assert not breaks(run, right, tries=2, skipped_barrier=steps + 2, skipped_wait=steps)
     for barrier in range(steps + 2):
-        assert breaks(run, right, skipped_barrier=barrier), barrier
+        assert breaks(run, right, tries=20, skipped_barrier=barrier), barrier
     for wait in range(steps):
         assert breaks(run, right, skipped_wait=wait), wait
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fused_res.benchmarks import native_kernels, native_work
+from fused_res.cost.constants import GPUS
 
 ROOT = Path(__file__).parents[1]
 STEMS = ("bn_stats", "bn_finalize", "bn_act", "bn_act_backward", "masked_add")
@@ -164,7 +165,7 @@ def test_no_pass_of_the_moment_form_touches_local_memory(tmp_path, passes, arch)
 
 
 # The kernels that multiply, one format a file: of each (wide or not, projection) its tiles.
-PRODUCTS = {("pointwise_fprop", True): 2, ("pointwise_fprop", False): 1, ("pointwise_tail", True): 4, ("pointwise_tail", False): 2}
+PRODUCTS = {("pointwise_fprop", True): 2, ("pointwise_fprop", False): 1, ("pointwise_tail", True): 5, ("pointwise_tail", False): 2}
 
 
 @pytest.mark.slow
@@ -217,7 +218,7 @@ def test_the_page_of_the_kernels_that_multiply_has_what_was_compiled():
     assert not any(line.local for line in lines)
     assert {line.format for line in lines} == {"TF32", "float16", "bfloat16", "any"}
     kernels = {"moments": 2, "pointwise_tail_backward_reduce": 3, "pointwise_tail_backward_apply": 2, "pointwise_fprop": 2}
-    kernels |= {"pointwise_tail": 2, "pointwise_tail, projection": 2} | FINALIZE
+    kernels |= {"pointwise_tail": 2, "pointwise_tail, projection": 3} | FINALIZE
     kernels |= {"moments_merge": 1, "pointwise_tail_backward_merge": 1}
     assert {name: len({tile for kernel, tile, _ in kinds if kernel == name}) for name, _, _ in kinds} == kernels
     assert native_kernels.rendered(lines) in (ROOT / "docs" / "native.md").read_text()
@@ -237,3 +238,32 @@ def test_what_the_kernels_do_at_a_layer_follows_from_their_tiles():
     assert convolution == (802816 * 2 * (64 + 256), 12544 * 2, (2,))
     assert tail.bytes - convolution.bytes == 802816 * (2 * 256 + 256 / 8)
     assert native_work.work("moments_merge", layer, 2, (64, 64)) is None
+
+
+def test_products_of_a_projection_in_stage_2_take_longer_than_its_bytes():
+    """What docs/native.md says of tensor cores, at their published peaks, and of shared memory, at 128 bytes a cycle: per block
+    fragments, copies, the prologue's way there and back, that of 48 KiB of sums, and that of the results.
+    """
+    layer, page = native_work.STAGES[1], (ROOT / "docs" / "native.md").read_text()
+    flops = 2.0 * layer.pixels * layer.channels * (layer.depth + layer.depth2)
+    times, cycles = {}, {}
+    for size in (2, 4):
+        work = native_work.work("pointwise_tail, projection", layer, size, (128, 128))
+        assert f"{flops / work.bytes:.0f} times" in page
+        for name in ("A100", "H100", "RTX 5090"):
+            gpu = GPUS[name]
+            times[name, size] = round(flops / (gpu.half if size == 2 else gpu.tf32) / (work.bytes / gpu.bandwidth), 2)
+            cycles[name, size] = round(work.bytes / gpu.bandwidth / work.blocks * gpu.slots / 4)
+        steps, panel = sum(work.steps), 128 * native_work.DEPTH
+        moved = steps * 4 * 2 * 8 * 512 + steps * 2 * panel + work.steps[0] * 2 * panel + 2 * 48 * 1024 + 2 * 128 * 128 * size
+        cycles["shared", size] = moved // 128
+    assert times == {
+        ("A100", 2): 1.38,
+        ("A100", 4): 1.41,
+        ("RTX 5090", 2): 1.81,
+        ("RTX 5090", 4): 1.84,
+        ("H100", 2): 0.72,
+        ("H100", 4): 0.73,
+    }
+    assert all(str(value) in page for value in times.values())
+    assert all(f"{cycles[key]:,}" in page for key in cycles if key[0] != "RTX 5090")

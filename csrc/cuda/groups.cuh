@@ -41,6 +41,11 @@ struct TileRow {
   __device__ __forceinline__ operator int() const { return first + down; }
 };
 
+/// What is done with a value: nothing.
+struct Unchanged {
+  __device__ __forceinline__ float operator()(float value) const { return value; }
+};
+
 /// The way of a result from registers to memory: a warp hands 16 rows of it at a time to its lanes, in groups of 16
 /// bytes of the format T that it is stored in. A lane's groups all begin at the same column.
 template <class T, class Tiling>
@@ -117,13 +122,20 @@ struct Groups {
     }
   }
 
-  /// The same of values rounded to T, without anything fetched: `finish(row, their group)`.
-  template <class Finish>
-  static __device__ __forceinline__ void each_rounded(const Accumulators<Tiling>& sum, Memory& memory, Finish finish) {
+  /// The same of values rounded to T, without anything fetched: `finish(row, their group)`. Before they are rounded,
+  /// they go through `last`.
+  template <class Finish, class Last = Unchanged>
+  static __device__ __forceinline__ void each_rounded(const Accumulators<Tiling>& sum, Memory& memory, Finish finish,
+                                                      Last last = {}) {
     if constexpr (sizeof(T) == 4) {
       each(
           sum, memory, [](TileRow) { return 0; },
-          [&](TileRow row, const float (&value)[kCount], int) { finish(row, pack<T>(value)); });
+          [&](TileRow row, const float (&value)[kCount], int) {
+            float result[kCount];
+#pragma unroll
+            for (int q = 0; q < kCount; ++q) result[q] = last(value[q]);
+            finish(row, pack<T>(result));
+          });
     } else {
       // Of 8 rows lanes write 4 words at once; 8 lanes read a row.
       constexpr int kPitch = Tiling::kWarpColumns / 2 + 4;
@@ -140,7 +152,7 @@ struct Groups {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const auto& v = sum.value[i][j];
-            ptx::shared_store(to + 8 * h * kPitch + 4 * j, narrow_pair<T>(v[2 * h], v[2 * h + 1]));
+            ptx::shared_store(to + 8 * h * kPitch + 4 * j, narrow_pair<T>(last(v[2 * h]), last(v[2 * h + 1])));
           }
         }
         __syncwarp();

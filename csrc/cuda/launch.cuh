@@ -1,6 +1,7 @@
 // Launching a kernel, and choosing among its instances.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
@@ -16,10 +17,14 @@ namespace fused_res::cuda {
 
 enum class Number { kFloat, kHalf, kBFloat16, kDouble };
 
+/// What shared memory a kernel can have by itself.
+constexpr std::size_t kStaticMemory = 48 * 1024;
+
 /// Where kernels run.
 struct Queue {
   cudaStream_t stream;
   int multiprocessors;
+  int shared_memory = 0;  // bytes of a multiprocessor
 };
 
 #ifdef __CUDACC__
@@ -28,17 +33,23 @@ inline void check(cudaError_t error) {
     throw std::runtime_error(std::string("fused_res: CUDA error: ") + cudaGetErrorString(error));
 }
 
+/// shared: bytes of what the kernel asks `large_shared_memory` for.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, const Queue& queue, const Arguments& arguments,
-            int threads = kThreads) {
+            int threads = kThreads, std::size_t shared = 0) {
   if (blocks == 0) return;
-  kernel<<<blocks, threads, 0, queue.stream>>>(arguments);
+  const int given = shared > kStaticMemory ? static_cast<int>(shared) : 0;
+  if (given > 0) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               given));
+  }
+  kernel<<<blocks, threads, given, queue.stream>>>(arguments);
   check(cudaGetLastError());
 }
 #else
 template <class Arguments>
 void launch(void (*kernel)(Arguments), unsigned blocks, const Queue&, const Arguments& arguments,
-            int threads = kThreads) {
+            int threads = kThreads, std::size_t = 0) {
   if (blocks > 0) cuda_on_cpu::run(kernel, dim3(blocks), dim3(threads), arguments);
 }
 #endif

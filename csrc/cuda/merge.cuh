@@ -1,7 +1,7 @@
 // Merging what the threads of a block have summed up, in an order that is always the same.
 #pragma once
 
-#include "rows.cuh"
+#include "launch.cuh"
 
 namespace fused_res::cuda {
 
@@ -13,6 +13,22 @@ __device__ __forceinline__ T& shared_memory() {
   return storage;
 }
 #endif
+
+/// The same where it may be more than a kernel can have by itself: the launch gives it.
+template <class T>
+__device__ __forceinline__ T& large_shared_memory() {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) > kStaticMemory) {
+    static_assert(alignof(T) <= 512);
+    extern __shared__ __align__(512) unsigned char given[];
+    return *reinterpret_cast<T*>(given);
+  } else {
+    return shared_memory<T>();
+  }
+#else
+  return shared_memory<T>();
+#endif
+}
 
 /// Reduce the values of threads that lie `stride` apart, `count` of them, onto the first: number `row` hands its value
 /// to number `row - half` through `write`, which takes it through `read(thread that wrote it)`.

@@ -137,16 +137,17 @@ __device__ __forceinline__ Place place_of(const TileOf& tile, int channels) {
   return {0, 0, 0, static_cast<int>(channel), left <= 0 ? 0 : left < kGroup<T> ? static_cast<int>(left) : kGroup<T>};
 }
 
-// All take the 48 KiB of shared memory that every GPU gives without being asked, or less. Rows are shared by as many
-// warps in a small tile as in a large one: no bit of a result, statistics included, depends on that.
+// All but one take the 48 KiB of shared memory that every GPU gives without being asked, or less. Rows are shared by as
+// many warps in a small tile as in a large one: no bit of a result, statistics included, depends on that.
 using SmallTiling = Tiling<64, 64, 64, 4, 4>;
-/// Of warps with twice the rows, which issue fewer instructions for each result and leave no registers for a second
-/// one.
+/// Of warps with more rows, which issue fewer instructions for each result.
 using LargeForwardTiling = Tiling<64, 128, 64, 3, 2>;
 using TallForwardTiling = Tiling<128, 128, 64, 3, 2>;
 using SmallForwardTiling = Tiling<64, 64, 64, 4, 2>;
+/// Of a projection, and 48 KiB more for an accumulator: two blocks a multiprocessor in 164 KiB.
+using ProjectionTiling = Tiling<128, 128, 64, 2, 2>;
 
-enum class Tile { kSmall, kLarge };
+enum class Tile { kSmall, kLarge, kTall };
 
 /// From the shape alone: a large one where there are enough of them to fill a GPU of 144 multiprocessors twice.
 template <class Large>

@@ -14,11 +14,18 @@ extern template void pointwise_tail<float>(const PointwiseTail&, Tile, const Que
 extern template void pointwise_tail<Half>(const PointwiseTail&, Tile, const Queue&);
 extern template void pointwise_tail<BFloat16>(const PointwiseTail&, Tile, const Queue&);
 
+/// The columns of a matrix whose lines' offsets within a tile kernels work out in 32 bits.
+inline int product_columns(const char* name, std::int64_t columns) {
+  STD_TORCH_CHECK(columns < 1 << 24, name, ": expected fewer than 2^24 channels, got ", columns);
+  return static_cast<int>(columns);
+}
+
 /// Images [N, H, W, K] at a stride, and the BN and ReLU that are still to be applied.
 inline Activation activation(const char* name, const Tensor& image, const OptionalTensor& vectors, std::int64_t down,
                              std::int64_t right) {
   const Sampling sampling = sampling_of(name, image, down, right);
-  const Activation a = activation_of(data(image), floats(vectors), image.size(0), channels_of(name, image), sampling);
+  const int channels = product_columns(name, image.size(3));
+  const Activation a = activation_of(data(image), floats(vectors), image.size(0), channels, sampling);
   STD_TORCH_CHECK(!a.sampled || a.pixels <= std::numeric_limits<int>::max(), name,
                   ": expected fewer than 2^31 pixels at a stride, got ", a.pixels);
   return a;
@@ -29,11 +36,9 @@ inline Activation activation(const char* name, const Tensor& image, const Option
 inline int product_channels(const char* name, const Tensor& weight, std::int64_t pixels) {
   const std::int64_t channels = weight.size(0), across = channels / SmallTiling::kColumns + 1;
   const std::int64_t tiles = (pixels + SmallTiling::kRows - 1) / SmallTiling::kRows;
-  STD_TORCH_CHECK(channels < 1 << 24 && weight.size(1) < 1 << 24, name, ": expected fewer than 2^24 channels, got ",
-                  channels, " of ", weight.size(1));
   STD_TORCH_CHECK(tiles <= std::numeric_limits<int>::max() / across, name, ": too many channels, ", channels, ", for ",
                   pixels, " pixels");
-  return static_cast<int>(channels);
+  return product_columns(name, channels);
 }
 
 /// The instructions are those of Ampere.

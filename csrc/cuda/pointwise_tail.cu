@@ -33,7 +33,7 @@ std::tuple<Tensor, OptionalTensor> pointwise_tail_op(const Tensor& z, const Opti
   if (keep_signs) signs = new_tensor(z, {pixels, sign_bytes(a.channels)}, ScalarType::Byte);
   a.out = output(out);
   a.signs = static_cast<std::uint8_t*>(output(signs));
-  const Tile tile = default_tile<LargeForwardTiling>(pixels, a.channels);
+  const Tile tile = tail_tile(a, device.queue());
   with_number(number, [&](auto type) { pointwise_tail<typename decltype(type)::type>(a, tile, device.queue()); });
   return {out, signs};
 }

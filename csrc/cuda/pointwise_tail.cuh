@@ -44,11 +44,39 @@ struct Pairs {
   }
 };
 
+/// The first kDown times 16 rows of a warp's accumulator in shared memory, while another one has its registers. A
+/// thread reads what it has written itself.
+template <class Tiling, int kDown>
+struct Parked {
+  alignas(16) uint4 words[kDown][Tiling::kTilesAcross][Tiling::kThreads];
+
+  __device__ __forceinline__ void put(int i, int j, const float (&value)[4]) {
+    if (i >= kDown) return;
+    ptx::shared_store(&words[i][j][threadIdx.x], make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]),
+                                                            __float_as_uint(value[2]), __float_as_uint(value[3])));
+  }
+
+  __device__ __forceinline__ void get(int i, int j, float (&value)[4]) const {
+    if (i >= kDown) return;
+    const uint4 v = ptx::shared_load<uint4>(&words[i][j][threadIdx.x]);
+    value[0] = __uint_as_float(v.x);
+    value[1] = __uint_as_float(v.y);
+    value[2] = __uint_as_float(v.z);
+    value[3] = __uint_as_float(v.w);
+  }
+};
+
+template <class Tiling>
+struct Parked<Tiling, 0> {
+  __device__ __forceinline__ void put(int, int, const float (&)[4]) {}
+  __device__ __forceinline__ void get(int, int, float (&)[4]) const {}
+};
+
 /// value = scale * value + shift; with the shift of the shortcut's BN, if there is one, on top: on the accumulator's
-/// own rounding it costs nothing.
-template <bool kWide, class Tiling>
-__device__ __forceinline__ void normalise(Accumulators<Tiling>& value, const float* vectors, const float* vectors2,
-                                          int column, int channels) {
+/// own rounding it costs nothing. What has a place in `parked` goes there.
+template <bool kWide, class Tiling, int kDown>
+__device__ __forceinline__ void normalise(Accumulators<Tiling>& value, Parked<Tiling, kDown>& parked,
+                                          const float* vectors, const float* vectors2, int column, int channels) {
   const Pairs<kWide, Tiling> scales(vectors, kScale, column, channels), shifts(vectors, kShift, column, channels);
   const Pairs<kWide, Tiling> more(vectors2, kShift, column, channels);
 #pragma unroll
@@ -62,24 +90,27 @@ __device__ __forceinline__ void normalise(Accumulators<Tiling>& value, const flo
         float& v = value.value[i][j][r];
         v = fmaf(v, r % 2 == 0 ? scale.x : scale.y, r % 2 == 0 ? shift.x : shift.y);
       }
+      parked.put(i, j, value.value[i][j]);
     }
   }
 }
 
-/// to += scale * value.
-template <bool kWide, class Tiling>
-__device__ __forceinline__ void add_scaled(Accumulators<Tiling>& to, const Accumulators<Tiling>& value,
-                                           const float* vectors, int column, int channels) {
+/// value = first + scale * value, where `first` is not in `parked`.
+template <bool kWide, class Tiling, int kDown>
+__device__ __forceinline__ void join(Accumulators<Tiling>& value, Accumulators<Tiling>& first,
+                                     const Parked<Tiling, kDown>& parked, const float* vectors, int column,
+                                     int channels) {
   const Pairs<kWide, Tiling> scales(vectors, kScale, column, channels);
 #pragma unroll
   for (int j = 0; j < Tiling::kTilesAcross; ++j) {
     const float2 scale = scales.at(j);
 #pragma unroll
     for (int i = 0; i < Tiling::kTilesDown; ++i) {
+      parked.get(i, j, first.value[i][j]);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        float& sum = to.value[i][j][r];
-        sum = fmaf(value.value[i][j][r], r % 2 == 0 ? scale.x : scale.y, sum);
+        float& v = value.value[i][j][r];
+        v = fmaf(v, r % 2 == 0 ? scale.x : scale.y, first.value[i][j][r]);
       }
     }
   }
@@ -106,67 +137,91 @@ __device__ __forceinline__ unsigned opened(const Pack& values) {
   }
 }
 
+/// Of a projection, whose two accumulators would need all registers of warps with 64 rows.
+template <class Tiling, bool kProjection>
+constexpr int kParkedDown = kProjection && Tiling::kTilesDown == 4 ? 3 : 0;
+
 /// Blocks of a multiprocessor at once. A projection has two accumulators.
 template <class Tiling, bool kWide, bool kProjection>
 constexpr int kTailBlocks = !kWide        ? 1
                             : kProjection ? (Tiling::kTilesDown == 1 ? 384 : 256) / Tiling::kThreads
                                           : Tiling::kBlocks;
 
+template <class T, class Tiling, bool kWide, bool kProjection>
+struct TailMemory : Parked<Tiling, kParkedDown<Tiling, kProjection>> {
+  union alignas(512) {
+    typename Pointwise<T, Tiling, kWide>::Core::Memory product;
+    typename Groups<T, Tiling>::Memory groups;
+  };
+};
+
 /// kActivated: the projection reads what a BN and ReLU make of its input, which no block of a ResNet asks for.
 template <class T, class Tiling, bool kWide, bool kProjection, bool kActivated>
 __global__ void __launch_bounds__(Tiling::kThreads, kTailBlocks<Tiling, kWide, kProjection>)
     pointwise_tail_kernel(PointwiseTail a) {
   using Result = Groups<T, Tiling>;
-  union alignas(512) Memory {
-    typename Pointwise<T, Tiling, kWide>::Core::Memory product;
-    typename Result::Memory groups;
-  };
-  Memory& memory = shared_memory<Memory>();
+  using Memory = TailMemory<T, Tiling, kWide, kProjection>;
+  constexpr int kParked = kParkedDown<Tiling, kProjection>;
+  Memory& memory = large_shared_memory<Memory>();
   const std::int64_t C = a.channels;
   const TileOf tile = tile_of<Tiling>(a.main.z.pixels, a.channels, a.across);
   Accumulators<Tiling> sum;
   Pointwise<T, Tiling, kWide>::add(sum, memory.product, a.main.z, a.main.weight, a.channels, tile.row, tile.column);
-  normalise<kWide>(sum, a.main.vectors, kProjection ? a.projection.vectors : a.vectors2, tile.column, a.channels);
-  if constexpr (kProjection) {
-    Accumulators<Tiling> second;
-    Pointwise<T, Tiling, kWide>::template add<kActivated>(second, memory.product, a.projection.z, a.projection.weight,
-                                                          a.channels, tile.row, tile.column);
-    add_scaled<kWide>(sum, second, a.projection.vectors, tile.column, a.channels);
-  }
+  normalise<kWide, Tiling, kParked>(sum, memory, a.main.vectors, kProjection ? a.projection.vectors : a.vectors2,
+                                    tile.column, a.channels);
 
-  constexpr int kCount = kGroup<T>;
   const Place at = place_of<T, Tiling>(tile, a.channels);
   const std::int64_t first = tile.row + Result::row();
-  const T* other = static_cast<const T*>(a.other) + first * C + at.channel;
   T* out = static_cast<T*>(a.out) + first * C + at.channel;
   int row_bytes = (a.channels + 7) / 8;
   ptx::keep(row_bytes);
   std::uint8_t* signs = a.signs == nullptr ? nullptr : a.signs + (first * row_bytes + at.channel / 8);
-  const bool joined = !kProjection && a.other != nullptr;
   const bool kept = a.signs != nullptr && at.valid > 0 && at.channel % 8 == 0;
-  float scale2[kCount];
+  const auto finish = [&](TileRow row, const Pack& rounded) {
+    const bool inside = row < tile.left;
+    store<T, kWide>(out + row.down * a.channels, rounded, inside ? at.valid : 0);
+    unsigned open = opened<T>(rounded);
+    // The neighbour has the byte's upper half.
+    if constexpr (kGroup<T> == 4) open |= __shfl_down_sync(~0u, open, 1) << 4;
+    if (kept && inside) signs[row.down * row_bytes] = static_cast<std::uint8_t>(open);
+  };
+  if constexpr (kProjection) {
+    Accumulators<Tiling> second;
+    Pointwise<T, Tiling, kWide>::template add<kActivated>(second, memory.product, a.projection.z, a.projection.weight,
+                                                          a.channels, tile.row, tile.column);
+    join<kWide, Tiling, kParked>(second, sum, memory, a.projection.vectors, tile.column, a.channels);
+    Result::each_rounded(second, memory.groups, finish, [](float value) { return relu(value); });
+  } else {
+    constexpr int kCount = kGroup<T>;
+    const T* other = static_cast<const T*>(a.other) + first * C + at.channel;
+    const bool joined = a.other != nullptr;
+    float scale2[kCount];
 #pragma unroll
-  for (float& scale : scale2) scale = 1.f;
-  if (!kProjection && a.vectors2 != nullptr) load_vector<kWide>(scale2, a.vectors2 + kScale * C + at.channel, at.valid);
-  Result::each(
-      sum, memory.groups,
-      [&](TileRow row) {
-        return load<T, kWide>(other + row.down * a.channels, joined && row < tile.left ? at.valid : 0);
-      },
-      [&](TileRow row, const float (&value)[kCount], const Pack& joins) {
-        const int valid = row < tile.left ? at.valid : 0;
-        float result[kCount];
+    for (float& scale : scale2) scale = 1.f;
+    if (a.vectors2 != nullptr) load_vector<kWide>(scale2, a.vectors2 + kScale * C + at.channel, at.valid);
+    Result::each(
+        sum, memory.groups,
+        [&](TileRow row) {
+          return load<T, kWide>(other + row.down * a.channels, joined && row < tile.left ? at.valid : 0);
+        },
+        [&](TileRow row, const float (&value)[kCount], const Pack& joins) {
+          float result[kCount];
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          result[j] = relu(kProjection ? value[j] : fmaf(get<T>(joins, j), scale2[j], value[j]));
-        }
-        const Pack rounded = pack<T>(result);
-        store<T, kWide>(out + row.down * a.channels, rounded, valid);
-        unsigned open = opened<T>(rounded);
-        // The neighbour has the byte's upper half.
-        if constexpr (kCount == 4) open |= __shfl_down_sync(~0u, open, 1) << 4;
-        if (kept && row < tile.left) signs[row.down * row_bytes] = static_cast<std::uint8_t>(open);
-      });
+          for (int j = 0; j < kCount; ++j) result[j] = relu(fmaf(get<T>(joins, j), scale2[j], value[j]));
+          finish(row, pack<T>(result));
+        });
+  }
+}
+
+/// From the shape, and from whether two blocks of a projection's tile fit a multiprocessor, of which each block takes
+/// one KiB more for the system.
+inline Tile tail_tile(const PointwiseTail& a, const Queue& queue) {
+  constexpr int kBlock = static_cast<int>(sizeof(TailMemory<float, ProjectionTiling, true, true>)) + 1024;
+  if (a.projection.weight != nullptr && 2 * kBlock <= queue.shared_memory &&
+      default_tile<ProjectionTiling>(a.main.z.pixels, a.channels) == Tile::kLarge) {
+    return Tile::kTall;
+  }
+  return default_tile<LargeForwardTiling>(a.main.z.pixels, a.channels);
 }
 
 template <class T>
@@ -177,7 +232,8 @@ void pointwise_tail(const PointwiseTail& a, Tile tile, const Queue& queue) {
     arguments.across = tiles_across<Tiling>(a.channels);
     launch(pointwise_tail_kernel<T, Tiling, decltype(wide)::value, decltype(projection)::value,
                                  decltype(activated)::value>,
-           tiles_of<Tiling>(a.main.z.pixels, a.channels), queue, arguments, Tiling::kThreads);
+           tiles_of<Tiling>(a.main.z.pixels, a.channels), queue, arguments, Tiling::kThreads,
+           sizeof(TailMemory<T, Tiling, decltype(wide)::value, decltype(projection)::value>));
   };
   constexpr std::true_type yes;
   constexpr std::false_type no;
@@ -191,6 +247,8 @@ void pointwise_tail(const PointwiseTail& a, Tile tile, const Queue& queue) {
     projects ? with(Type<SmallTiling>{}, no, yes, yes) : with(Type<SmallForwardTiling>{}, no, no, no);
   } else if (projects && (tile == Tile::kSmall || z2.vectors != nullptr)) {
     with(Type<SmallTiling>{}, yes, yes, yes);
+  } else if (projects && tile == Tile::kTall) {
+    with(Type<ProjectionTiling>{}, yes, yes, no);
   } else if (projects) {
     with(Type<LargeForwardTiling>{}, yes, yes, no);
   } else if (tile == Tile::kSmall) {

@@ -18,7 +18,7 @@ FUSED_RES_DECLARE(BFloat16)
 namespace {
 
 Incoming incoming(const Tensor& dout, const Tensor& signs) {
-  return {data(dout), bytes(signs), channels_of("dout", dout)};
+  return {data(dout), bytes(signs), product_columns("dout", dout.size(1))};
 }
 
 float* floats_of(const OptionalTensor& tensor) { return static_cast<float*>(output(tensor)); }
@@ -64,8 +64,6 @@ OptionalTensor apply_op(const Tensor& dz, const OptionalTensor& through, const T
   STD_TORCH_CHECK(tiles <= most / (operand.channels / SmallTiling::kColumns + 1), "z: too many channels, ",
                   operand.channels, ", for ", operand.pixels, " pixels");
   const int channels = operand.channels;
-  STD_TORCH_CHECK(channels < 1 << 24 && dout.size(1) < 1 << 24, "z: expected fewer than 2^24 channels, got ", channels,
-                  " of ", dout.size(1));
   if (through) fused_res::check("through", *through, {operand.pixels, channels}, z.scalar_type(), z);
   const OnDevice device(z);
   check_multiplies(z);

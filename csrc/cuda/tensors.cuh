@@ -27,6 +27,7 @@ class OnDevice {
     // This library has a CUDA runtime of its own, linked statically.
     check(cudaSetDevice(device_));
     check(cudaDeviceGetAttribute(&queue_.multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    check(cudaDeviceGetAttribute(&queue_.shared_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_));
     void* stream = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fused_res: this torch was built without CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
