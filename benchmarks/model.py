@@ -143,9 +143,10 @@ def best_levels(rows: Sequence[dict]) -> dict[str, list[dict]]:
     return {gpu: [min(levels[case], key=lambda row: row["ms"][gpu]) for case in cases] for gpu in rows[0]["ms"]}
 
 
-def _lines(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+def _lines(rows: Sequence[dict], counts: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and lines; `counts`: with the launches, for which a terminal has no room."""
     gpus = list(rows[0]["ms"])
-    counted = [] if rows[0]["at_least"] else ["launches"]
+    counted = ["launches"] if counts and not rows[0]["at_least"] else []
     head = ["block", "runs as", "MB/image", "x eager", "GFLOP/image", *counted, *(f"{gpu} ms" for gpu in gpus), "measured ms"]
     eager = {row["case"]: row["bytes"] for row in rows if row["way"] == "eager"}
     lines = []
@@ -173,7 +174,7 @@ def caption(rows: Sequence[dict]) -> str:
         how = (
             f"the time of a step ({mode}, {dtype}, batch {batch}) on the GPU with a full queue, the sum over the kernels that it "
             "launches now of a launch and the longest of bytes / bandwidth, instructions / issue slots and FLOPs / peak, at the "
-            "shares of these that were measured on an H200 (fused_res/cost/constants.py); launches: how many, on the first GPU"
+            "shares of these that were measured on an H200 (fused_res/cost/constants.py)"
         )
     peaks = "; ".join(
         f"{name}: {GPUS[name].peak(dtype) / 1e12:g} TFLOP/s, {GPUS[name].bandwidth / 1e12:g} TB/s ({GPUS[name].source})"
@@ -187,7 +188,7 @@ def caption(rows: Sequence[dict]) -> str:
 
 
 def text(rows: Sequence[dict]) -> str:
-    head, lines = _lines(rows)
+    head, lines = _lines(rows, counts=False)
     seen = any(line[-1] for line in lines)
     lines = lines if seen else [line[:-1] for line in lines]
     paragraphs = [table(head if seen else head[:-1], lines, shared=1), wrapped(caption(rows))]
@@ -207,11 +208,14 @@ def _chosen(rows: Sequence[dict]) -> str:
 def markdown(suite: str, rows: Sequence[dict]) -> str:
     """The last group of rows, all blocks of a network together, as documents show them."""
     together = [row for row in rows if row["case"] == rows[-1]["case"]]
-    head, lines = _lines(together)
+    head, lines = _lines(together, counts=True)
     chosen = slice(1, -1)
     found = [f"| {' | '.join(head[chosen])} |", "| --- |" + " ---: |" * (len(head[chosen]) - 1)]
     found += [f"| {' | '.join(line[chosen])} |" for line in lines]
-    return "\n".join([f"Predicted for {rows[-1]['case']} of {suite}:", "", *found, "", caption(together)])
+    said = caption(together) + (
+        "" if rows[0]["at_least"] else " launches: how many kernels a step has, on the first of these GPUs."
+    )
+    return "\n".join([f"Predicted for {rows[-1]['case']} of {suite}:", "", *found, "", said])
 
 
 def beside(document: dict, gpu: str, counts: cost.Counts = SLOTS) -> list[dict]:
