@@ -187,11 +187,13 @@ def test_kernels_that_multiply_keep_to_registers_and_use_their_instructions(tmp_
     assert {name: names.count(name) for name in names} == PRODUCTS
     for function in functions:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in function, function
-        registers, shared = (int(re.search(rf"(\d+) {unit}", function)[1]) for unit in ("registers", "bytes smem"))
+        # Of what a launch gives the compiler knows nothing.
+        given = re.search(r"TilingILi128ELi128\w*?Lb1ELb1E", function.split("'")[0])
+        registers, shared = (int((re.search(rf"(\d+) {unit}", function) or (0, 0))[1]) for unit in ("registers", "bytes smem"))
         # Of 65536: twelve warps of those with 64 sums a thread or fewer, eight of those with 128.
         many = re.search(r"TilingILi128ELi128|TilingILi64ELi128\w*?Lb1ELb1E", function.split("'")[0])
         assert registers <= (168 if named(function.split("'")[0])[1] and not many else 255), function
-        assert shared <= 48 * 1024
+        assert shared == 0 if given else 0 < shared <= 48 * 1024, function
     if CUOBJDUMP is None:
         return
     listing = subprocess.run([CUOBJDUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
