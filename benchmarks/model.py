@@ -212,9 +212,7 @@ def markdown(suite: str, rows: Sequence[dict]) -> str:
     chosen = slice(1, -1)
     found = [f"| {' | '.join(head[chosen])} |", "| --- |" + " ---: |" * (len(head[chosen]) - 1)]
     found += [f"| {' | '.join(line[chosen])} |" for line in lines]
-    said = caption(together) + (
-        "" if rows[0]["at_least"] else " launches: how many a step has, on the first of these GPUs."
-    )
+    said = caption(together) + ("" if rows[0]["at_least"] else " launches: how many a step has, on the first of these GPUs.")
     return "\n".join([f"Predicted for {rows[-1]['case']} of {suite}:", "", *found, "", said])
 
 
