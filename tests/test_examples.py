@@ -3,7 +3,6 @@
 Under torchrun this file is the script: see `__main__`.
 """
 
-import functools
 import importlib
 import importlib.util
 import io
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import digits
 import pytest
 import torch
 from torch import nn
@@ -28,17 +28,11 @@ TINY = ("--model", "timm:test_resnet", *CPU, "--size", "32", "--batch", "8", "--
 pytestmark = pytest.mark.usefixtures("one_thread", "small_and_passing")
 
 
-@functools.cache
-def read_digits(**options):
-    """scikit-learn reads them from a file of text."""
-    return importlib.import_module("sklearn.datasets._base").load_digits(**options)
-
-
 @pytest.fixture
 def small_and_passing(monkeypatch):
     """Few images to evaluate on, read once, and no setting that outlasts the test."""
     if importlib.util.find_spec("sklearn") is not None:
-        monkeypatch.setattr("sklearn.datasets.load_digits", read_digits)
+        monkeypatch.setattr("sklearn.datasets.load_digits", digits.read)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.setattr(train.Digits, "__len__", lambda self: 1437 if self.training else 40)
 

@@ -39,8 +39,6 @@ _NO_TENSOR, _ONE, _PERHAPS_ONE = range(3)
 _NOWHERE = -1
 _INTEGERS = {f"{sign}{bits}" for sign in "iu" for bits in (1, 8, 16, 32, 64)}
 """Types of kernels' parameters, which are handed on as the bits of a 64-bit integer."""
-
-
 _FAILED = "program: an operator of torch's failed"
 """What the library's error says; csrc/program.cpp has the same words."""
 
