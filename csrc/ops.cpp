@@ -51,6 +51,15 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "unfolded_bn_act(Tensor x, Tensor panels, int channels, int height, int width, int down, int right, int "
       "pad_down, "
       "int pad_right, int dilation_down, int dilation_right, Tensor vectors, Tensor? skip, bool relu) -> Tensor");
+  m.def(
+      "onednn_bn_act(Tensor x, Tensor weight, Tensor shift, Tensor? skip, int[] padding, int[] stride, int[] dilation, "
+      "int groups, bool relu) -> Tensor");
+  m.def(
+      "onednn_bn_act_(Tensor(a!) skip, Tensor x, Tensor weight, Tensor shift, int[] padding, int[] stride, int[] "
+      "dilation, int groups, bool relu) -> ()");
+  m.def(
+      "max_pool(Tensor x, int height, int width, int down, int right, int pad_down, int pad_right, int dilation_down, "
+      "int dilation_right, bool ceil_mode) -> Tensor");
   m.def("masked_add(Tensor(a!) dx, Tensor addend, Tensor? signs, int down, int right) -> ()");
   m.def("moments(Tensor z, Tensor? z_vectors, int down, int right) -> (Tensor, Tensor)");
   m.def(

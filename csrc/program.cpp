@@ -193,6 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) { m.impl("mak
 
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
+// On a CPU, with weights in oneDNN's own order.
+STABLE_TORCH_LIBRARY_IMPL(fused_res, MkldnnCPU, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 // Without values, for what launches nothing.
 STABLE_TORCH_LIBRARY_IMPL(fused_res, Meta, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 

@@ -103,17 +103,20 @@ def _ways(x: Tensor, level: str | None) -> tuple:
 
 
 def find(seen: Sequence[Again], tensors: Sequence[Tensor], level: str | None) -> Again | None:
-    """The earlier call that these tensors look like, the first of which is x; None if there is none, or somebody watches.
+    """The earlier call that these tensors look like, the first of which is x; None if there is none.
 
     Args:
         seen: those of one block.
         tensors: all that its modules have, too.
         level: that of `fuse`.
     """
-    if not seen or internals.has_modes():
+    if not seen:
         return None
     ways = _ways(tensors[0], level)
-    return next((again for again in seen if again.fits(tensors, ways)), None)
+    for known in seen:
+        if known.fits(tensors, ways):
+            return known
+    return None
 
 
 def keep(seen: list[Again], again: Again) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -18,11 +18,11 @@ from fused_res.spec import CHAIN, FORMS, LINEAR, LINEAR_CHAIN, PRE_ACTIVATION
 _PROJECTION = "projection"
 
 
-def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What a module calls one after the other, each with its path, through all that is a container and no more."""
     if type(module) is nn.Sequential or known.about(type(module), "containers") is not None:
         for child, inner in module._modules.items():
-            yield from _layers(f"{name}.{child}" if name else child, inner)
+            yield from layers(f"{name}.{child}" if name else child, inner)
     else:
         yield name, module
 
@@ -48,7 +48,12 @@ def read(name: str, module: nn.Module) -> tuple[Anatomy | None, str | None]:
 
     name: of the module in the one whose anatomy it is to be; "" where that is itself.
     """
-    named = [(path, layer, _kind(layer)) for path, layer in _layers(name, module)]
+    return sequence(layers(name, module), name)
+
+
+def sequence(called: Iterable[tuple[str, nn.Module]], name: str = "") -> tuple[Anatomy | None, str | None]:
+    """The same of layers that are called one after the other, each with its path; name: what they are called together."""
+    named = [(path, layer, _kind(layer)) for path, layer in called]
     idle = tuple(path for path, _, kind in named if kind == "idle")
     named = [layer for layer in named if layer[2] != "idle"]
     preactivated = bool(named) and named[0][2] == "norm"
@@ -133,7 +138,7 @@ class Chain(_Sequence, nn.Sequential):
     """
 
     def _now(self) -> list[nn.Module | None]:
-        return [layer for _, layer in _layers("", self)]
+        return [layer for _, layer in layers("", self)]
 
     def _read(self) -> tuple[Anatomy | None, str | None]:
         anatomy, reason = read("", self)
@@ -199,7 +204,7 @@ class Residual(_Sequence, nn.Module):
     _promotes = True
 
     def _now(self) -> list[nn.Module | None]:
-        return [self.shortcut, *(layer for _, layer in _layers("", self.block))]
+        return [self.shortcut, *(layer for _, layer in layers("", self.block))]
 
     def _read(self) -> tuple[Anatomy | None, str | None]:
         anatomy, reason = read("block", self.block)

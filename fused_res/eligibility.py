@@ -73,6 +73,15 @@ def observer_reason() -> str | None:
     return None
 
 
+def is_observed() -> bool:
+    """Whether there may be a reason of that kind, or a transform that only ordinary autograd follows; asked in little time.
+
+    Not for calls that a compiler traces.
+    """
+    watched = internals.is_traced() or internals.has_modes() or internals.is_dual() or internals.is_transformed()
+    return watched or internals.has_global_hooks() or replaced() is not None
+
+
 def _mode_reason() -> str | None:
     """Torch's own modes (devices, fake tensors, export, counters) know our operator or go by the modules' hooks."""
     for mode in internals.modes():

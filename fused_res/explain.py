@@ -24,6 +24,7 @@ from fused_res.primitives.conv_bn_act import who
 from fused_res.primitives.run import of
 from fused_res.reading import child
 from fused_res.spec import Block
+from fused_res.stem import STEM, Stemmed, stem_of
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _prepared(x: Tensor, parts: Block, units: tuple[str, ...], backend: str) -> 
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """The model's residual blocks with their names, fused or not, and whether torch.compile runs them."""
+    """The model's residual blocks and fused stems with their names, and whether torch.compile runs them; unfused blocks, too."""
     modules = list(model.named_modules())
     compiled = [name for name, module in modules if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None]
     # A chain that is part of a block is not called, and a hook on it would have that run unfused.
@@ -192,6 +193,10 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     for name, module in modules:
         if id(module) in parts:
             continue
+        front = stem_of(module) if isinstance(module, Stemmed) else None
+        if front is not None:
+            inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
+            yield without_compiled(f"{name}.{STEM}" if name else STEM), front, inside
         if isinstance(module, Fusible) or find(module) != (None, None):
             inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
             yield without_compiled(name), module, inside

@@ -36,6 +36,7 @@ _ENOUGH = 2
 """Times that something was prepared for nothing, after which weights without an owner are taken to be others at every call."""
 _PATIENCE = 64
 """Such calls after which it is tried once more: the weights may be there to stay by now."""
+_version = operator.attrgetter("_version")
 _lock = threading.RLock()
 
 
@@ -59,6 +60,13 @@ class _Sources:
             and not internals.any_expired(self.storages)
         )
 
+    def are_unchanged(self) -> bool:
+        """Of these very tensors, in the strides that they had, whether they are as they were."""
+        tensors = self.tensors
+        if list(map(_version, tensors)) != self.versions or list(map(Tensor.data_ptr, tensors)) != self.places:
+            return False
+        return not internals.any_expired(self.storages)
+
     def hold_one(self, i: int, tensor: Tensor) -> bool:
         """Whether this is the one at place i, as it was."""
         if tensor is not self.tensors[i] or tensor._version != self.versions[i] or tensor.data_ptr() != self.places[i]:
@@ -67,11 +75,11 @@ class _Sources:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+    return list(map(_version, tensors))
 
 
 def _places(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -86,6 +94,7 @@ class _Fold:
         self.used = False
         self.made: dict[tuple, object] | None = {} if all(map(_is_followed, tensors)) else None
         self.calls: dict[tuple, tuple[object, object]] = {}
+        self.beside: dict[Hashable, object] = {}
         self.sources = _Sources([] if self.made is None else tensors)
         self.refused = tensors if self.made is None else []
         self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
@@ -105,6 +114,7 @@ class _Fold:
         if which not in self.made and len(self.made) >= _MOST:
             self.made.pop(next(iter(self.made)))
             self.calls.clear()
+            self.beside.clear()
         if len(self.calls) >= _MOST_CALLS:
             self.calls.clear()
         self.made[which] = found[1]
@@ -225,6 +235,19 @@ def find(
             if fold.holds(tensors):  # else somebody has written meanwhile
                 fold.keep(key, found, which)
     return found[1]
+
+
+def beside(owner: object) -> dict[Hashable, object] | None:
+    """A place beside what is kept for an owner, which is let go with it; None where nothing is kept, or a tensor has changed.
+
+    Whoever asks has seen that they are still the same tensors, in the same strides.
+    """
+    fold = _folds.get(id(owner))
+    if fold is None or not fold.made or not fold.sources.are_unchanged():
+        return None
+    if len(fold.beside) >= _MOST_CALLS:
+        fold.beside.clear()
+    return fold.beside
 
 
 def drop(owner: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fused_res import again, folds, internals, planner, reference
 from fused_res.again import Again
 from fused_res.block.casting import as_dtype, present, with_dtype
-from fused_res.block.evaluated import block_evaluation, evaluated
+from fused_res.block.evaluated import block_evaluation, evaluated, evaluated_again
 from fused_res.block.exported import block_exported
 from fused_res.block.op import Called, block_forward
 from fused_res.block.prepared import Prepared
@@ -141,26 +141,24 @@ def run(
     """`residual_block_with_saved` of a block, with the value of a shortcut that is given, at the level that the block asks for.
 
     `owner`: for whom what evaluation prepares is kept. Nothing is saved in evaluation then. `seen`: earlier calls of the same
-    block, whose shortcut is not given; this one joins them.
+    block, whose shortcut is not given; this one, which is like none of them, joins them.
     """
-    if seen is None:
-        call = prepare(x, laid, skip, residual_scale, names, level)
-        return _run(x, laid, skip, residual_scale, call, _saves(x, laid, skip, residual_scale), owner)[0]
-    scale = () if residual_scale is None else (residual_scale,)
-    looks = x, *scale, *laid.held
-    known = again.find(seen, looks, level)
-    if known is None:
-        call, save = prepare(x, laid, skip, residual_scale, names, level), _saves(x, laid, skip, residual_scale)
-    elif known.program is None:
-        call, save = known.call, known.save
-    else:
-        folds.drop(owner)
-        return block_forward(known, x, None, residual_scale, laid.present)
+    call, save = prepare(x, laid, skip, residual_scale, names, level), _saves(x, laid, skip, residual_scale)
     found, called = _run(x, laid, skip, residual_scale, call, save, owner)
-    if known is None and not call.watched:
+    if seen is not None and not call.watched:
         replayed = None if called is None or not save else called.program(x, None, residual_scale, laid.present)
-        again.keep(seen, Again(call, save, replayed, laid.moved.buffers).looks_for(looks, level))
+        looks = laid.held if residual_scale is None else (residual_scale, *laid.held)
+        again.keep(seen, Again(call, save, replayed, laid.moved.buffers).looks_for((x, *looks), level))
     return found
+
+
+def rerun(known: Again, x: Tensor, laid: Laid, residual_scale: Tensor | None, owner: object) -> Tensor:
+    """The output of a block whose shortcut is not given, in a call like an earlier one."""
+    if known.program is not None:
+        folds.drop(owner)
+        return block_forward(known, x, None, residual_scale, laid.present)[0]
+    out = evaluated_again(x, owner, known)
+    return _run(x, laid, None, residual_scale, known.call, known.save, owner, known)[0][0] if out is None else out
 
 
 def _saves(x: Tensor, laid: Laid, skip: Tensor | None, residual_scale: Tensor | None) -> bool:
@@ -177,8 +175,12 @@ def _run(
     call: Prepared,
     save: bool,
     owner: object | None,
+    known: Again | None = None,
 ) -> tuple[tuple[Tensor, list[Tensor]], Called | None]:
-    """The block's output and what was saved; and how the operator was called, if it has computed them, of uncast tensors."""
+    """The block's output and what was saved; and how the operator was called, if it has computed them, of uncast tensors.
+
+    known: the earlier call that this one is like.
+    """
     block, tensors = laid.block, laid.present
     if call.given:
         block, skip = block._replace(given=True), (x if skip is None else skip).expand(call.outer)
@@ -186,7 +188,7 @@ def _run(
         if save or not call.evaluates:
             folds.drop(owner)
         else:
-            out = evaluated(x, skip, residual_scale, block, tensors, call, owner)
+            out = evaluated(x, skip, residual_scale, block, tensors, call, owner, known)
             if out is not None:
                 return (out, []), None
     if call.watched and call.evaluates and not save and not internals.is_exporting():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_res import known, planner, recompute, standing
+from fused_res import again, known, planner, recompute, standing
 from fused_res.again import Again
 from fused_res.anatomy import Anatomy, containers
 from fused_res.block.exported import expect_composition
@@ -20,12 +20,13 @@ from fused_res.eligibility import (
     foreign,
     idle_reason,
     input_reason,
+    is_observed,
     observer_reason,
     scale_reason,
     shortcut_of,
     unit_reason,
 )
-from fused_res.functional import is_transformed, run
+from fused_res.functional import is_transformed, rerun, run
 from fused_res.internals import constant_result, is_exporting, pack_hook
 from fused_res.notices import say_once
 from fused_res.originals import BatchNorm2d, Identity, ReLU
@@ -60,13 +61,15 @@ def labels(anatomy: Anatomy) -> tuple[str, ...]:
 class _Reading(NamedTuple):
     """What a block's modules hold that a call asks for.
 
-    names: what error messages call the units. frozen: those BNs, by name. seen: earlier calls, where it is kept.
+    names: what error messages call the units. frozen: those BNs, by name. looks: all tensors. seen: earlier calls, where it is
+    kept.
     """
 
     laid: Laid
     names: tuple[str, ...]
     scale: Tensor | None
     frozen: Sequence[tuple[str, nn.Module]]
+    looks: tuple[Tensor, ...]
     seen: list[Again] | None = None
 
 
@@ -205,11 +208,19 @@ class Fusible:
             return self._run_modules(x, reason)
         return self._run(x, self._reading(self._shortcut()), self._fused_res_level)
 
+    def _is_as_it_was(self) -> bool:
+        """Whether what a call goes by beside the child modules is what it was when the block was fused."""
+        return True
+
     def _called(self, x: Tensor) -> Tensor:
         """The call where neither a compiler nor a checkpoint looks on."""
-        reason, read = self._passing_reason(x), None
+        read = standing.last(self)
+        if read is not None and self._is_as_it_was() and not is_observed():
+            known = again.find(read.seen, (x, *read.looks), self._fused_res_level)
+            if known is not None:
+                return rerun(known, x, read.laid, read.scale, self)
+        reason = self._passing_reason(x)
         if reason is None:
-            read = standing.last(self)
             if read is None:
                 reason = self.standing_reason()
                 if reason is None:
@@ -233,7 +244,9 @@ class Fusible:
             return self._run(x, self._reading(way.shortcut), way.level)
 
     def _reading(self, shortcut: Shortcut) -> "_Reading":
-        return _Reading(lay(self._parts(shortcut)), (*self._labels, shortcut.names), self._scale(), self._frozen_norms())
+        laid, scale = lay(self._parts(shortcut)), self._scale()
+        looks = laid.held if scale is None else (scale, *laid.held)
+        return _Reading(laid, (*self._labels, shortcut.names), scale, self._frozen_norms(), looks)
 
     def _run(self, x: Tensor, read: "_Reading", level: str | None) -> Tensor:
         skip = self._shortcuts_value(x) if read.laid.block.given else None

@@ -6,7 +6,6 @@ A block keeps its identity, its children and all that hangs on it. Only its clas
 
 import copyreg
 import functools
-import types
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 
 from fused_res.anatomy import Anatomy, recognise
 from fused_res.block.levels import LEVELS
+from fused_res.derived import as_class, derive
 from fused_res.fusible import Fusible
 from fused_res.notices import say_once
+from fused_res.stem import Stemmed
+from fused_res.stem import find as find_stem
 from fused_res.traced import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,8 +40,11 @@ class Fused(Fusible):
             return self._original.forward(self, *args, **kwargs)
         return self._call(args[0] if args else next(iter(kwargs.values())))
 
+    def _is_as_it_was(self) -> bool:
+        return self._original.forward is type(self)._forward
+
     def _passing_reason(self, x: Tensor) -> str | None:
-        if self._original.forward is not type(self)._forward:
+        if not self._is_as_it_was():
             return f"{self._original.__name__}.forward has been replaced"
         return super()._passing_reason(x)
 
@@ -56,7 +61,7 @@ class Fused(Fusible):
         super().__setstate__(state)
         kind = type(self)
         if not kind._compared:
-            reason, promotes = trace(_as(self, kind._original), kind._anatomy)
+            reason, promotes = trace(as_class(self, kind._original), kind._anatomy)
             if reason is None and promotes == kind._promotes:
                 kind._compared = True
             else:
@@ -64,39 +69,10 @@ class Fused(Fusible):
                 say_once(f"unpickled {kind.__name__}", f"was fused when it was pickled, and is not here: {reason}", self)
 
 
-def _as(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """The block under another class, for asking it something; itself it stays what it is, other threads may be calling it."""
-    found = object.__new__(kind)
-    found.__dict__ = block.__dict__
-    return found
-
-
-def _forward(self, *args, **kwargs):
-    return self._dispatch(*args, **kwargs)
-
-
 @functools.cache
 def _fused_class(original: type[nn.Module], called: Callable, anatomy: Anatomy, promotes: bool) -> type[nn.Module]:
     """`called` is the original's forward now."""
-    # TorchScript compiles the source of what is wrapped, and looks up its names among the function's globals.
-    forward = types.FunctionType(_forward.__code__, called.__globals__, "forward")
-    forward.__wrapped__ = called
-
-    def fill(space: dict) -> None:
-        space |= {
-            "__module__": __name__,
-            "__qualname__": f"Fused{original.__name__}",
-            "__doc__": f"{original.__name__}, running as one operator: see fused_res.fuse.",
-            "__annotations__": dict(vars(original).get("__annotations__", {})),
-            "forward": forward,
-            "_anatomy": anatomy,
-            "_promotes": promotes,
-            "_original": original,
-            "_forward": staticmethod(called),
-            "_compared": False,
-        }
-
-    return types.new_class(f"Fused{original.__name__}", (Fused, original), exec_body=fill)
+    return derive(Fused, original, called, {"_anatomy": anatomy, "_promotes": promotes})
 
 
 def _rebuild(original: type[nn.Module], anatomy: Anatomy, promotes: bool) -> nn.Module:
@@ -117,7 +93,7 @@ def find(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
         return None, reason
     kind = _fused_class(type(module), type(module).forward, anatomy, promotes)
     kind._compared = True
-    reason = _as(module, kind).standing_reason(now=False)
+    reason = as_class(module, kind).standing_reason(now=False)
     return (kind, None) if reason is None else (None, reason)
 
 
@@ -130,6 +106,10 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
     parametrizations inside, other activations and normalisations than ReLU and BN, attention, anti-aliasing, a patched `forward`;
     `fused_res.explain(model, x)` says why. So it is at every later call: a block whose children have changed runs through them.
 
+    Of torchvision's ResNets and timm's the layers in front of the blocks, too: convolutions, BNs and ReLUs as one operator, and on a
+    CPU, where nobody takes gradients, a max pooling that does not note where the maxima are. The network itself is fused for that,
+    where its `forward`, traced, calls these layers one after the other; under torch.compile they are called as they are.
+
     Modules, parameters, buffers, their names, state dicts, hooks and optimisers stay the same objects. A fused block's class is
     derived from its original one. Models can be copied, pickled, compiled, exported, scripted, traced and sharded, fused or not; a
     model that `fully_shard` has wrapped after it was fused cannot be unfused. A whole model that was pickled fused needs this
@@ -137,7 +117,7 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
 
     Args:
         model: any module, a block itself included. What is fused already stays so.
-        filter: which blocks, given each and its name in the model; all if None.
+        filter: which blocks, and which networks with such layers, given each and its name in the model; all if None.
         level: one of `fused_res.planner.LEVELS`, for forward, recompute and backward, in training and evaluation, or None for what
             was measured or follows from the sizes. `use_backend(name, level)` goes before it. Calling `fuse` again sets it anew.
         strict: whether to raise instead of leaving alone what cannot be fused.
@@ -157,7 +137,11 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     chosen: list[tuple[nn.Module, type[nn.Module]]] = []
     refused: list[str] = []
+    networks: list[tuple[nn.Module, type[nn.Module]]] = []
     for name, module in model.named_modules():
+        kind = type(module) if isinstance(module, Stemmed) else find_stem(module)
+        if kind is not None and (filter is None or filter(module, name)):
+            networks.append((module, kind))
         kind, reason = (type(module), None) if isinstance(module, Fusible) else find(module)
         if (kind is None and reason is None) or (filter is not None and not filter(module, name)):
             continue
@@ -167,7 +151,7 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
             refused.append(f"{name or type(module).__name__}: {reason}")
     if strict and (refused or not chosen):
         raise ValueError("model: " + ("; ".join(refused) if refused else "no residual block that is known was found"))
-    for module, kind in chosen:
+    for module, kind in (*networks, *chosen):
         if type(module) is not kind:
             module.__class__ = kind
         _set_level(module, level)
@@ -185,14 +169,14 @@ def unfuse(model: M) -> M:
         RuntimeError: a block's class was changed again after it was fused, by `fully_shard`, say. Then nothing has changed.
     """
     _check(model)
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible)]
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible | Stemmed)]
     for name, module in blocks:
-        if isinstance(module, Fused) and "_original" not in vars(type(module)):
+        if isinstance(module, Fused | Stemmed) and "_original" not in vars(type(module)):
             raise RuntimeError(
                 f"{name or 'model'}: its class became {type(module).__name__} after it was fused (by fully_shard?): unfuse before"
             )
     for _, module in blocks:
-        if isinstance(module, Fused):
+        if isinstance(module, Fused | Stemmed):
             module.__class__ = type(module)._original
         _set_level(module, None)
     return model

@@ -14,6 +14,7 @@ from fused_res.internals import constant_result
 
 Conv2d, BatchNorm2d, ReLU = conv.Conv2d, batchnorm.BatchNorm2d, activation.ReLU
 Sequential, Identity, AvgPool2d = container.Sequential, linear.Identity, pooling.AvgPool2d
+MaxPool2d = pooling.MaxPool2d
 
 TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 """The names under which a convolution and a BN read their tensors."""
@@ -22,9 +23,9 @@ _OWN = {
     Conv2d: ("forward", "_conv_forward"),
     batchnorm._BatchNorm: ("forward",),
     BatchNorm2d: ("_check_input_dim",),
-    **dict.fromkeys((ReLU, Sequential, Identity, AvgPool2d), ("forward",)),
+    **dict.fromkeys((ReLU, Sequential, Identity, AvgPool2d, MaxPool2d), ("forward",)),
     module.Module: ("__call__", "_call_impl", "__getattr__"),
-    F: ("conv2d", "batch_norm", "relu", "avg_pool2d"),
+    F: ("conv2d", "batch_norm", "relu", "avg_pool2d", "max_pool2d"),
     torch: ("batch_norm", "relu", "relu_"),
     # A module's view of the functional interface may be replaced alone.
     **dict.fromkeys((conv, batchnorm, activation, pooling), ("F",)),
@@ -34,13 +35,15 @@ _SPACES = tuple(map(vars, _OWNERS))
 _VALUES = tuple(map(getitem, _SPACES, _NAMES))
 
 # What a class inherits may be replaced by an attribute that it is given: those counts tell.
-_CLASSES = {c for kept in (Conv2d, BatchNorm2d, ReLU, Sequential, Identity, AvgPool2d) for c in kept.__mro__[:-1]}
+_CLASSES = {c for kept in (Conv2d, BatchNorm2d, ReLU, Sequential, Identity, AvgPool2d, MaxPool2d) for c in kept.__mro__[:-1]}
 _CLASS_SPACES = tuple(map(vars, _CLASSES))
 _COUNTS = tuple(map(len, _CLASS_SPACES))
 _BEFORE = {
     Conv2d: ("__call__", "_call_impl", "__getattr__", "__getattribute__", *TENSORS),
     BatchNorm2d: ("forward", "__call__", "_call_impl", "__getattr__", "__getattribute__", *TENSORS),
-    **dict.fromkeys((ReLU, Sequential, Identity, AvgPool2d), ("__call__", "_call_impl", "__getattr__", "__getattribute__")),
+    **dict.fromkeys(
+        (ReLU, Sequential, Identity, AvgPool2d, MaxPool2d), ("__call__", "_call_impl", "__getattr__", "__getattribute__")
+    ),
 }
 
 

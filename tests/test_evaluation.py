@@ -122,7 +122,7 @@ def test_without_the_librarys_fused_convolution_the_rest_follows_it(case, monkey
     assert ours <= max(MARGIN * eager, floor(torch.float32))
 
 
-def simulated(unit, vectors, shape, relu, spare):
+def simulated(unit, vectors, shape, relu, spare, kernel):
     """`library.fused` as an engine with instructions in 16 bits computes it: in float32, on operands and results of 16 bits."""
     weight, shift = (tensor.float() for tensor in library.folded(unit, vectors))
     steps = unit.stride, unit.padding, unit.dilation, unit.groups

@@ -81,6 +81,24 @@ struct BnAct {
   bool relu = true;
 };
 
+struct Relu {
+  int64_t channels;
+  void* image;
+};
+
+// One direction of pooling: the window, and how many there are in images of this size.
+struct PoolSteps {
+  int64_t taps, stride, padding, dilation, size, windows;
+};
+
+// Images [N, H, W, C] as their windows' maxima.
+struct MaxPool {
+  int64_t channels;
+  PoolSteps rows, columns;
+  const void* image;
+  void* out;
+};
+
 struct BnActBackwardReduce {
   Tiling tiling;
   const void *dout, *y, *vectors;
@@ -244,6 +262,8 @@ struct Kernels {
   const char* name;
   void (*bn_stats[kDtypes])(const BnStats&, int64_t begin, int64_t end);
   void (*bn_act[kDtypes])(const BnAct&, int64_t begin, int64_t end);
+  void (*relu[kDtypes])(const Relu&, int64_t begin, int64_t end);
+  void (*max_pool[kDtypes])(const MaxPool&, int64_t begin, int64_t end);
   void (*bn_act_backward_reduce[kDtypes])(const BnActBackwardReduce&, int64_t begin, int64_t end);
   void (*bn_act_backward_apply[kDtypes])(const BnActBackwardApply&, int64_t begin, int64_t end);
   void (*masked_add[kDtypes])(const MaskedAdd&, int64_t begin, int64_t end);

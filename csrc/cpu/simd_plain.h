@@ -128,6 +128,12 @@ inline PlainVec<A, Bits> fma(PlainVec<A, Bits> a, PlainVec<A, Bits> b, PlainVec<
   return {a.v * b.v + c.v};
 }
 
+// NaN where either is.
+template <class A, class Bits>
+inline PlainVec<A, Bits> larger(PlainVec<A, Bits> a, PlainVec<A, Bits> b) {
+  return {(b.v > a.v) | (b.v != b.v) ? b.v : a.v};
+}
+
 // Lane j of vector i becomes lane i of vector j.
 template <class V>
 inline void transpose(V (&v)[V::width]) {

@@ -6,10 +6,12 @@
 #include "kernels.h"
 #include "masked_add_kernel.h"
 #include "matrix_kernel.h"
+#include "max_pool_kernel.h"
 #include "moments_kernel.h"
 #include "pointwise_tail_kernel.h"
 #include "product_kernel.h"
 #include "reduction_kernel.h"
+#include "relu_kernel.h"
 #include "spread_kernel.h"
 #include "tail_gradients_kernel.h"
 #include "winograd_kernel.h"
@@ -24,6 +26,8 @@ const Kernels table = {
     FUSED_RES_NAME(FUSED_RES_VARIANT),
     {bn_stats<float>, bn_stats<half>, bn_stats<bfloat16>, bn_stats<double>},
     {bn_act<float>, bn_act<half>, bn_act<bfloat16>, bn_act<double>},
+    {relu<float>, relu<half>, relu<bfloat16>, relu<double>},
+    {max_pool<float>, max_pool<half>, max_pool<bfloat16>, max_pool<double>},
     {bn_act_backward_reduce<float>, bn_act_backward_reduce<half>, bn_act_backward_reduce<bfloat16>,
      bn_act_backward_reduce<double>},
     {bn_act_backward_apply<float>, bn_act_backward_apply<half>, bn_act_backward_apply<bfloat16>,

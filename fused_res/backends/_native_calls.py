@@ -1,6 +1,6 @@
 """How primitives whose arguments are operands call the compiled operators, which take tensors and numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -308,3 +308,19 @@ def unfolded_bn_act(unit: ConvBN, vectors: Tensor, relu: bool) -> Step:
         return to_image(out, x.shape[0], *unit.output_size(*x.shape[2:]))
 
     return Step(step, (prepared, vectors))
+
+
+def onednn_bn_act(geometry: tuple, relu: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]:
+    """oneDNN's convolution with a shift and a shortcut, and the ReLU: of x, weight, shift, shortcut, and whether it is written to.
+
+    geometry: padding, stride and dilation as lists, and groups.
+    """
+    apart, onto = torch.ops.fused_res.onednn_bn_act.default, torch.ops.fused_res.onednn_bn_act_.default
+
+    def call(x: Tensor, weight: Tensor, shift: Tensor, skip: Tensor | None, spare: bool) -> Tensor:
+        if skip is None or not spare:
+            return apart(x, weight, shift, skip, *geometry, relu)
+        onto(skip, x, weight, shift, *geometry, relu)
+        return skip
+
+    return call

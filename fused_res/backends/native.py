@@ -39,12 +39,13 @@ _CALLS = (
     "pointwise_tail_backward_apply",
     "conv_bn_act",
     "unfolded_bn_act",
+    "onednn_bn_act",
     *_CONVOLUTIONS,
 )
 # Which CPUs have beside them, called as they are.
 _ON_CPU = (
     *("bn_stats_finalize", "bn_stats_act", "bn_act_backward"),
-    *("im2col", "col2im", "unfolded_fprop", "folded_dgrad", "unfolded_wgrad"),
+    *("im2col", "col2im", "max_pool", "unfolded_fprop", "folded_dgrad", "unfolded_wgrad"),
 )
 # Which of these have CUDA kernels.
 CUDA_CALLS = (
@@ -72,6 +73,7 @@ _FUNCTIONAL = (
     "pointwise_prepare",
     "pointwise_bn_act",
     "unfolded_bn_act",
+    "onednn_bn_act",
 )
 # Of those that have no CPU kernels.
 _FUNCTIONAL_ON_GPU = ("moments_finalize_direct", "scaled_weight", "pointwise_tail_backward_finalize_direct")
@@ -133,6 +135,7 @@ def _functions() -> ctypes.CDLL:
     library = ctypes.CDLL(FILE)
     library.fused_res_free_program.argtypes, library.fused_res_free_program.restype = [ctypes.c_int64], None
     library.fused_res_has_kernel.argtypes, library.fused_res_has_kernel.restype = [ctypes.c_char_p], ctypes.c_bool
+    library.fused_res_has_onednn.argtypes, library.fused_res_has_onednn.restype = [], ctypes.c_bool
     return library
 
 
@@ -144,6 +147,11 @@ def free_program(number: int) -> None:
 def has_kernel(name: str) -> bool:
     """Whether a program can call this operator's CPU kernel."""
     return _functions().fused_res_has_kernel(name.encode())
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's convolutions where the library looks for them."""
+    return _functions().fused_res_has_onednn()
 
 
 @functools.cache
@@ -257,6 +265,8 @@ def find(primitive: str, device: torch.device) -> Callable | None:
     if primitive not in {"cpu": PRIMITIVES + _ON_CPU + _CALLS, "cuda": PRIMITIVES + CUDA_CALLS}.get(device.type, ()):
         return None
     if primitive in _MULTIPLYING and before_ampere(device):
+        return None
+    if primitive == "onednn_bn_act" and not has_onednn():
         return None
     load()
     if primitive in PRIMITIVES + _ON_CPU:

@@ -86,7 +86,8 @@ def conv_bn_act(unit: ConvBN, vectors: Tensor, place: Place, *, run: Run) -> Ste
     if found == "own":
         return run.find("conv_bn_act", unit.weight.device)(unit, vectors, place.relu)
     if found == "fused":
-        return library.fused(unit, vectors, place.shape, place.relu, place.spare)
+        kernel = run.find("onednn_bn_act", unit.weight.device)
+        return library.fused(unit, vectors, place.shape, place.relu, place.spare, kernel)
     steps = {"stride": unit.stride, "padding": unit.padding, "dilation": unit.dilation, "groups": unit.groups}
     if found == "product":
         kernel = run.find("unfolded_bn_act", unit.weight.device)

@@ -1,5 +1,7 @@
 """The library's convolutions: cuDNN's on a GPU, oneDNN's on a CPU."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,30 +64,43 @@ def fuses(dtype: torch.dtype) -> bool:
     return internals.fused_convolution() is not None and (dtype == torch.float32 or internals.has_mkldnn(dtype))
 
 
-def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spare: bool) -> Step:
+def fused(unit: ConvBN, vectors: Tensor, shape: tuple[int, ...], relu: bool, spare: bool, kernel: Callable | None) -> Step:
     """`conv_bn_act` by oneDNN on the CPU, as torch.compile calls it, but for the ReLU, which is a pass of its own.
 
     oneDNN's ReLU makes 0 of NaN. It orders the weight for images of this shape; those of another shape would have it reorder the
     weight at every call.
+
+    Args:
+        kernel: makes what calls oneDNN of a geometry and whether a ReLU follows; None: torch's operators do.
     """
     weight, shift = folded(unit, vectors)
-    steps = list(unit.padding), list(unit.stride), list(unit.dilation), unit.groups
-    order, alone, added, onto = internals.fused_convolution()
-    weight = order(weight, *steps, list(shape))
+    geometry = list(unit.padding), list(unit.stride), list(unit.dilation), unit.groups
+    weight = internals.fused_convolution()[0](weight, *geometry, list(shape))
+    call = (kernel or _by_operators)(geometry, relu)
     one_pixel = unit.output_size(*shape[2:]) == (1, 1)
 
     def step(x: Tensor, skip: Tensor | None) -> Tensor:
+        if one_pixel and skip is not None and not spare:
+            skip = skip.clone()  # torch 2.10's oneDNN refuses to add images of one pixel, but not onto them
+        return nhwc(call(x, weight, shift, skip, spare or one_pixel))
+
+    return Step(step, (weight, shift))
+
+
+def _by_operators(geometry: tuple, relu: bool) -> Callable:
+    """As the kernel `onednn_bn_act`."""
+    _, alone, added, onto = internals.fused_convolution()
+
+    def call(x: Tensor, weight: Tensor, shift: Tensor, skip: Tensor | None, spare: bool) -> Tensor:
         if skip is None:
-            y = alone(x, weight, shift, *steps, "none", [], "")
+            y = alone(x, weight, shift, *geometry, "none", [], "")
         else:
-            last = weight, shift, *steps, "add", 1.0, None, [], ""
-            if one_pixel and not spare:  # torch 2.10's oneDNN refuses to add images of one pixel, but not onto them
-                skip = skip.clone()
-            y = onto(skip, x, *last) if spare or one_pixel else added(x, skip, *last)
+            last = weight, shift, *geometry, "add", 1.0, None, [], ""
+            y = onto(skip, x, *last) if spare else added(x, skip, *last)
         y = nhwc(y)
         return _relu_(y) if relu else y
 
-    return Step(step, (weight, shift))
+    return call
 
 
 def folded(unit: ConvBN, vectors: Tensor) -> tuple[Tensor, Tensor]:

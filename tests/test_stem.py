@@ -1,0 +1,267 @@
+"""A fused network's stem: the same numbers, whatever is done to its layers, and only where they are called one after the other."""
+
+import copy
+import gc
+import io
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+import torchvision_operators
+from compare import same, within
+from torch import nn
+
+import fused_res
+from fused_res import explain, fuse, refresh, stem, unfuse
+
+torchvision_operators.load()
+torchvision = pytest.importorskip("torchvision")
+timm = pytest.importorskip("timm")
+
+from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
+from torchvision.models.resnet import BasicBlock, ResNet  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def torchvisions(**options):
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=7, **options)
+
+
+def timms(**options):
+    return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=7, **options)
+
+
+def deep():
+    return timms(stem_type="deep", stem_width=16)
+
+
+def backbone():
+    return IntermediateLayerGetter(torchvisions(), {"layer1": "first", "layer4": "last"})
+
+
+NETWORKS = {"torchvision": torchvisions, "timm": timms, "timm deep": deep, "backbone": backbone}
+networks = pytest.mark.parametrize("make", NETWORKS.values(), ids=list(NETWORKS))
+
+
+def drawn(make, dtype=torch.float64):
+    torch.manual_seed(0)
+    net = make().to(dtype)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return net.to(memory_format=torch.channels_last)
+
+
+def images(dtype=torch.float64, size=37):
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def outputs(net, x):
+    found = net(x)
+    return list(found.values()) if isinstance(found, dict) else [found]
+
+
+def stem_row(net, x):
+    """What `explain` says of the stem, or None where there is none."""
+    rows = [row for row in explain(net, x).rows if row.block == "Stem"]
+    assert len(rows) <= 1
+    return rows[0] if rows else None
+
+
+@networks
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fused_network_computes_what_it_did(make, training):
+    net = drawn(make).train(training)
+    fused = fuse(copy.deepcopy(net))
+    x = images()
+    expected, found = outputs(net, x), outputs(fused, x)
+    for a, b in zip(found, expected, strict=True):
+        within(a, b, 1e-10)
+    row = stem_row(fused, x)
+    assert row.backend == "native"
+    assert len(row.units) == (3 if make is deep else 1)
+    if training:
+        for net_ in (net, fused):
+            sum(out.sum() for out in outputs(net_, x)).backward()
+        for (name, p), q in zip(net.named_parameters(), fused.parameters(), strict=True):
+            if p.grad is not None:
+                within(q.grad, p.grad, 1e-8, name)
+        for (name, a), b in zip(net.named_buffers(), fused.buffers(), strict=True):
+            within(b.double(), a.double(), 1e-10, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@networks
+def test_evaluation_in_fewer_bits(make, dtype):
+    net = drawn(make).eval()
+    fused = fuse(copy.deepcopy(net).to(dtype))
+    bound = 1e-4 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        for a, b in zip(outputs(fused, images(dtype)), outputs(net, images(dtype).double()), strict=True):
+            within(a.double(), b, bound)
+
+
+@networks
+def test_names_and_modules_stay_and_unfuse_takes_it_back(make):
+    net = drawn(make)
+    kind, before = type(net), list(net.named_modules())
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    fuse(net)
+    net(images())
+    assert isinstance(net, kind)
+    assert type(net) is not kind
+    assert [(name, id(module)) for name, module in net.named_modules()] == [(name, id(module)) for name, module in before]
+    assert list(net.state_dict()) == list(state)
+    unfuse(net)
+    assert type(net) is kind
+
+
+@networks
+def test_a_network_can_be_copied_pickled_and_saved(make):
+    net = fuse(drawn(make).eval())
+    expected = outputs(net, images())
+    copied, pickled = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (copied, pickled, torch.load(file, weights_only=False)):
+        assert type(other) is type(net)
+        for a, b in zip(outputs(other, images()), expected, strict=True):
+            same(a, b)
+        assert stem_row(other, images()).backend == "native"
+
+
+CHANGES = {
+    "weight": lambda net: net.conv1.weight.data.add_(0.5),
+    "another convolution": lambda net: setattr(net, "conv1", nn.Conv2d(3, 64, 7, 2, 3).double()),
+    "another BN": lambda net: setattr(net, "bn1", nn.BatchNorm2d(64).double().eval()),
+    "no BN": lambda net: setattr(net, "bn1", nn.Identity()),
+    "another activation": lambda net: setattr(net, "relu", nn.SiLU()),
+    "another pooling": lambda net: setattr(net, "maxpool", nn.AvgPool2d(2)),
+    "pooling elsewhere": lambda net: setattr(net.maxpool, "stride", 3),
+    "a hook on the convolution": lambda net: net.conv1.register_forward_hook(lambda m, i, out: out * 2) and None,
+    "a hook on the ReLU": lambda net: net.relu.register_forward_hook(lambda m, i, out: out * 2) and None,
+    "a hook on the pooling": lambda net: net.maxpool.register_forward_hook(lambda m, i, out: out * 2) and None,
+    "training BN": lambda net: net.bn1.train() and None,
+    "a parametrization": lambda net: nn.utils.parametrizations.weight_norm(net.conv1) and None,
+    "statistics": lambda net: [net.bn1.running_var.mul_(4)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_whatever_is_done_to_its_layers_shows(change):
+    net = drawn(torchvisions).eval()
+    fused = fuse(copy.deepcopy(net))
+    with torch.no_grad():
+        within(fused(images()), net(images()), 1e-10)
+        for each in (net, fused):
+            torch.manual_seed(2)
+            change(each)
+        refresh(fused)
+        expected = net(images())
+        within(fused(images()), expected, 1e-10)
+        within(fused(images()), expected, 1e-10)
+
+
+def test_nobody_warns_of_a_stem_that_is_not_fused():
+    net = fuse(drawn(torchvisions).eval())
+    net.conv1.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        net(images())
+
+
+class Observing(ResNet):
+    """Reads what its first convolution made."""
+
+    def _forward_impl(self, x):
+        first = self.conv1(x)
+        x = self.layer1(self.maxpool(self.relu(self.bn1(first))))
+        x = self.layer4(self.layer3(self.layer2(x)))
+        return x.mean() + first.mean()
+
+
+class Twice(ResNet):
+    """Calls its BN with something else than what the convolution made."""
+
+    def _forward_impl(self, x):
+        x = self.relu(self.bn1(self.conv1(x) * 2))
+        return self.layer1(self.maxpool(x))
+
+
+class Weighs(ResNet):
+    """Reads a parameter of its first convolution itself."""
+
+    def _forward_impl(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.layer1(self.maxpool(x)) * self.conv1.weight.mean()
+
+
+@pytest.mark.parametrize("kind", [Observing, Twice, Weighs], ids=lambda kind: kind.__name__)
+def test_a_network_whose_forward_is_another_is_left_alone(kind):
+    net = drawn(lambda: kind(BasicBlock, [1, 1, 1, 1])).eval()
+    fused = fuse(copy.deepcopy(net))
+    assert type(fused) is kind
+    within(fused(images()), net(images()), 1e-10)
+
+
+def test_the_layers_by_themselves_are_as_they_were():
+    net = drawn(torchvisions).eval()
+    fused = fuse(copy.deepcopy(net))
+    fused(images())
+    same(fused.conv1(images()), net.conv1(images()))
+    same(fused.bn1(net.conv1(images())), net.bn1(net.conv1(images())))
+
+
+def test_a_forward_that_is_replaced_later_is_called(monkeypatch):
+    net = fuse(drawn(torchvisions).eval())
+    net(images())
+    monkeypatch.setattr(ResNet, "forward", lambda self, x: self.conv1(x))
+    same(net(images()), net.conv1(images()))
+
+
+def test_a_compiled_network_has_its_layers_in_the_graph():
+    net = drawn(torchvisions).eval()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    fused = fuse(copy.deepcopy(net))
+    with torch.no_grad():
+        within(torch.compile(fused, backend=keep, fullgraph=True)(images()), net(images()), 1e-10)
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any("conv2d" in name for name in names)
+    torch._dynamo.reset()
+
+
+def test_what_a_stem_has_prepared_goes_with_the_network():
+    net = fuse(drawn(torchvisions, torch.float32).eval())
+    with torch.no_grad():
+        net(images(torch.float32))
+    assert stem._made.get(net) is not None
+    kept = weakref.ref(stem._made[net].stem)
+    del net
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_stem_has_the_level_that_was_asked_for():
+    net = fuse(drawn(torchvisions).train(), level="bn_act")
+    assert stem_row(net, images()).level == "bn_act"
+    fuse(net, level="epilogue")
+    assert stem_row(net, images()).level == "epilogue"
+
+
+def test_a_network_that_is_filtered_out_keeps_its_class():
+    net = fuse(drawn(torchvisions), filter=lambda module, name: name.startswith("layer"))
+    assert type(net) is ResNet
+    assert any(isinstance(module, fused_res.fusible.Fusible) for module in net.modules())
