@@ -122,4 +122,6 @@ STABLE_TORCH_LIBRARY(fused_res, m) {
       "relu=True) -> Tensor");
   m.def("make_program(str names, int[] code, float[] numbers) -> int");
   m.def("run_program(int program, Tensor[] inputs, int stream=0) -> Tensor[]");
+  // One after the other: each gets what the one before has returned, x the first, and so many of the tensors.
+  m.def("run_programs(int[] programs, int[] counts, Tensor x, Tensor[] tensors) -> Tensor");
 }

@@ -189,12 +189,37 @@ std::vector<Tensor> run_program(int64_t number, const std::vector<Tensor>& input
   return results;
 }
 
+Tensor run_programs(const std::vector<int64_t>& numbers, const std::vector<int64_t>& counts, const Tensor& x,
+                    const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(numbers.size() == counts.size(), "counts: expected ", numbers.size(), ", got ", counts.size());
+  Tensor made = x;
+  size_t at = 0;
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    STD_TORCH_CHECK(counts[i] >= 0 && static_cast<size_t>(counts[i]) <= tensors.size() - at,
+                    "tensors: there are not as many as counts say");
+    std::vector<Tensor> inputs{made};
+    inputs.insert(inputs.end(), tensors.begin() + at, tensors.begin() + at + counts[i]);
+    at += counts[i];
+    std::vector<Tensor> found = run_program(numbers[i], inputs, 0);
+    STD_TORCH_CHECK(found.size() == 1, "program: expected one that returns one tensor, got ", found.size());
+    made = std::move(found[0]);
+  }
+  STD_TORCH_CHECK(!numbers.empty() && at == tensors.size(), "tensors: there are more than counts say");
+  return made;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CompositeExplicitAutograd, m) { m.impl("make_program", TORCH_BOX(&make_program)); }
 
-STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_res, CPU, m) {
+  m.impl("run_program", TORCH_BOX(&run_program));
+  m.impl("run_programs", TORCH_BOX(&run_programs));
+}
 STABLE_TORCH_LIBRARY_IMPL(fused_res, CUDA, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 // On a CPU, with weights in oneDNN's own order.
-STABLE_TORCH_LIBRARY_IMPL(fused_res, MkldnnCPU, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_res, MkldnnCPU, m) {
+  m.impl("run_program", TORCH_BOX(&run_program));
+  m.impl("run_programs", TORCH_BOX(&run_programs));
+}
 // Without values, for what launches nothing.
 STABLE_TORCH_LIBRARY_IMPL(fused_res, Meta, m) { m.impl("run_program", TORCH_BOX(&run_program)); }
 

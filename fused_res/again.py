@@ -41,7 +41,7 @@ class Again:
 
     def looks_for(self, tensors: Sequence[Tensor], level: str | None) -> "Again":
         """The same, to be found by the looks of these tensors and the level that the block asks for."""
-        self._ways, self._alike, self._places = _ways(tensors[0], level), internals.alike(tensors), _places(tensors)
+        self._ways, self._alike, self._places = ways(tensors[0], level), internals.alike(tensors), _places(tensors)
         return self
 
     def fits(self, tensors: Sequence[Tensor], ways: tuple) -> bool:
@@ -95,7 +95,7 @@ def _beside(tensors: Sequence[Tensor]) -> tuple:
     return tensors[-1].data_ptr() % 16, program.switches(tensors[0].device.type), _places(tensors)
 
 
-def _ways(x: Tensor, level: str | None) -> tuple:
+def ways(x: Tensor, level: str | None) -> tuple:
     """What the way forward depends on beside the looks."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -112,9 +112,9 @@ def find(seen: Sequence[Again], tensors: Sequence[Tensor], level: str | None) ->
     """
     if not seen:
         return None
-    ways = _ways(tensors[0], level)
+    now = ways(tensors[0], level)
     for known in seen:
-        if known.fits(tensors, ways):
+        if known.fits(tensors, now):
             return known
     return None
 

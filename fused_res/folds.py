@@ -40,7 +40,7 @@ _version = operator.attrgetter("_version")
 _lock = threading.RLock()
 
 
-class _Sources:
+class Sources:
     """Tensors as they were. Weak references to them would keep `torch.utils.swap_tensors` from working."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -95,7 +95,7 @@ class _Fold:
         self.made: dict[tuple, object] | None = {} if all(map(_is_followed, tensors)) else None
         self.calls: dict[tuple, tuple[object, object]] = {}
         self.beside: dict[Hashable, object] = {}
-        self.sources = _Sources([] if self.made is None else tensors)
+        self.sources = Sources([] if self.made is None else tensors)
         self.refused = tensors if self.made is None else []
         self.values = None if owner is not None else [t.detach().clone() if t.dim() < 2 else None for t in tensors]
 
@@ -135,6 +135,8 @@ def _are_alike(values: Tensor | None, tensor: Tensor) -> bool:
 
 _folds: dict[int | tuple[int, ...], _Fold] = {}
 """By the owner's identity, or where there is none by those of the weights, which live as long as the fold."""
+_told: "weakref.WeakSet" = weakref.WeakSet()
+"""Who keeps more of what was prepared."""
 _wasted: dict[int, "_Waste"] = {}
 """By the identity of a call: what was prepared for it and let go without having been used again."""
 
@@ -250,17 +252,28 @@ def beside(owner: object) -> dict[Hashable, object] | None:
     return fold.beside
 
 
+def tell(keeper: object) -> None:
+    """Have `keeper.forget(key)` called whenever something is let go of that has not changed: of an owner, by its identity."""
+    _told.add(keeper)
+
+
+def _let_go(key: int | tuple[int, ...]) -> None:
+    if _folds.pop(key, None) is not None:
+        for keeper in list(_told):
+            keeper.forget(key)
+
+
 def drop(owner: object) -> None:
     """Let go of what is kept for an owner."""
     if _folds:
-        _folds.pop(id(owner), None)
+        _let_go(id(owner))
 
 
 def _drop_of(tensors: set[int]) -> None:
     """Let go of what follows from one of these tensors, given by their identities."""
     for key, fold in list(_folds.items()):
         if any(id(tensor) in tensors for tensor in fold.sources.tensors):
-            _folds.pop(key, None)
+            _let_go(key)
 
 
 def refresh(model: nn.Module | None = None) -> None:
@@ -275,7 +288,8 @@ def refresh(model: nn.Module | None = None) -> None:
         TypeError: model is not an `nn.Module`.
     """
     if model is None:
-        _folds.clear()
+        for key in list(_folds):
+            _let_go(key)
         _wasted.clear()
         return
     if not isinstance(model, nn.Module):

@@ -12,13 +12,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_res import stem
 from fused_res.anatomy import Anatomy, recognise
 from fused_res.block.levels import LEVELS
 from fused_res.derived import as_class, derive
 from fused_res.fusible import Fusible
 from fused_res.notices import say_once
-from fused_res.stem import Stemmed
-from fused_res.stem import find as find_stem
 from fused_res.traced import trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -137,11 +136,11 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     chosen: list[tuple[nn.Module, type[nn.Module]]] = []
     refused: list[str] = []
-    networks: list[tuple[nn.Module, type[nn.Module]]] = []
+    networks: list[tuple[nn.Module, type[nn.Module], stem.Called]] = []
     for name, module in model.named_modules():
-        kind = type(module) if isinstance(module, Stemmed) else find_stem(module)
-        if kind is not None and (filter is None or filter(module, name)):
-            networks.append((module, kind))
+        network = stem.find(stem.plain(module))
+        if network is not None and (filter is None or filter(module, name)):
+            networks.append((module, *network))
         kind, reason = (type(module), None) if isinstance(module, Fusible) else find(module)
         if (kind is None and reason is None) or (filter is not None and not filter(module, name)):
             continue
@@ -151,7 +150,10 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
             refused.append(f"{name or type(module).__name__}: {reason}")
     if strict and (refused or not chosen):
         raise ValueError("model: " + ("; ".join(refused) if refused else "no residual block that is known was found"))
-    for module, kind in (*networks, *chosen):
+    for module, kind, called in networks:
+        stem.remember(module, kind, called)
+        _set_level(module, level)
+    for module, kind in chosen:
         if type(module) is not kind:
             module.__class__ = kind
         _set_level(module, level)
@@ -169,14 +171,16 @@ def unfuse(model: M) -> M:
         RuntimeError: a block's class was changed again after it was fused, by `fully_shard`, say. Then nothing has changed.
     """
     _check(model)
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible | Stemmed)]
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible | stem.Stemmed)]
     for name, module in blocks:
-        if isinstance(module, Fused | Stemmed) and "_original" not in vars(type(module)):
+        if isinstance(module, Fused | stem.Stemmed) and "_original" not in vars(type(module)):
             raise RuntimeError(
                 f"{name or 'model'}: its class became {type(module).__name__} after it was fused (by fully_shard?): unfuse before"
             )
     for _, module in blocks:
-        if isinstance(module, Fused | Stemmed):
+        if isinstance(module, stem.Stemmed):
+            stem.forget(module)
+        elif isinstance(module, Fused):
             module.__class__ = type(module)._original
         _set_level(module, None)
     return model

@@ -26,8 +26,8 @@ _held = itemgetter("_parameters", "_buffers", "_modules")
 _hooks = itemgetter("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class _Kept(Generic[T]):
-    """What was read of a block, and what its modules held then."""
+class Kept(Generic[T]):
+    """What was read of a block, and what its modules held then: the block itself is the first of them."""
 
     def __init__(self, modules: Sequence[nn.Module], found: T, forget: Callable) -> None:
         self.block, self.children, self.found = weakref.ref(modules[0], forget), modules[1:], found
@@ -56,7 +56,7 @@ def _contents(dicts: Sequence[dict]) -> list[object]:
     return list(chain.from_iterable(chain.from_iterable(map(dict.items, dicts))))
 
 
-_kept: dict[int, _Kept] = {}
+_kept: dict[int, Kept] = {}
 """By the block's identity."""
 
 
@@ -82,7 +82,7 @@ def keep(block: nn.Module, found: object) -> bool:
         return False
     if any(isinstance(value, list) for module in modules[1:] for value in vars(module).values()):
         return False
-    kept = _Kept(modules, found, lambda _: _kept.pop(key, None))
+    kept = Kept(modules, found, lambda _: _kept.pop(key, None))
     if any(kept.hooks):
         return False
     _kept[key] = kept

@@ -7,30 +7,38 @@ others do nothing. Under torch.compile and whatever else looks on they are calle
 
 import copyreg
 import functools
-from collections.abc import Callable
-from weakref import WeakKeyDictionary
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from fused_res import backends, planner
 from fused_res.anatomy import Anatomy, containers
+from fused_res.block import program
 from fused_res.chains import layers, sequence
 from fused_res.derived import as_class, derive
 from fused_res.eligibility import is_observed, observed
 from fused_res.fusible import Fusible, labels
+from fused_res.internals import below_autograd
 from fused_res.primitives.max_pool import Pool, max_pool
 from fused_res.primitives.run import of
+from fused_res.serial import Serial
 from fused_res.spec import CHAIN, pair
 
+_CALLED, _LEVEL = "_fused_res_called", "_fused_res_level"
 _KNOWN = {
-    "torchvision.models.resnet.ResNet": ("conv1", "bn1", "relu", "maxpool"),
-    "torchvision.models._utils.IntermediateLayerGetter": ("conv1", "bn1", "relu", "maxpool"),
-    "timm.models.resnet.ResNet": ("conv1", "bn1", "act1", "maxpool"),
+    "torchvision.models.resnet.ResNet": (("conv1", "bn1", "relu", "maxpool"), ()),
+    "torchvision.models._utils.IntermediateLayerGetter": (("conv1", "bn1", "relu", "maxpool"), ("return_layers",)),
+    "timm.models.resnet.ResNet": (("conv1", "bn1", "act1", "maxpool"), ()),
 }
-"""By class the children that are called one after the other: a convolution, or several with BNs and ReLUs in between, a BN, a
-ReLU, and the pooling."""
-
+"""By class the children that are called one after the other (a convolution, or several with BNs and ReLUs in between, a BN, a ReLU,
+and the pooling), and dictionaries by which `forward` goes."""
+_LAYERS = 3
+"""How many of these the stem is."""
 
 STEM = "stem"
 """What it is called in reports, behind the name of its network."""
@@ -62,50 +70,102 @@ class _Pooling(nn.Module):
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self._programs = pool, {}
 
     def forward(self, x: Tensor) -> Tensor:
-        pool = self.pool
-        if pool.return_indices or observed("", pool) or not _takes(x):
-            return pool(x)
-        numbers = [pair(getattr(pool, name), name) for name in ("kernel_size", "stride", "padding", "dilation")]
+        return self._run(x) if self._takes(x) else self.pool(x)
+
+    def program(self, x: Tensor) -> tuple[Callable, tuple[Tensor, ...]] | None:
+        """What is recorded of the pooling of such an image, and no tensors; None where that is not the kernel's."""
+        if not self._takes(x):
+            return None
+        key = x.shape, x.dtype
+        with below_autograd():
+            program.run(self._programs, key, self._run, (x,), backends.resolve(backends.AUTO, x.device, x.dtype))
+        recorded = program.recorded(self._programs, key)
+        return None if recorded is None else (recorded, ())
+
+    def _run(self, x: Tensor) -> Tensor:
+        numbers = [pair(getattr(self.pool, name), name) for name in ("kernel_size", "stride", "padding", "dilation")]
         name = backends.resolve(backends.AUTO, x.device, x.dtype)
-        return max_pool(x, Pool(*numbers, pool.ceil_mode), run=of(name))
+        return max_pool(x, Pool(*numbers, self.pool.ceil_mode), run=of(name))
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether there is a kernel for this image: on a CPU."""
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if wanted or planner.forced() is not None or self.pool.return_indices or observed("", self.pool) is not None:
+            return False
+        plain = type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel() > 0 and x.is_floating_point()
+        return plain and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _takes(x: Tensor) -> bool:
-    """Whether there is a kernel for this image: on a CPU."""
-    if torch.compiler.is_compiling() or planner.forced() is not None or (torch.is_grad_enabled() and x.requires_grad):
-        return False
-    plain = type(x) is Tensor and x.is_cpu and x.dim() == 4 and x.numel() > 0 and x.is_floating_point()
-    return plain and x.is_contiguous(memory_format=torch.channels_last)
+class Called(NamedTuple):
+    """What a network's `forward` was seen to do: which of its children it calls one after the other.
+
+    names: those of the stem, and the pooling, if it is among them. after: those that follow. flags: the network's attributes that are
+    plain values, by which `forward` may go, and its dictionaries that matter, as they were.
+    """
+
+    names: tuple[str, ...]
+    after: tuple[str, ...]
+    flags: tuple[tuple[str, object], ...]
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _flags(network: nn.Module) -> tuple[tuple[str, object], ...]:
+    about = _known(network)[1]
+    plain = [item for item in vars(network).items() if type(item[1]) in _PLAIN and item[0] not in ("training", _LEVEL)]
+    return *plain, *[(name, tuple(getattr(network, name).items())) for name in about]
 
 
 class _Made:
-    """A network's stem, what it was made of, and what stands in for which of the network's children."""
+    """A network's stem, what it was made of, and what stands in for which of the network's children, in evaluation and else."""
 
     def __init__(self, network: nn.Module) -> None:
-        kind = type(network)
-        self.found = {name: network._modules.get(name) for name in kind._names}
-        self.level = network._fused_res_level
-        anatomy, _ = _anatomy(self.found, kind._names[:3])
-        self.stem = None if anatomy is None else Stem(anatomy, {name: self.found[name] for name in kind._names[:3]})
+        called = vars(network)[_CALLED]
+        layers, modules = called.names[:_LAYERS], network._modules
+        self.called, self.level = called, network._fused_res_level
+        self.found = {name: modules.get(name) for name in (*called.names, *called.after)}
+        anatomy = _anatomy(self.found, layers)
+        self.stem = None if anatomy is None else Stem(anatomy, {name: self.found[name] for name in layers})
         if self.stem is None:
             return
-        vars(self.stem)["_fused_res_level"] = self.level
-        first, *others = kind._names[:3]
-        self.stands_in = {first: self.stem, **{name: nn.Identity() for name in others}}
-        for name in kind._names[3:]:
-            if type(self.found[name]) is nn.MaxPool2d:
-                self.stands_in[name] = _Pooling(self.found[name])
+        vars(self.stem)[_LEVEL] = self.level
+        self.stands_in = {layers[0]: self.stem, **{name: nn.Sequential() for name in layers[1:]}}
+        pooling = [name for name in called.names[_LAYERS:] if type(self.found[name]) is nn.MaxPool2d]
+        self.stands_in |= {name: _Pooling(self.found[name]) for name in pooling}
+        self.in_evaluation = self._serial(weakref.ref(network), pooling)
+
+    def _serial(self, network: "weakref.ref[nn.Module]", pooling: Sequence[str]) -> dict[str, object]:
+        """The stem, the pooling and the blocks behind it as one, as far as there are only blocks."""
+        blocks = list(itertools.takewhile(lambda name: _are_blocks(self.found[name]), self.called.after if pooling else ()))
+        if not blocks:
+            return self.stands_in
+        first, *others = names = (*self.called.names[:_LAYERS], *pooling, *blocks)
+        within = [self.found[name] for name in names]
+        stem = self.stem
+
+        def modules() -> list[nn.Module]:
+            return [network(), stem, *(module for child in within for module in child.modules())]
+
+        parts = [stem, self.stands_in[pooling[0]], *(self.found[name] for name in blocks)]
+        return {first: Serial(parts, modules), **{name: nn.Sequential() for name in others}}
 
     def holds(self, network: nn.Module) -> bool:
         modules = network._modules
-        same = all(modules.get(name) is found for name, found in self.found.items())
-        return same and self.level == network._fused_res_level
+        if self.level != network._fused_res_level or vars(network).get(_CALLED) is not self.called:
+            return False
+        return all(modules.get(name) is found for name, found in self.found.items())
 
 
-_made: "WeakKeyDictionary[nn.Module, _Made]" = WeakKeyDictionary()
+def _are_blocks(module: nn.Module | None) -> bool:
+    """Whether it is a plain sequence of fused blocks."""
+    return type(module) is nn.Sequential and len(module) > 0 and all(isinstance(block, Fusible) for block in module)
+
+
+_made: "weakref.WeakKeyDictionary[nn.Module, _Made]" = weakref.WeakKeyDictionary()
 
 
 class Stemmed:
@@ -116,8 +176,6 @@ class Stemmed:
     """The original's, as it was when it was looked at."""
     _compared: bool
     """Whether it was, in this process."""
-    _names: tuple[str, ...]
-    """Those of the children that the stem stands for, the pooling last, if there is one."""
     _fused_res_level: str | None = None
 
     def _dispatch(self, *args: object, **kwargs: object) -> object:
@@ -128,29 +186,34 @@ class Stemmed:
 
     def _view(self) -> nn.Module:
         made = _of(self)
-        if made.stem is None:
+        if made is None or made.stem is None:
             return self
         view = object.__new__(self._original)
         vars(view).update(vars(self))
-        vars(view)["_modules"] = {**self._modules, **made.stands_in}
+        evaluates = not (torch.is_grad_enabled() or self.training)
+        vars(view)["_modules"] = {**self._modules, **(made.in_evaluation if evaluates else made.stands_in)}
         return view
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         found = super().__reduce_ex__(max(protocol, 2))
         if found[0] is not copyreg.__newobj__:  # the original has a way of its own
             return found
-        return (_rebuild, (self._original, self._names), *found[2:])
+        return (_rebuild, (self._original,), *found[2:])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         kind = type(self)
         if not kind._compared:
-            kind._compared = _names(as_class(self, kind._original), kind._names) == kind._names
+            kind._compared = _called(as_class(self, kind._original)) == vars(self).get(_CALLED)
             if not kind._compared:
-                self.__class__ = kind._original
+                forget(self)
 
 
-def _of(network: Stemmed) -> _Made:
+def _of(network: Stemmed) -> _Made | None:
+    """None where `forward` may not be what it was any more."""
+    called = vars(network).get(_CALLED)
+    if called is None or called.flags != _flags(network):
+        return None
     made = _made.get(network)
     if made is None or not made.holds(network):
         made = _made[network] = _Made(network)
@@ -159,49 +222,65 @@ def _of(network: Stemmed) -> _Made:
 
 def stem_of(network: Stemmed) -> Stem | None:
     """The stem that the network's children stand for now; None where they are none that is known."""
-    stem = _of(network).stem
-    if stem is not None:
-        stem.training = network.training  # for who asks; a call goes by its BNs' own
-    return stem
+    made = _of(network)
+    if made is None or made.stem is None:
+        return None
+    made.stem.training = network.training  # for who asks; a call goes by its BNs' own
+    return made.stem
 
 
 @functools.cache
-def _stemmed_class(original: type[nn.Module], called: Callable, names: tuple[str, ...]) -> type[nn.Module]:
-    return derive(Stemmed, original, called, {"_names": names})
+def _stemmed_class(original: type[nn.Module], called: Callable) -> type[nn.Module]:
+    return derive(Stemmed, original, called, {})
 
 
-def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild(original: type[nn.Module]) -> nn.Module:
     """An empty network of a fused class, for pickle and copy to fill."""
-    kind = _stemmed_class(original, original.forward, names)
+    kind = _stemmed_class(original, original.forward)
     return kind.__new__(kind)
 
 
-def find(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a network gets whose stem is fused; None where it has none that is known."""
-    known = next((_KNOWN[name] for name in map(_full_name, type(module).__mro__) if name in _KNOWN), None)
-    if known is None or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule):
+def find(module: nn.Module) -> tuple[type[nn.Module], Called] | None:
+    """The class that a network gets whose stem is fused, and what it is to `remember`; None where it has none that is known."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module) or _known(module) is None:
         return None
-    found = {name: module._modules.get(name) for name in known}
-    if any(found[name] is None for name in known[:3]) or _anatomy(found, known[:3])[0] is None:
+    called = _called(module)
+    if called is None or _anatomy(module._modules, called.names[:_LAYERS]) is None:
         return None
-    names = _names(module, known)
-    if names is None:
-        return None
-    kind = _stemmed_class(type(module), type(module).forward, names)
+    kind = _stemmed_class(type(module), type(module).forward)
     kind._compared = True
-    return kind
+    return kind, called
 
 
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def plain(module: nn.Module) -> nn.Module:
+    """A module as it was before it was fused, for `find`."""
+    return as_class(module, type(module)._original) if isinstance(module, Stemmed) else module
 
 
-def _anatomy(found: dict[str, nn.Module | None], names: tuple[str, ...]) -> tuple[Anatomy | None, str | None]:
-    """That of these children one after the other, where the last one is a ReLU; or why there is none."""
-    if any(found[name] is None for name in names):
-        return None, "a layer is missing"
-    anatomy, reason = sequence([layer for name in names for layer in layers(name, found[name])])
-    return (anatomy, reason) if anatomy is None or anatomy.form == CHAIN else (None, "it does not end in a ReLU")
+def remember(network: nn.Module, kind: type[nn.Module], called: Called) -> None:
+    """Give a network the class that was found for it."""
+    network.__class__ = kind
+    vars(network)[_CALLED] = called
+
+
+def forget(network: Stemmed) -> None:
+    """Give a network its original class again."""
+    vars(network).pop(_CALLED, None)
+    _made.pop(network, None)
+    network.__class__ = type(network)._original
+
+
+def _known(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__)
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
+
+
+def _anatomy(found: dict[str, nn.Module | None], names: tuple[str, ...]) -> Anatomy | None:
+    """That of these children one after the other, the last of them a ReLU."""
+    if any(found.get(name) is None for name in names):
+        return None
+    anatomy, _ = sequence([layer for name in names for layer in layers(name, found[name])])
+    return anatomy if anatomy is not None and anatomy.form == CHAIN else None
 
 
 class _Tracer(fx.Tracer):
@@ -211,23 +290,39 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _names(network: nn.Module, known: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Of these children those that `forward` calls one after the other, each with nothing but what the one before it returned, which
-    goes nowhere else; None where the first three are not all among them. Nothing is computed.
+def _called(network: nn.Module) -> Called | None:
+    """What is common to `forward` in training and in evaluation; None where it does not call the stem's layers one after the other.
+
+    Nothing is computed.
     """
-    try:
-        graph = _Tracer().trace(network)
-    except Exception:  # whatever a forward may do when it is given no tensor
-        return None
-    calls = {name: [node for node in graph.nodes if node.op == "call_module" and node.target == name] for name in known}
+    found = []
+    for training in (True, False):
+        view = object.__new__(type(network))
+        vars(view).update(vars(network), training=training)
+        try:
+            graph = _Tracer().trace(view)
+        except Exception:  # whatever a forward may do when it is given no tensor
+            return None
+        found.append(_in_order(graph, _known(network)[0]))
+    chain = [a for a, b in itertools.takewhile(lambda two: two[0] == two[1], zip(*found, strict=False))]
+    count = len([name for name in chain if name in _known(network)[0]])
+    return None if count < _LAYERS else Called(tuple(chain[:count]), tuple(chain[count:]), _flags(network))
+
+
+def _in_order(graph: fx.Graph, known: tuple[str, ...]) -> list[str]:
+    """The children that are called one after the other, these first, each with nothing but what the one before it returned, which goes
+    nowhere else. None of them is called twice, and nothing else of it is read.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    often = Counter(str(node.target) for node in calls)
     read = {str(node.target).partition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     taken: list[str] = []
-    for name in known:
-        if len(calls[name]) != 1 or name in read or len(calls[name][0].args) != 1 or calls[name][0].kwargs:
-            break
-        node = calls[name][0]
-        before = calls[taken[-1]][0] if taken else None
-        if before is not None and (node.args[0] is not before or len(before.users) != 1):
+    node = next((node for node in calls if node.target == known[0]), None)
+    while node is not None and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+        name = str(node.target)
+        expected = known[len(taken)] if len(taken) < len(known) else name
+        if name != expected or often[name] > 1 or name in read or "." in name:
             break
         taken.append(name)
-    return tuple(taken) if len(taken) >= 3 else None
+        node = next(iter(node.users)) if len(node.users) == 1 else None
+    return taken

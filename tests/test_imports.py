@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 # From the bottom to the top: a file imports from lines above its own alone, a folder also from itself.
 ORDER = (
     "version tolerance settings spec layout internals console notices aot_table shipped",
-    "plans folds geometry reference originals kernels",
+    "plans folds geometry reference originals derived kernels",
     "known aot",
     "backends reading standing",
     "primitives environment eligibility",
@@ -18,8 +18,8 @@ ORDER = (
     "again",
     "functional anatomy",
     "fusible traced",
-    "chains",
-    "identity",
+    "chains serial",
+    "identity stem",
     "modules fusing",
     "explain accuracy",
     "tuned",

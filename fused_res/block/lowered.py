@@ -228,4 +228,27 @@ def lowered(
     instead = Instead(written(steps, len(inputs), results, stream), observed, _is_torchs)
     function = written([Kept(whole, frozenset())], len(inputs), results, stream, instead)
     weakref.finalize(function, native.free_program, made).atexit = False
+    if stream is None:
+        function.number = made
     return function
+
+
+def number_of(program: Callable) -> int | None:
+    """By which the library knows what it runs for this function of tensors on a CPU, as long as that lives; None if Python does."""
+    return getattr(program, "number", None)
+
+
+def run_programs(programs: Sequence[Callable], counts: Sequence[int], x: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+    """Programs of one result, all of which have a number, one after the other.
+
+    Each gets what the one before has returned, x the first, and so many of the tensors as `counts` says.
+
+    Returns:
+        None where an operator of torch's failed, which is to be called by Python once more, for its error's type and words.
+    """
+    try:
+        return torch.ops.fused_res.run_programs.default([p.number for p in programs], counts, x, tensors)
+    except RuntimeError as error:
+        if not _is_torchs(error):
+            raise
+    return None
