@@ -16,7 +16,7 @@ from fused_res.backends import AUTO, resolve
 from fused_res.block.levels import LEVELS, Level
 from fused_res.geometry import Geometry, is_fixed, numbers_of
 from fused_res.internals import constant_result, is_exporting
-from fused_res.spec import POST_ACTIVATION, Block
+from fused_res.spec import FORMS, POST_ACTIVATION, Block
 
 __all__ = ["EAGER", "LEVELS", "Plan", "forced", "is_eager_forced", "plan", "resolve", "use_backend"]
 
@@ -163,9 +163,9 @@ def evaluation_level(block: Block, dtype: torch.dtype, backend: str, level: str 
         level: that of `fuse`. `"bn_act"` and, where it means something, `"moment"` are ways without prepared convolutions.
 
     Returns:
-        None where a BN takes the batch's statistics, for other forms than post-activation, and where it runs as `plan` says.
+        None where a BN takes the batch's statistics, for pre-activation blocks, and where it runs as `plan` says.
     """
-    if block.form != POST_ACTIVATION or any(unit.training for unit in block.units()):
+    if FORMS[block.form].preactivated or any(unit.training for unit in block.units()):
         return None
     usual = _evaluation(backend, block.main[0].weight.device, dtype)
     if usual is None:

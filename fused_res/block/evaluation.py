@@ -18,7 +18,7 @@ from fused_res.primitives import library
 from fused_res.primitives.conv_bn_act import Place, conv_bn_act, way
 from fused_res.primitives.run import of
 from fused_res.primitives.step import Step
-from fused_res.spec import Block, ConvBN
+from fused_res.spec import FORMS, Block, ConvBN
 
 
 class Evaluation(NamedTuple):
@@ -42,7 +42,7 @@ def places(block: Block, shape: tuple[int, ...]) -> Iterator[tuple[ConvBN, Place
     projected, last = block.projection is not None, len(block.main) - 1
     n, channels, *size = shape
     for i, unit in enumerate(block.main):
-        yield unit, Place((n, channels, *size), spare=i == last and projected)
+        yield unit, Place((n, channels, *size), i < last or FORMS[block.form].relu, spare=i == last and projected)
         channels, size = unit.weight.shape[0], unit.output_size(*size)
     if projected:
         size = shape[2:] if block.pool is None else block.pool.output_size(*shape[2:])
@@ -84,16 +84,18 @@ def prepare(
             return None
         steps.append(conv_bn_act(unit, vectors, place, run=run))
     main, side, pool = steps[:last], steps[last + 1] if block.projection is not None else None, block.pool
-    end = steps[last]
+    end, adds = steps[last], FORMS[block.form].skip
 
     def evaluate(x: Tensor, skip: Tensor | None) -> Tensor:
         image = nhwc(x.to(wide))
         z = image
         for step in main:
             z = step.call(z, None)
-        if side is None:
-            return end.call(z, image if skip is None else nhwc(skip.to(wide))).to(dtype)
-        return end.call(z, side.call(pooled(image, pool), None)).to(dtype)
+        if side is not None:
+            added = side.call(pooled(image, pool), None)
+        else:
+            added = (image if skip is None else nhwc(skip.to(wide))) if adds else None
+        return end.call(z, added).to(dtype)
 
     return Evaluation(evaluate, tuple([tensor for step in steps for tensor in step.tensors]), {})
 
