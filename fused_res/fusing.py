@@ -105,9 +105,9 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
     parametrizations inside, other activations and normalisations than ReLU and BN, attention, anti-aliasing, a patched `forward`;
     `fused_res.explain(model, x)` says why. So it is at every later call: a block whose children have changed runs through them.
 
-    Of torchvision's ResNets and timm's the layers in front of the blocks, too: convolutions, BNs and ReLUs as one operator, and on a
-    CPU, where nobody takes gradients, a max pooling that does not note where the maxima are. The network itself is fused for that,
-    where its `forward`, traced, calls these layers one after the other; under torch.compile they are called as they are.
+    A torchvision or timm ResNet with such blocks is fused itself, too, where its `forward`, traced, calls its layers one after the
+    other: in evaluation without gradients, on a CPU, the convolution, BN, ReLU and pooling in front of the blocks run on prepared
+    weights as the blocks do, and all of these as one call. Else, and under torch.compile, its layers are called as they are.
 
     Modules, parameters, buffers, their names, state dicts, hooks and optimisers stay the same objects. A fused block's class is
     derived from its original one. Models can be copied, pickled, compiled, exported, scripted, traced and sharded, fused or not; a
@@ -150,9 +150,11 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
             refused.append(f"{name or type(module).__name__}: {reason}")
     if strict and (refused or not chosen):
         raise ValueError("model: " + ("; ".join(refused) if refused else "no residual block that is known was found"))
+    blocks = {block for block, _ in chosen}
     for module, kind, called in networks:
-        stem.remember(module, kind, called)
-        _set_level(module, level)
+        if not blocks.isdisjoint(module.modules()):
+            stem.remember(module, kind, called)
+            _set_level(module, level)
     for module, kind in chosen:
         if type(module) is not kind:
             module.__class__ = kind

@@ -1,8 +1,8 @@
-"""The layers in front of a network's blocks, convolution, BN, ReLU and max pooling, as one operator and a pass.
+"""A network in evaluation: the layers in front of its blocks, convolution, BN, ReLU and max pooling, and the blocks, as one call.
 
 They are children of the network itself, whose `forward` calls them one after the other. A network that `fuse` has fused calls its
 original `forward` on a view of itself: all that it has, but for these children. The first of them stands for all there, and the
-others do nothing. Under torch.compile and whatever else looks on they are called as they are.
+others do nothing. In training, on a GPU, under torch.compile and whatever else looks on they are called as they are.
 """
 
 import copyreg
@@ -26,6 +26,7 @@ from fused_res.fusible import Fusible, labels
 from fused_res.internals import below_autograd
 from fused_res.primitives.max_pool import Pool, max_pool
 from fused_res.primitives.run import of
+from fused_res.reading import child
 from fused_res.serial import Serial
 from fused_res.spec import CHAIN, pair
 
@@ -121,7 +122,7 @@ def _flags(network: nn.Module) -> tuple[tuple[str, object], ...]:
 
 
 class _Made:
-    """A network's stem, what it was made of, and what stands in for which of the network's children, in evaluation and else."""
+    """A network's stem, what it was made of, and what stands in for which of the network's children."""
 
     def __init__(self, network: nn.Module) -> None:
         called = vars(network)[_CALLED]
@@ -133,31 +134,30 @@ class _Made:
         if self.stem is None:
             return
         vars(self.stem)[_LEVEL] = self.level
-        self.stands_in = {layers[0]: self.stem, **{name: nn.Sequential() for name in layers[1:]}}
-        pooling = [name for name in called.names[_LAYERS:] if type(self.found[name]) is nn.MaxPool2d]
-        self.stands_in |= {name: _Pooling(self.found[name]) for name in pooling}
-        self.in_evaluation = self._serial(weakref.ref(network), pooling)
+        pooling = next((name for name in called.names[_LAYERS:] if type(self.found[name]) is nn.MaxPool2d), None)
+        parts: list[nn.Module] = [self.stem]
+        names = list(layers)
+        if pooling is not None:
+            blocks = list(itertools.takewhile(lambda name: _are_blocks(self.found[name]), called.after))
+            parts += [_Pooling(self.found[pooling]), *(self.found[name] for name in blocks)]
+            names += [pooling, *blocks]
+        serial = Serial(parts, functools.partial(_modules, weakref.ref(network), self.stem, [self.found[name] for name in names]))
+        self.stands_in = {names[0]: serial, **{name: nn.Sequential() for name in names[1:]}}
 
-    def _serial(self, network: "weakref.ref[nn.Module]", pooling: Sequence[str]) -> dict[str, object]:
-        """The stem, the pooling and the blocks behind it as one, as far as there are only blocks."""
-        blocks = list(itertools.takewhile(lambda name: _are_blocks(self.found[name]), self.called.after if pooling else ()))
-        if not blocks:
-            return self.stands_in
-        first, *others = names = (*self.called.names[:_LAYERS], *pooling, *blocks)
-        within = [self.found[name] for name in names]
-        stem = self.stem
-
-        def modules() -> list[nn.Module]:
-            return [network(), stem, *(module for child in within for module in child.modules())]
-
-        parts = [stem, self.stands_in[pooling[0]], *(self.found[name] for name in blocks)]
-        return {first: Serial(parts, modules), **{name: nn.Sequential() for name in others}}
+    def is_on_cpu(self) -> bool:
+        """Whether its weights are prepared for evaluation."""
+        return child(self.stem, self.stem._anatomy.units[0][0]).weight.is_cpu
 
     def holds(self, network: nn.Module) -> bool:
         modules = network._modules
         if self.level != network._fused_res_level or vars(network).get(_CALLED) is not self.called:
             return False
         return all(modules.get(name) is found for name, found in self.found.items())
+
+
+def _modules(network: "weakref.ref[nn.Module]", stem: Stem, children: Sequence[nn.Module]) -> list[nn.Module]:
+    """All that a call of these children of a network goes by."""
+    return [network(), stem, *(module for child in children for module in child.modules())]
 
 
 def _are_blocks(module: nn.Module | None) -> bool:
@@ -185,13 +185,12 @@ class Stemmed:
         return original.forward(self._view(), *args, **kwargs)
 
     def _view(self) -> nn.Module:
-        made = _of(self)
-        if made is None or made.stem is None:
+        made = None if torch.is_grad_enabled() or self.training else _of(self)
+        if made is None or made.stem is None or not made.is_on_cpu():
             return self
         view = object.__new__(self._original)
         vars(view).update(vars(self))
-        evaluates = not (torch.is_grad_enabled() or self.training)
-        vars(view)["_modules"] = {**self._modules, **(made.in_evaluation if evaluates else made.stands_in)}
+        vars(view)["_modules"] = {**self._modules, **made.stands_in}
         return view
 
     def __reduce_ex__(self, protocol: int) -> tuple:
