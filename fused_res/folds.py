@@ -206,7 +206,7 @@ def find(
     Returns:
         None where nothing may be kept for these tensors, or the weights are others at every call.
     """
-    whose = id(owner) if owner is not None else tuple([id(tensor) for tensor in tensors if tensor.dim() > 1])
+    whose = id(owner) if owner is not None else _weights(tensors)
     fold = _folds.get(whose)
     if fold is None or not fold.holds(tensors):
         with _lock:
@@ -239,13 +239,21 @@ def find(
     return found[1]
 
 
-def beside(owner: object) -> dict[Hashable, object] | None:
+def _weights(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """By which tensors without an owner are found."""
+    return tuple([id(tensor) for tensor in tensors if tensor.dim() > 1])
+
+
+def beside(owner: object | None, tensors: Sequence[Tensor] = ()) -> dict[Hashable, object] | None:
     """A place beside what is kept for an owner, which is let go with it; None where nothing is kept, or a tensor has changed.
 
-    Whoever asks has seen that they are still the same tensors, in the same strides.
+    Whoever asks has seen that they are still the same tensors, in the same strides; without an owner, that they are in the same
+    strides if these are the same.
     """
-    fold = _folds.get(id(owner))
+    fold = _folds.get(id(owner) if owner is not None else _weights(tensors))
     if fold is None or not fold.made or not fold.sources.are_unchanged():
+        return None
+    if owner is None and not (len(tensors) == len(fold.sources.tensors) and all(map(operator.is_, tensors, fold.sources.tensors))):
         return None
     if len(fold.beside) >= _MOST_CALLS:
         fold.beside.clear()

@@ -152,6 +152,13 @@ def fused_convolution() -> tuple[Callable, Callable, Callable, Callable] | None:
     return mkldnn._reorder_convolution_weight.default, pointwise.default, pointwise.binary, mkldnn._convolution_pointwise_.binary
 
 
+@constant_result
+def is_freezing() -> bool:
+    """Whether Inductor takes weights for constants where gradients are off (`torch._inductor.config.freezing`)."""
+    config = sys.modules.get("torch._inductor.config")
+    return config is not None and config.freezing
+
+
 def freezing() -> AbstractContextManager:
     """Inside, what torch.compile compiles where gradients are off has the weights as constants: BNs folded in, and packed ahead.
 
