@@ -16,6 +16,7 @@ from fused_res.block.dry_run import by_formula, convolutions, saved_bytes, steps
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
 from fused_res.fusible import Fusible
+from fused_res.functional import is_inductors
 from fused_res.fusing import find
 from fused_res.internals import tree_leaves
 from fused_res.notices import without_compiled
@@ -143,6 +144,8 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     evaluated = planner.evaluation_level(parts, dtype, backend, block._fused_res_level)
     if evaluated is not None and not block.training:
+        if compiled and is_inductors(dtype):
+            return Row(*what, planner.EAGER, None, shortcut.kind, (), (), "Inductor freezes its weights: it prepares the same convolutions")
         return Row(*what, backend, evaluated, shortcut.kind, units, _prepared(x, parts, units, backend), shortcut.reason)
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):

@@ -96,6 +96,14 @@ def is_transformed() -> bool:
     return internals.is_dual() or internals.is_transformed()
 
 
+def is_inductors(dtype: torch.dtype) -> bool:
+    """Whether a graph without gradients has a block on a CPU in torch's own operators: where Inductor freezes weights, in 16 bits.
+
+    There all convolutions are the library's, which Inductor prepares as we do, and fuses with what stands around the block.
+    """
+    return dtype.itemsize == 2 and internals.is_freezing()
+
+
 def _parts(
     main: Sequence[ConvBN], shortcut: ConvBN | Tensor | None, pool: AvgPool | None, form: str
 ) -> tuple[Block, Tensor | None]:
@@ -192,8 +200,7 @@ def _run(
             if out is not None:
                 return (out, []), None
     if call.watched and call.evaluates and not save and not internals.is_exporting():
-        if call.dtype.itemsize == 2 and internals.is_freezing():
-            # In 16 bits all convolutions are the library's: Inductor prepares them as we do, and fuses with what comes next.
+        if is_inductors(call.dtype):
             x, skip, block = as_dtype(x, call.dtype), as_dtype(skip, call.dtype), with_dtype(block, call.dtype)
             shortcut = skip if call.given else block.projection
             options = {"pool": block.pool, "residual_scale": residual_scale, "form": block.form}

@@ -1,6 +1,7 @@
 """Evaluation without gradients on a CPU, on prepared weights: right to the rule of fused_res/accuracy.py."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 
 import fused_res
 from blocks import Eager, add_biases, image, make, projection
-from fused_res import BasicBlock, Bottleneck, backends, explain, folds, planner, use_backend
+from fused_res import BasicBlock, Bottleneck, Chain, Residual, backends, explain, folds, planner, use_backend
 from fused_res.accuracy import random_block
 from fused_res.primitives import library
 from fused_res.primitives.step import Step
-from fused_res.spec import FORMS, POST_ACTIVATION, Block, ConvBN
+from fused_res.spec import CHAIN, FORMS, LINEAR, LINEAR_CHAIN, PRE_ACTIVATION, Block, ConvBN
 from fused_res.tolerance import MARGIN, floor
 
 WHY = backends.supports("native", torch.device("cpu"), torch.float32)
@@ -284,8 +285,103 @@ def test_the_precision_of_float32_convolutions_is_asked_at_every_call(monkeypatc
     assert len(folds._folds[id(block)].made) == 2
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != POST_ACTIVATION])
-def test_nothing_is_prepared_for_other_forms(form):
+def layers(*channels, kernel=3, groups=1, relu=True):
+    """conv, BN, ReLU from each number of channels to the next; without the last ReLU unless `relu`."""
+    found = []
+    for into, out in itertools.pairwise(channels):
+        found += [nn.Conv2d(into, out, kernel, 1, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    return found if relu else found[:-1]
+
+
+SEQUENCES = {
+    CHAIN: lambda *channels, **options: Chain(*layers(*channels, **options)),
+    LINEAR_CHAIN: lambda *channels, **options: Chain(*layers(*channels, relu=False, **options)),
+    LINEAR: lambda *channels, **options: Residual(nn.Sequential(*layers(*channels, relu=False, **options)), residual_scale=0.5),
+}
+UNITS = {1: (16, 16), 3: (16, 32, 32, 16)}
+CONVOLUTIONS = {"3x3": {}, "1x1": {"kernel": 1}, "grouped": {"groups": 4}}
+sequences = pytest.mark.parametrize("form", SEQUENCES)
+of_all_kinds = pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
+
+
+class Children(nn.Module):
+    """What a chain, or a residual connection, calls, by hand."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.main = nn.Sequential(*(module if isinstance(module, Chain) else module.block))
+        self.residual_scale = getattr(module, "residual_scale", None)
+
+    def forward(self, x):
+        out = self.main(x)
+        return out if self.residual_scale is None else out * self.residual_scale + x
+
+
+def sequence(form, units, options, seed=0):
+    """A chain or a residual connection in float64, and x."""
+    torch.manual_seed(seed)
+    module = random_block(SEQUENCES[form](*UNITS[units], **options), seed).eval()
+    assert module._anatomy.form == form
+    assert len(module._anatomy.units) == units
+    return module, torch.randn(2, 16, 9, 9, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@of_all_kinds
+@pytest.mark.parametrize("units", UNITS)
+@sequences
+def test_chains_and_linear_blocks_are_as_accurate_on_prepared_weights_as_eager(form, units, options, dtype, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    sums = {"ours": 0.0, "eager": 0.0, "truth": 0.0}
+    for seed in range(SEEDS):
+        module, x = sequence(form, units, options, seed)
+        with torch.no_grad():
+            truth = Children(module)(x)
+            ours, images = copy.deepcopy(module).to(dtype), x.to(dtype).contiguous(memory_format=layout)
+            expected, got = Children(ours)(images), ours(images)
+            for _ in range(3):  # what is known by then of such calls makes no difference
+                same(ours(images), got)
+        assert folds._folds[id(ours)].made, "nothing was prepared"
+        assert (got.dtype, got.stride()) == (expected.dtype, expected.stride())
+        for name, error in (("ours", got - truth), ("eager", expected - truth), ("truth", truth)):
+            sums[name] += error.square().sum().item()
+    ours, eager = ((sums[name] / sums["truth"]) ** 0.5 for name in ("ours", "eager"))
+    assert ours <= max(MARGIN * eager, floor(dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@of_all_kinds
+@pytest.mark.parametrize("units", UNITS)
+@sequences
+def test_nan_and_infinity_come_out_of_chains_and_linear_blocks(form, units, options, dtype, value, monkeypatch):
+    monkeypatch.setenv("FUSED_RES_CONVOLUTIONS", "library")
+    module, x = sequence(form, units, options)
+    module, x = module.to(dtype), x.to(dtype).contiguous(memory_format=torch.channels_last)
+    x[1, 3, 4, 4] = value
+    with torch.no_grad():
+        got, expected = module(x), Children(module)(x)
+    assert folds._folds[id(module)].made
+    assert not expected[1].isfinite().all()
+    same(got.isnan(), expected.isnan())
+    same(got.isfinite(), expected.isfinite())
+
+
+@sequences
+def test_changes_of_chains_and_linear_blocks_are_followed(form):
+    module, x = sequence(form, 3, {})
+    module, x = module.float(), x.float()
+    layer = module[0] if isinstance(module, Chain) else module.block[0]
+    with torch.no_grad():
+        before = [module(x) for _ in range(3)][-1]
+        layer.weight.mul_(0.5)
+        after = module(x)
+        same(after, copy.deepcopy(module)(x))
+    assert not torch.equal(after, before)
+
+
+def test_nothing_is_prepared_for_pre_activation_blocks():
     unit = ConvBN(torch.randn(8, 8, 1, 1), None, None, None, torch.zeros(8), torch.ones(8), training=False)
-    assert planner.evaluation_level(Block([unit]), torch.float32, "native") == "epilogue"
-    assert planner.evaluation_level(Block([unit], form=form), torch.float32, "native") is None
+    levels = {form: planner.evaluation_level(Block([unit], form=form), torch.float32, "native") for form in FORMS}
+    assert levels == {form: None if form == PRE_ACTIVATION else "epilogue" for form in FORMS}
