@@ -7,11 +7,11 @@ from torch import nn
 
 
 def _forward(self, *args, **kwargs):
-    return self._dispatch(*args, **kwargs)
+    return self._fused_res_dispatch(*args, **kwargs)
 
 
 def derive(mixin: type, original: type[nn.Module], called: Callable, attributes: dict[str, object]) -> type[nn.Module]:
-    """A class of modules that call the mixin's `_dispatch` where the original's have their `forward`, `called` now."""
+    """A class of modules that call the mixin's `_fused_res_dispatch` where the original's have their `forward`, `called` now."""
     # TorchScript compiles the source of what is wrapped, and looks up its names among the function's globals.
     forward = types.FunctionType(_forward.__code__, called.__globals__, "forward")
     forward.__wrapped__ = called
@@ -23,9 +23,9 @@ def derive(mixin: type, original: type[nn.Module], called: Callable, attributes:
             "__doc__": f"{original.__name__}, running as one operator: see fused_res.fuse.",
             "__annotations__": dict(vars(original).get("__annotations__", {})),
             "forward": forward,
-            "_original": original,
-            "_forward": staticmethod(called),
-            "_compared": False,
+            "_fused_res_original": original,
+            "_fused_res_forward": staticmethod(called),
+            "_fused_res_compared": False,
             **attributes,
         }
 

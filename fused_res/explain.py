@@ -25,7 +25,7 @@ from fused_res.primitives.conv_bn_act import who
 from fused_res.primitives.run import of
 from fused_res.reading import child
 from fused_res.spec import Block
-from fused_res.stem import STEM, Stemmed, stem_of
+from fused_res.network import STEM, Network, stem_of
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     for name, module in modules:
         if id(module) in parts:
             continue
-        front = stem_of(module) if isinstance(module, Stemmed) else None
+        front = stem_of(module) if isinstance(module, Network) else None
         if front is not None:
             inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in compiled)
             yield without_compiled(f"{name}.{STEM}" if name else STEM), front, inside

@@ -244,16 +244,18 @@ def _weights(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([id(tensor) for tensor in tensors if tensor.dim() > 1])
 
 
-def beside(owner: object | None, tensors: Sequence[Tensor] = ()) -> dict[Hashable, object] | None:
+def beside(owner: object | None, tensors: Sequence[Tensor] = (), made: object = None) -> dict[Hashable, object] | None:
     """A place beside what is kept for an owner, which is let go with it; None where nothing is kept, or a tensor has changed.
 
     Whoever asks has seen that they are still the same tensors, in the same strides; without an owner, that they are in the same
-    strides if these are the same.
+    strides if these are the same. made: what has to be among what is kept, if anything has: another thread may have written.
     """
     fold = _folds.get(id(owner) if owner is not None else _weights(tensors))
     if fold is None or not fold.made or not fold.sources.are_unchanged():
         return None
     if owner is None and not (len(tensors) == len(fold.sources.tensors) and all(map(operator.is_, tensors, fold.sources.tensors))):
+        return None
+    if made is not None and not any(kept is made for kept in list(fold.made.values())):
         return None
     if len(fold.beside) >= _MOST_CALLS:
         fold.beside.clear()
@@ -261,27 +263,25 @@ def beside(owner: object | None, tensors: Sequence[Tensor] = ()) -> dict[Hashabl
 
 
 def tell(keeper: object) -> None:
-    """Have `keeper.forget(key)` called whenever something is let go of that has not changed: of an owner, by its identity."""
+    """Have `keeper.forget(tensors)` called whenever what follows from these, given by their identities, is to be let go of; or
+    `keeper.forget()`, of all.
+    """
     _told.add(keeper)
-
-
-def _let_go(key: int | tuple[int, ...]) -> None:
-    if _folds.pop(key, None) is not None:
-        for keeper in list(_told):
-            keeper.forget(key)
 
 
 def drop(owner: object) -> None:
     """Let go of what is kept for an owner."""
     if _folds:
-        _let_go(id(owner))
+        _folds.pop(id(owner), None)
 
 
 def _drop_of(tensors: set[int]) -> None:
     """Let go of what follows from one of these tensors, given by their identities."""
     for key, fold in list(_folds.items()):
         if any(id(tensor) in tensors for tensor in fold.sources.tensors):
-            _let_go(key)
+            _folds.pop(key, None)
+    for keeper in list(_told):
+        keeper.forget(tensors)
 
 
 def refresh(model: nn.Module | None = None) -> None:
@@ -296,8 +296,9 @@ def refresh(model: nn.Module | None = None) -> None:
         TypeError: model is not an `nn.Module`.
     """
     if model is None:
-        for key in list(_folds):
-            _let_go(key)
+        _folds.clear()
+        for keeper in list(_told):
+            keeper.forget()
         _wasted.clear()
         return
     if not isinstance(model, nn.Module):

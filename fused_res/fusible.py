@@ -215,7 +215,7 @@ class Fusible:
     def _called(self, x: Tensor) -> Tensor:
         """The call where neither a compiler nor a checkpoint looks on."""
         read = standing.last(self)
-        if read is not None and self._is_as_it_was() and not is_observed():
+        if read is not None and isinstance(x, Tensor) and self._is_as_it_was() and not is_observed():
             known = again.find(read.seen, (x, *read.looks), self._fused_res_level)
             if known is not None:
                 return rerun(known, x, read.laid, read.scale, self)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fused_res import stem
+from fused_res import network
 from fused_res.anatomy import Anatomy, recognise
 from fused_res.block.levels import LEVELS
 from fused_res.derived import as_class, derive
@@ -28,43 +28,43 @@ _LEVEL = "_fused_res_level"
 class Fused(Fusible):
     """What a fused block's class puts before its original one."""
 
-    _original: type[nn.Module]
-    _forward: Callable
+    _fused_res_original: type[nn.Module]
+    _fused_res_forward: Callable
     """The original's, as it was when it was compared with the anatomy."""
-    _compared: bool
+    _fused_res_compared: bool
     """Whether it was, in this process: a pickle may come from one with another version of the original's library."""
 
-    def _dispatch(self, *args: object, **kwargs: object) -> Tensor:
+    def _fused_res_dispatch(self, *args: object, **kwargs: object) -> Tensor:
         if len(args) + len(kwargs) != 1:
-            return self._original.forward(self, *args, **kwargs)
+            return self._fused_res_original.forward(self, *args, **kwargs)
         return self._call(args[0] if args else next(iter(kwargs.values())))
 
     def _is_as_it_was(self) -> bool:
-        return self._original.forward is type(self)._forward
+        return self._fused_res_original.forward is type(self)._fused_res_forward
 
     def _passing_reason(self, x: Tensor) -> str | None:
         if not self._is_as_it_was():
-            return f"{self._original.__name__}.forward has been replaced"
+            return f"{self._fused_res_original.__name__}.forward has been replaced"
         return super()._passing_reason(x)
 
     def _unfused(self, x: Tensor) -> Tensor:
-        return self._original.forward(self, x)
+        return self._fused_res_original.forward(self, x)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         found = super().__reduce_ex__(max(protocol, 2))
         if found[0] is not copyreg.__newobj__:  # the original has a way of its own
             return found
-        return (_rebuild, (self._original, self._anatomy, self._promotes), *found[2:])
+        return (_rebuild, (self._fused_res_original, self._anatomy, self._promotes), *found[2:])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         kind = type(self)
-        if not kind._compared:
-            reason, promotes = trace(as_class(self, kind._original), kind._anatomy)
+        if not kind._fused_res_compared:
+            reason, promotes = trace(as_class(self, kind._fused_res_original), kind._anatomy)
             if reason is None and promotes == kind._promotes:
-                kind._compared = True
+                kind._fused_res_compared = True
             else:
-                self.__class__ = kind._original
+                self.__class__ = kind._fused_res_original
                 say_once(f"unpickled {kind.__name__}", f"was fused when it was pickled, and is not here: {reason}", self)
 
 
@@ -91,7 +91,7 @@ def find(module: nn.Module) -> tuple[type[nn.Module] | None, str | None]:
     if reason is not None:
         return None, reason
     kind = _fused_class(type(module), type(module).forward, anatomy, promotes)
-    kind._compared = True
+    kind._fused_res_compared = True
     reason = as_class(module, kind).standing_reason(now=False)
     return (kind, None) if reason is None else (None, reason)
 
@@ -116,7 +116,7 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
 
     Args:
         model: any module, a block itself included. What is fused already stays so.
-        filter: which blocks, and which networks with such layers, given each and its name in the model; all if None.
+        filter: which blocks, given each and its name in the model; all if None.
         level: one of `fused_res.planner.LEVELS`, for forward, recompute and backward, in training and evaluation, or None for what
             was measured or follows from the sizes. `use_backend(name, level)` goes before it. Calling `fuse` again sets it anew.
         strict: whether to raise instead of leaving alone what cannot be fused.
@@ -136,11 +136,7 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
         raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     chosen: list[tuple[nn.Module, type[nn.Module]]] = []
     refused: list[str] = []
-    networks: list[tuple[nn.Module, type[nn.Module], stem.Called]] = []
     for name, module in model.named_modules():
-        network = stem.find(stem.plain(module))
-        if network is not None and (filter is None or filter(module, name)):
-            networks.append((module, *network))
         kind, reason = (type(module), None) if isinstance(module, Fusible) else find(module)
         if (kind is None and reason is None) or (filter is not None and not filter(module, name)):
             continue
@@ -150,16 +146,28 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
             refused.append(f"{name or type(module).__name__}: {reason}")
     if strict and (refused or not chosen):
         raise ValueError("model: " + ("; ".join(refused) if refused else "no residual block that is known was found"))
-    blocks = {block for block, _ in chosen}
-    for module, kind, called in networks:
-        if not blocks.isdisjoint(module.modules()):
-            stem.remember(module, kind, called)
-            _set_level(module, level)
     for module, kind in chosen:
         if type(module) is not kind:
             module.__class__ = kind
         _set_level(module, level)
+    _fuse_networks(model, {block for block, _ in chosen}, level)
     return model
+
+
+def _fuse_networks(model: nn.Module, blocks: set[nn.Module], level: str | None) -> None:
+    """Fuse the networks that these blocks are in, where they are known."""
+    for module in list(model.modules()):
+        if isinstance(module, network.Network) and _is_derived_again(module):
+            continue
+        found = network.find(network.plain(module))
+        if found is not None and not blocks.isdisjoint(module.modules()):
+            network.remember(module, *found)
+            _set_level(module, level)
+
+
+def _is_derived_again(module: nn.Module) -> bool:
+    """Whether somebody has changed its class after it was fused, as `fully_shard` does."""
+    return "_fused_res_original" not in vars(type(module))
 
 
 def unfuse(model: M) -> M:
@@ -173,17 +181,17 @@ def unfuse(model: M) -> M:
         RuntimeError: a block's class was changed again after it was fused, by `fully_shard`, say. Then nothing has changed.
     """
     _check(model)
-    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible | stem.Stemmed)]
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Fusible | network.Network)]
     for name, module in blocks:
-        if isinstance(module, Fused | stem.Stemmed) and "_original" not in vars(type(module)):
+        if isinstance(module, Fused | network.Network) and _is_derived_again(module):
             raise RuntimeError(
                 f"{name or 'model'}: its class became {type(module).__name__} after it was fused (by fully_shard?): unfuse before"
             )
     for _, module in blocks:
-        if isinstance(module, stem.Stemmed):
-            stem.forget(module)
+        if isinstance(module, network.Network):
+            network.forget(module)
         elif isinstance(module, Fused):
-            module.__class__ = type(module)._original
+            module.__class__ = type(module)._fused_res_original
         _set_level(module, None)
     return model
 

@@ -19,7 +19,7 @@ ORDER = (
     "functional anatomy",
     "fusible traced",
     "chains serial",
-    "identity stem",
+    "identity network",
     "modules fusing",
     "explain accuracy",
     "tuned",

@@ -1,4 +1,4 @@
-"""A network in evaluation as one call: that there is one, with the numbers of its modules called one by one, whatever is done to it."""
+"""A network in evaluation as one call: that there is one, with the numbers of its modules one by one, whatever is done to it."""
 
 import copy
 import gc
@@ -181,7 +181,7 @@ def test_every_tensor_of_stem_and_blocks_is_followed(make, runs):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["conv1.weight", "layer2.0.downsample.1.bias", "layer2.0.conv2.weight"])
+@pytest.mark.parametrize("name", ["conv1.weight", "layer2.0.downsample.1.bias", "layer1.0.conv1.weight"])
 def test_every_kind_of_change_is_followed(name, change, runs):
     net, x = served(), images()
     _check_change(net, x, runs, lambda net: change(net, name, net.state_dict(keep_vars=True)[name]))
@@ -327,8 +327,8 @@ def test_training_and_evaluation_take_turns(runs):
             same(net(x), expected)
         assert not torch.equal(expected, before)
 
-
 @pytest.mark.parametrize("name", ["conv1.weight", "layer3.0.conv1.weight"])
+@pytest.mark.parametrize("name", ["conv1.weight", "layer1.0.conv1.weight"])
 def test_a_step_of_a_fused_optimizer_is_followed(name, runs):
     net, x = served(), images()
     net.get_parameter(name).grad = torch.ones_like(net.get_parameter(name))

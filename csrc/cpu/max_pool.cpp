@@ -7,15 +7,14 @@ namespace {
 
 // As torch's: with `ceil` a window may reach beyond the padding, but does not start there.
 PoolSteps steps_of(int64_t size, int64_t taps, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
-  const Steps steps{taps, stride, padding, dilation, size};
-  check_steps(steps);
+  check_numbers({taps, stride, padding, dilation, size});
   STD_TORCH_CHECK(padding <= (dilation * (taps - 1) + 1) / 2, "padding: expected at most half of the window, got ",
                   padding);
-  int64_t windows = steps.windows();
-  if (ceil) {
-    windows = divide_up(size + 2 * padding - dilation * (taps - 1) - 1, stride) + 1;
-    if ((windows - 1) * stride >= size + padding) --windows;
-  }
+  // Where the last window may start, from the first on; below 0 where the window is larger than the padded image.
+  const int64_t room = size + 2 * padding - dilation * (taps - 1) - 1 + (ceil ? stride - 1 : 0);
+  int64_t windows = room < 0 ? 0 : room / stride + 1;
+  if (ceil && (windows - 1) * stride >= size + padding) --windows;
+  STD_TORCH_CHECK(windows >= 1, "kernel: expected no more than the padded image");
   return {taps, stride, padding, dilation, size, windows};
 }
 

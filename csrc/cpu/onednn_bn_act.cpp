@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "images.h"
+#include "windows.h"
 
 // As torch/csrc/inductor/aoti_torch/c/shim_cpu.h declares them, which cannot be included beside the stable ABI;
 // tests/test_onednn_bn_act.py compares. They are missing where torch was built without oneDNN.
@@ -28,12 +29,33 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu_mkldnn__convolution_pointwis
 namespace fused_res::cpu {
 namespace {
 
-struct Steps {
+int64_t size(const std::vector<int64_t>& pair) { return static_cast<int64_t>(pair.size()); }
+
+struct Geometry {
   const std::vector<int64_t>&padding, &stride, &dilation;
   int64_t groups;
 };
 
-int64_t size(const std::vector<int64_t>& pair) { return static_cast<int64_t>(pair.size()); }
+// The weight may be in an order of oneDNN's own, which nobody else can read.
+void check(const Tensor& x, const Tensor& weight, const Tensor& shift, const OptionalTensor& skip, const Geometry& g) {
+  check_channels_last("x", x);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && g.groups >= 1 && weight.size(0) % g.groups == 0 &&
+                      weight.size(1) * g.groups == x.size(1),
+                  "weight: expected [K, ", x.size(1), " / groups, R, S], got shape ",
+                  shape_string(weight.sizes().data(), weight.dim()));
+  check_dtype("weight", weight, x.scalar_type());
+  fused_res::check("shift", shift, {weight.size(0)}, x.scalar_type(), x);
+  STD_TORCH_CHECK(size(g.padding) == 2 && size(g.stride) == 2 && size(g.dilation) == 2,
+                  "padding, stride and dilation: expected pairs");
+  const Steps rows{weight.size(2), g.stride[0], g.padding[0], g.dilation[0], x.size(2)};
+  const Steps columns{weight.size(3), g.stride[1], g.padding[1], g.dilation[1], x.size(3)};
+  check_steps(rows);
+  check_steps(columns);
+  if (!skip) return;
+  check_channels_last("skip", *skip);
+  check_dtype("skip", *skip, x.scalar_type());
+  check_shape("skip", *skip, {x.size(0), weight.size(0), rows.windows(), columns.windows()});
+}
 
 void check_status(AOTITorchError status) {
   // The library prints what went wrong.
@@ -46,7 +68,7 @@ void apply_relu(const Tensor& image) {
            image.numel() / std::max<int64_t>(image.size(1), 1));
 }
 
-Tensor alone(const Tensor& x, const Tensor& weight, const Tensor& shift, const Steps& s) {
+Tensor alone(const Tensor& x, const Tensor& weight, const Tensor& shift, const Geometry& s) {
   AtenTensorHandle bias = shift.get(), made = nullptr;
   const char* algorithm = "";
   check_status(aoti_torch_cpu_mkldnn__convolution_pointwise(
@@ -56,7 +78,8 @@ Tensor alone(const Tensor& x, const Tensor& weight, const Tensor& shift, const S
 }
 
 // onto: whether the shortcut is written to.
-Tensor added(const Tensor& x, const Tensor& weight, const Tensor& shift, const Tensor& skip, const Steps& s, bool onto) {
+Tensor added(const Tensor& x, const Tensor& weight, const Tensor& shift, const Tensor& skip, const Geometry& s,
+             bool onto) {
   AtenTensorHandle bias = shift.get(), made = nullptr;
   double alpha = 1;
   if (onto) {
@@ -74,7 +97,8 @@ Tensor added(const Tensor& x, const Tensor& weight, const Tensor& shift, const T
 Tensor onednn_bn_act(const Tensor& x, const Tensor& weight, const Tensor& shift, const OptionalTensor& skip,
                      const std::vector<int64_t>& padding, const std::vector<int64_t>& stride,
                      const std::vector<int64_t>& dilation, int64_t groups, bool relu) {
-  const Steps steps{padding, stride, dilation, groups};
+  const Geometry steps{padding, stride, dilation, groups};
+  check(x, weight, shift, skip, steps);
   const Tensor out = skip ? added(x, weight, shift, *skip, steps, false) : alone(x, weight, shift, steps);
   if (relu) apply_relu(out);
   return out;
@@ -83,7 +107,9 @@ Tensor onednn_bn_act(const Tensor& x, const Tensor& weight, const Tensor& shift,
 void onednn_bn_act_onto(const Tensor& skip, const Tensor& x, const Tensor& weight, const Tensor& shift,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& dilation, int64_t groups, bool relu) {
-  added(x, weight, shift, skip, {padding, stride, dilation, groups}, true);
+  const Geometry steps{padding, stride, dilation, groups};
+  check(x, weight, shift, skip, steps);
+  added(x, weight, shift, skip, steps, true);
   if (relu) apply_relu(skip);
 }
 

@@ -29,12 +29,16 @@ inline int64_t elements(std::initializer_list<int64_t> sizes) {
   return total;
 }
 
-inline void check_steps(const Steps& steps) {
+inline void check_numbers(const Steps& steps) {
   constexpr int64_t most = int64_t{1} << 24;
   STD_TORCH_CHECK(steps.taps >= 1 && steps.stride >= 1 && steps.dilation >= 1 && steps.padding >= 0 && steps.size >= 1,
                   "kernel, stride and dilation: expected at least 1, and a padding of at least 0");
   STD_TORCH_CHECK(std::max({steps.taps, steps.stride, steps.dilation, steps.padding, steps.size}) <= most,
                   "kernel, stride, padding, dilation and sizes: expected at most ", most);
+}
+
+inline void check_steps(const Steps& steps) {
+  check_numbers(steps);
   STD_TORCH_CHECK(steps.size + 2 * steps.padding >= steps.dilation * (steps.taps - 1) + 1,
                   "kernel: expected no more than the padded image");
 }

@@ -83,7 +83,7 @@ def evaluated(
     with below_autograd(), no_autocast(x.device.type):  # computed as nobody watches
         out = program.run(found.programs, key, schedule, (x, skip, *found.tensors), call.backend)
     recorded = program.recorded(found.programs, key)
-    beside = None if alike is None or recorded is None else folds.beside(owner, sources)
+    beside = None if alike is None or recorded is None else folds.beside(owner, sources, found)
     if beside is not None and skip is None and not torch.is_autocast_enabled(x.device.type):
         beside[alike] = recorded, found.tensors
     return out
@@ -121,7 +121,7 @@ def _circumstances(x: Tensor) -> tuple:
 
 def _known(x: Tensor, tensors: Sequence[Tensor], numbers: tuple) -> Tensor | None:
     """The output of the operator in a call like an earlier one; None where there is none, or a tensor has changed since."""
-    for known, found in (folds.beside(None, tensors) or {}).items():
+    for known, found in list((folds.beside(None, tensors) or {}).items()):
         if known.fits(x, tensors, numbers):
             return _replayed(x, *found)
     return None

@@ -25,19 +25,27 @@ from fused_res.eligibility import is_observed, observed
 from fused_res.fusible import Fusible, labels
 from fused_res.internals import below_autograd
 from fused_res.primitives.max_pool import Pool, max_pool
-from fused_res.primitives.run import of
-from fused_res.reading import child
-from fused_res.serial import Serial
+from fused_res.primitives.run import Run, of
+from fused_res.serial import Programmed, Serial
 from fused_res.spec import CHAIN, pair
 
-_CALLED, _LEVEL = "_fused_res_called", "_fused_res_level"
+_CALLED, _MADE = "_fused_res_called", "_fused_res_made"
+"""Where a network has what its `forward` was seen to do, and what was made of that."""
 _KNOWN = {
-    "torchvision.models.resnet.ResNet": (("conv1", "bn1", "relu", "maxpool"), ()),
-    "torchvision.models._utils.IntermediateLayerGetter": (("conv1", "bn1", "relu", "maxpool"), ("return_layers",)),
-    "timm.models.resnet.ResNet": (("conv1", "bn1", "act1", "maxpool"), ()),
+    "torchvision.models.resnet.ResNet": (("conv1", "bn1", "relu", "maxpool"), ("forward", "_forward_impl"), ()),
+    "torchvision.models._utils.IntermediateLayerGetter": (
+        ("conv1", "bn1", "relu", "maxpool"),
+        ("forward",),
+        ("return_layers",),
+    ),
+    "timm.models.resnet.ResNet": (
+        ("conv1", "bn1", "act1", "maxpool"),
+        ("forward", "forward_features", "forward_head"),
+        ("grad_checkpointing",),
+    ),
 }
 """By class the children that are called one after the other (a convolution, or several with BNs and ReLUs in between, a BN, a ReLU,
-and the pooling), and dictionaries by which `forward` goes."""
+and the pooling), the methods that call them, and the attributes by which these may go."""
 _LAYERS = 3
 """How many of these the stem is."""
 
@@ -46,12 +54,13 @@ STEM = "stem"
 
 
 class Stem(Fusible, nn.Module):
-    """`relu(bn(conv(x)))`, or more of these one after the other, over children of a network."""
+    """`relu(bn(conv(x)))`, or more of these one after the other, over children of a network in evaluation mode."""
 
-    def __init__(self, anatomy: Anatomy, children: dict[str, nn.Module]) -> None:
+    def __init__(self, anatomy: Anatomy, children: dict[str, nn.Module], level: str | None) -> None:
         super().__init__()
         self._modules.update(children)
         self._anatomy, self._labels, self._containers = anatomy, labels(anatomy), containers(anatomy)
+        self._fused_res_level, self.training = level, False
 
     def forward(self, x: Tensor) -> Tensor:
         return self._call(x)
@@ -66,7 +75,7 @@ class Stem(Fusible, nn.Module):
         return self._unfused(x)
 
 
-class _Pooling(nn.Module):
+class _Pooling(Programmed):
     """A network's max pooling; where nobody takes gradients, by a kernel that does not note where the maxima are."""
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
@@ -74,22 +83,24 @@ class _Pooling(nn.Module):
         self.pool, self._programs = pool, {}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x) if self._takes(x) else self.pool(x)
+        return max_pool(x, self._numbers(), run=self._backend(x)) if self._takes(x) else self.pool(x)
 
     def program(self, x: Tensor) -> tuple[Callable, tuple[Tensor, ...]] | None:
-        """What is recorded of the pooling of such an image, and no tensors; None where that is not the kernel's."""
         if not self._takes(x):
             return None
-        key = x.shape, x.dtype
+        numbers, run = self._numbers(), self._backend(x)
+        key = numbers, x.shape, x.dtype, run.backend, program.switches(x.device.type)
         with below_autograd():
-            program.run(self._programs, key, self._run, (x,), backends.resolve(backends.AUTO, x.device, x.dtype))
+            program.run(self._programs, key, lambda image: max_pool(image, numbers, run=run), (x,), run.backend)
         recorded = program.recorded(self._programs, key)
         return None if recorded is None else (recorded, ())
 
-    def _run(self, x: Tensor) -> Tensor:
-        numbers = [pair(getattr(self.pool, name), name) for name in ("kernel_size", "stride", "padding", "dilation")]
-        name = backends.resolve(backends.AUTO, x.device, x.dtype)
-        return max_pool(x, Pool(*numbers, self.pool.ceil_mode), run=of(name))
+    def _numbers(self) -> Pool:
+        pairs = [pair(getattr(self.pool, name), name) for name in ("kernel_size", "stride", "padding", "dilation")]
+        return Pool(*pairs, self.pool.ceil_mode)
+
+    def _backend(self, x: Tensor) -> Run:
+        return of(backends.resolve(backends.AUTO, x.device, x.dtype))
 
     def _takes(self, x: Tensor) -> bool:
         """Whether there is a kernel for this image: on a CPU."""
@@ -103,22 +114,18 @@ class _Pooling(nn.Module):
 class Called(NamedTuple):
     """What a network's `forward` was seen to do: which of its children it calls one after the other.
 
-    names: those of the stem, and the pooling, if it is among them. after: those that follow. flags: the network's attributes that are
-    plain values, by which `forward` may go, and its dictionaries that matter, as they were.
+    names: those of the stem, and the pooling, if it is among them. after: those that follow. flags: the values of the attributes by
+    which it may go.
     """
 
     names: tuple[str, ...]
     after: tuple[str, ...]
-    flags: tuple[tuple[str, object], ...]
+    flags: tuple[object, ...]
 
 
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _flags(network: nn.Module) -> tuple[tuple[str, object], ...]:
-    about = _known(network)[1]
-    plain = [item for item in vars(network).items() if type(item[1]) in _PLAIN and item[0] not in ("training", _LEVEL)]
-    return *plain, *[(name, tuple(getattr(network, name).items())) for name in about]
+def _flags(network: nn.Module) -> tuple[object, ...]:
+    found = [getattr(network, name, None) for name in _known(network).flags]
+    return tuple([tuple(value.items()) if isinstance(value, dict) else value for value in found])
 
 
 class _Made:
@@ -130,23 +137,19 @@ class _Made:
         self.called, self.level = called, network._fused_res_level
         self.found = {name: modules.get(name) for name in (*called.names, *called.after)}
         anatomy = _anatomy(self.found, layers)
-        self.stem = None if anatomy is None else Stem(anatomy, {name: self.found[name] for name in layers})
+        self.stem = None if anatomy is None else Stem(anatomy, {name: self.found[name] for name in layers}, self.level)
+        self.stands_in: dict[str, nn.Module] = {}
         if self.stem is None:
             return
-        vars(self.stem)[_LEVEL] = self.level
         pooling = next((name for name in called.names[_LAYERS:] if type(self.found[name]) is nn.MaxPool2d), None)
-        parts: list[nn.Module] = [self.stem]
-        names = list(layers)
+        parts, names = [self.stem], list(layers)
         if pooling is not None:
             blocks = list(itertools.takewhile(lambda name: _are_blocks(self.found[name]), called.after))
             parts += [_Pooling(self.found[pooling]), *(self.found[name] for name in blocks)]
             names += [pooling, *blocks]
-        serial = Serial(parts, functools.partial(_modules, weakref.ref(network), self.stem, [self.found[name] for name in names]))
-        self.stands_in = {names[0]: serial, **{name: nn.Sequential() for name in names[1:]}}
-
-    def is_on_cpu(self) -> bool:
-        """Whether its weights are prepared for evaluation."""
-        return child(self.stem, self.stem._anatomy.units[0][0]).weight.is_cpu
+        children = [self.found[name] for name in names]
+        self.serial = Serial(parts, functools.partial(_modules, weakref.ref(network), self.stem, children))
+        self.stands_in = {names[0]: self.serial, **{name: nn.Sequential() for name in names[1:]}}
 
     def holds(self, network: nn.Module) -> bool:
         modules = network._modules
@@ -165,95 +168,107 @@ def _are_blocks(module: nn.Module | None) -> bool:
     return type(module) is nn.Sequential and len(module) > 0 and all(isinstance(block, Fusible) for block in module)
 
 
-_made: "weakref.WeakKeyDictionary[nn.Module, _Made]" = weakref.WeakKeyDictionary()
+class Network:
+    """What the class of a network that is fused puts before its original one."""
 
-
-class Stemmed:
-    """What the class of a network with a stem puts before its original one."""
-
-    _original: type[nn.Module]
-    _forward: Callable
+    _fused_res_original: type[nn.Module]
+    _fused_res_forward: Callable
     """The original's, as it was when it was looked at."""
-    _compared: bool
+    _fused_res_compared: bool
     """Whether it was, in this process."""
     _fused_res_level: str | None = None
 
-    def _dispatch(self, *args: object, **kwargs: object) -> object:
-        original = self._original
-        if torch.compiler.is_compiling() or original.forward is not type(self)._forward or is_observed():
+    def _fused_res_dispatch(self, *args: object, **kwargs: object) -> object:
+        original = self._fused_res_original
+        if torch.compiler.is_compiling() or len(args) != 1 or kwargs or not isinstance(args[0], Tensor) or is_observed():
             return original.forward(self, *args, **kwargs)
-        return original.forward(self._view(), *args, **kwargs)
-
-    def _view(self) -> nn.Module:
-        made = None if torch.is_grad_enabled() or self.training else _of(self)
-        if made is None or made.stem is None or not made.is_on_cpu():
-            return self
-        view = object.__new__(self._original)
-        vars(view).update(vars(self))
-        vars(view)["_modules"] = {**self._modules, **made.stands_in}
-        return view
+        return original.forward(_view(self), *args)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         found = super().__reduce_ex__(max(protocol, 2))
         if found[0] is not copyreg.__newobj__:  # the original has a way of its own
             return found
-        return (_rebuild, (self._original,), *found[2:])
+        state = {name: value for name, value in found[2].items() if name != _MADE} if isinstance(found[2], dict) else found[2]
+        return (_rebuild, (self._fused_res_original,), state, *found[3:])
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         kind = type(self)
-        if not kind._compared:
-            kind._compared = _called(as_class(self, kind._original)) == vars(self).get(_CALLED)
-            if not kind._compared:
+        if not kind._fused_res_compared:
+            kind._fused_res_compared = _called(plain(self)) == vars(self).get(_CALLED)
+            if not kind._fused_res_compared:
                 forget(self)
 
 
-def _of(network: Stemmed) -> _Made | None:
-    """None where `forward` may not be what it was any more."""
+def _view(network: Network) -> nn.Module:
+    """The network with what stands in for its children, where anything does."""
+    made = vars(network).get(_MADE)
+    if torch.is_grad_enabled() or network.training or not _is_on_cpu(network):
+        if made is not None and made.stands_in:
+            made.serial.forget()
+        return network
+    made = _of(network)
+    if made is None or not made.stands_in:
+        return network
+    view = object.__new__(network._fused_res_original)
+    vars(view).update(vars(network))
+    vars(view)["_modules"] = {**network._modules, **made.stands_in}
+    return view
+
+
+def _is_on_cpu(network: Network) -> bool:
+    """Whether its weights can be prepared for evaluation."""
     called = vars(network).get(_CALLED)
-    if called is None or called.flags != _flags(network):
+    first = None if called is None else network._modules.get(called.names[0])
+    weight = None if first is None else next(first.parameters(), None)
+    return weight is not None and weight.is_cpu
+
+
+def _of(network: Network) -> _Made | None:
+    """None where `forward` may not be what it was any more."""
+    called, kind = vars(network).get(_CALLED), network._fused_res_original
+    if called is None or called.flags != _flags(network) or not _is_librarys(kind):
         return None
-    made = _made.get(network)
+    made = vars(network).get(_MADE)
     if made is None or not made.holds(network):
-        made = _made[network] = _Made(network)
+        made = vars(network)[_MADE] = _Made(network)
     return made
 
 
-def stem_of(network: Stemmed) -> Stem | None:
-    """The stem that the network's children stand for now; None where they are none that is known."""
+def stem_of(network: Network) -> Stem | None:
+    """The stem that the network's children stand for in evaluation; None where they are none that is known."""
     made = _of(network)
-    if made is None or made.stem is None:
-        return None
-    made.stem.training = network.training  # for who asks; a call goes by its BNs' own
-    return made.stem
+    return None if made is None else made.stem
 
 
 @functools.cache
-def _stemmed_class(original: type[nn.Module], called: Callable) -> type[nn.Module]:
-    return derive(Stemmed, original, called, {})
+def _network_class(original: type[nn.Module], called: Callable) -> type[nn.Module]:
+    return derive(Network, original, called, {})
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
     """An empty network of a fused class, for pickle and copy to fill."""
-    kind = _stemmed_class(original, original.forward)
+    kind = _network_class(original, original.forward)
     return kind.__new__(kind)
 
 
 def find(module: nn.Module) -> tuple[type[nn.Module], Called] | None:
-    """The class that a network gets whose stem is fused, and what it is to `remember`; None where it has none that is known."""
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module) or _known(module) is None:
+    """The class that a network gets when it is fused, and what it is to `remember`; None where it is none that is known."""
+    if isinstance(module, torch.jit.ScriptModule) or _known(module) is None or not _is_librarys(type(module)):
+        return None
+    if any(name in vars(module) for name in _known(module).methods):
         return None
     called = _called(module)
     if called is None or _anatomy(module._modules, called.names[:_LAYERS]) is None:
         return None
-    kind = _stemmed_class(type(module), type(module).forward)
-    kind._compared = True
+    kind = _network_class(type(module), type(module).forward)
+    kind._fused_res_compared = True
     return kind, called
 
 
 def plain(module: nn.Module) -> nn.Module:
     """A module as it was before it was fused, for `find`."""
-    return as_class(module, type(module)._original) if isinstance(module, Stemmed) else module
+    return as_class(module, type(module)._fused_res_original) if isinstance(module, Network) else module
 
 
 def remember(network: nn.Module, kind: type[nn.Module], called: Called) -> None:
@@ -262,16 +277,46 @@ def remember(network: nn.Module, kind: type[nn.Module], called: Called) -> None:
     vars(network)[_CALLED] = called
 
 
-def forget(network: Stemmed) -> None:
+def forget(network: Network) -> None:
     """Give a network its original class again."""
-    vars(network).pop(_CALLED, None)
-    _made.pop(network, None)
-    network.__class__ = type(network)._original
+    for name in (_CALLED, _MADE):
+        vars(network).pop(name, None)
+    network.__class__ = type(network)._fused_res_original
 
 
-def _known(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(network).__mro__)
-    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
+class _Known(NamedTuple):
+    layers: tuple[str, ...]
+    methods: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+def _class_of(kind: type) -> type | None:
+    """The class of `_KNOWN` that this one is or comes from."""
+    return next((base for base in kind.__mro__ if f"{base.__module__}.{base.__qualname__}" in _KNOWN), None)
+
+
+def _known(network: nn.Module) -> _Known | None:
+    kind = _class_of(type(network))
+    return None if kind is None else _Known(*_KNOWN[f"{kind.__module__}.{kind.__qualname__}"])
+
+
+_methods: dict[type, dict[str, object]] = {}
+"""Of classes that are known the methods that were written where the class was."""
+
+
+def _is_librarys(kind: type) -> bool:
+    """Whether the methods that call a network's children are those that its library has."""
+    base = _class_of(kind)
+    if base not in _methods:
+        named = {name: vars(base).get(name) for name in _KNOWN[f"{base.__module__}.{base.__qualname__}"][1]}
+        _methods[base] = {name: method for name, method in named.items() if _is_written_in(method, base.__module__)}
+    kept = _methods[base]
+    names = _KNOWN[f"{base.__module__}.{base.__qualname__}"][1]
+    return all(name in kept and getattr(kind, name, None) is kept[name] for name in names)
+
+
+def _is_written_in(method: object, module: str) -> bool:
+    return getattr(method, "__globals__", {}).get("__name__") == module
 
 
 def _anatomy(found: dict[str, nn.Module | None], names: tuple[str, ...]) -> Anatomy | None:
@@ -302,9 +347,9 @@ def _called(network: nn.Module) -> Called | None:
             graph = _Tracer().trace(view)
         except Exception:  # whatever a forward may do when it is given no tensor
             return None
-        found.append(_in_order(graph, _known(network)[0]))
+        found.append(_in_order(graph, _known(network).layers))
     chain = [a for a, b in itertools.takewhile(lambda two: two[0] == two[1], zip(*found, strict=False))]
-    count = len([name for name in chain if name in _known(network)[0]])
+    count = len([name for name in chain if name in _known(network).layers])
     return None if count < _LAYERS else Called(tuple(chain[:count]), tuple(chain[count:]), _flags(network))
 
 
