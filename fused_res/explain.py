@@ -15,17 +15,17 @@ from fused_res.block.casting import with_dtype
 from fused_res.block.dry_run import by_formula, convolutions, saved_bytes, steps
 from fused_res.block.evaluation import arithmetic, places
 from fused_res.block.validate import compute_dtype
-from fused_res.fusible import Fusible
 from fused_res.functional import is_inductors
+from fused_res.fusible import Fusible
 from fused_res.fusing import find
 from fused_res.internals import tree_leaves
+from fused_res.network import STEM, Network, stem_of
 from fused_res.notices import without_compiled
 from fused_res.primitives.choice import StepCall, choose, has_step, settled_step
 from fused_res.primitives.conv_bn_act import who
 from fused_res.primitives.run import of
 from fused_res.reading import child
 from fused_res.spec import Block
-from fused_res.network import STEM, Network, stem_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     evaluated = planner.evaluation_level(parts, dtype, backend, block._fused_res_level)
     if evaluated is not None and not block.training:
         if compiled and is_inductors(dtype):
-            return Row(*what, planner.EAGER, None, shortcut.kind, (), (), "Inductor freezes its weights: it prepares the same convolutions")
+            return Row(
+                *what, planner.EAGER, None, shortcut.kind, (), (), "Inductor freezes its weights: it prepares the same convolutions"
+            )
         return Row(*what, backend, evaluated, shortcut.kind, units, _prepared(x, parts, units, backend), shortcut.reason)
     run = []
     for unit, call in convolutions(x, block._scale(), parts, level, backend, block.training):

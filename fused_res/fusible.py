@@ -220,14 +220,13 @@ class Fusible:
             if known is not None:
                 return rerun(known, x, read.laid, read.scale, self)
         reason = self._passing_reason(x)
-        if reason is None:
-            if read is None:
-                reason = self.standing_reason()
-                if reason is None:
-                    read = self._reading(self._shortcut())
-                    kept = read._replace(seen=[])
-                    if not read.laid.block.given and standing.keep(self, kept):
-                        read = kept
+        if reason is None and read is None:
+            reason = self.standing_reason()
+            if reason is None:
+                read = self._reading(self._shortcut())
+                kept = read._replace(seen=[])
+                if not read.laid.block.given and standing.keep(self, kept):
+                    read = kept
         reason = reason or self._input_reason(x, read.frozen)
         return self._run(x, read, self._fused_res_level) if reason is None else self._run_modules(x, reason)
 

@@ -354,8 +354,8 @@ def _called(network: nn.Module) -> Called | None:
 
 
 def _in_order(graph: fx.Graph, known: tuple[str, ...]) -> list[str]:
-    """The children that are called one after the other, these first, each with nothing but what the one before it returned, which goes
-    nowhere else. None of them is called twice, and nothing else of it is read.
+    """The children that are called one after the other, these first. Each gets nothing but what the one before it returned, and that
+    goes nowhere else; none is called twice, and nothing else of it is read.
     """
     calls = [node for node in graph.nodes if node.op == "call_module"]
     often = Counter(str(node.target) for node in calls)

@@ -19,8 +19,10 @@ from fused_res.layout import in_layout, is_channels_last, nhwc
 
 _FIRST = 4
 """The call, of those that look alike, at which their programs are put together: by then each block has its own."""
+_TRIES = 4
+"""Calls at which that is tried, since other threads may be making these calls as well."""
 _AGAIN = 64
-"""Calls after which that is tried once more, where it could not be done."""
+"""Calls after which it is tried once more, where it could not be done."""
 _MOST = 4
 """Sizes of images, or layouts, for which that is kept."""
 _MOST_SEEN = 64
@@ -72,10 +74,7 @@ class _Together:
         """Whether nothing has changed."""
         if not self._standing.holds() or not self._sources.are_unchanged():
             return False
-        for block in self._kinds:
-            if not block._is_as_it_was():
-                return False
-        return True
+        return all(block._is_as_it_was() for block in self._kinds)
 
     def run(self, x: Tensor) -> Tensor | None:
         """What they make of x; None where Python is to call them, for an error's words."""
@@ -98,12 +97,13 @@ class Serial(nn.Module):
         self._together: tuple[_Together, ...] = ()
         self._seen: dict[Hashable, tuple[int, bool]] = {}
         """By looks: how often, and the layout of what was made of the first."""
-        self._lock = threading.Lock()
+        self._lock, self._forgotten = threading.Lock(), 0
         folds.tell(self)
 
     def forget(self, tensors: set[int] | None = None) -> None:
         """Let go of what follows from one of these tensors, given by their identities, or of all."""
         with self._lock:
+            self._forgotten += 1
             kept = () if tensors is None else tuple([t for t in self._together if not t.follows_from(tensors)])
             if len(kept) < len(self._together):
                 self._together, self._seen = kept, {}
@@ -129,7 +129,8 @@ class Serial(nn.Module):
             self._seen[key] = 1, out.dim() == 4 and is_channels_last(out)
             return out
         # Between blocks other layouts would only cost copies.
-        put_together = self._put_together if (count + 1 - _FIRST) % _AGAIN == 0 else self._one_by_one
+        after = count + 1 - _FIRST
+        put_together = self._put_together if 0 <= after < _TRIES or after % _AGAIN == 0 else self._one_by_one
         return in_layout(put_together(nhwc(x), x, channels_last), channels_last)
 
     def _drop(self, together: _Together) -> None:
@@ -144,7 +145,7 @@ class Serial(nn.Module):
 
     def _put_together(self, x: Tensor, given: Tensor, channels_last: bool) -> Tensor:
         """Called one by one, with a look at each one's program. given: x as it came."""
-        modules, parts = self._list_modules(), []
+        forgotten, modules, parts = self._forgotten, self._list_modules(), []
         for part in self._parts:
             plain = type(part) is nn.Sequential and observed("", part) is None
             parts += part if plain else (part,)
@@ -156,7 +157,8 @@ class Serial(nn.Module):
         edited = any(isinstance(value, list) for module in modules[1:] for value in vars(module).values())
         if not edited and together.take(found):
             with self._lock:
-                self._together = (*self._together[1 - _MOST :], together)
+                if forgotten == self._forgotten:
+                    self._together = (*self._together[1 - _MOST :], together)
         return x
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fresh import Fresh
 import torchvision_operators
 from fused_res import backends, use_backend
 from fused_res.backends import native
+from fused_res.block import lowered
 
 # cuBLAS reads it when it starts; without it PyTorch takes no product of matrices for deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -234,3 +236,16 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, "plain", counting)
     with use_backend("reference", level="bn_act"):
         yield count
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """A list that grows by every call of a network that is one call of the compiled library."""
+    found, plain = [], lowered.run_programs
+
+    def run(*arguments):
+        found.append(threading.get_ident())
+        return plain(*arguments)
+
+    monkeypatch.setattr(lowered, "run_programs", run)
+    return found

@@ -1,4 +1,4 @@
-"""Networks that are fused: the same numbers, whatever is done to their layers, and only where these are called one after the other."""
+"""Networks that are fused: the same numbers whatever is done to their layers, and only where these are called in order."""
 
 import copy
 import gc
@@ -9,11 +9,11 @@ import weakref
 
 import pytest
 import torch
-import torchvision_operators
 from compare import same, within
 from torch import nn
 
 import fused_res
+import torchvision_operators
 from fused_res import explain, fuse, network, refresh, unfuse
 
 torchvision_operators.load()
