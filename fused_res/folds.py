@@ -248,7 +248,8 @@ def beside(owner: object | None, tensors: Sequence[Tensor] = (), made: object = 
     """A place beside what is kept for an owner, which is let go with it; None where nothing is kept, or a tensor has changed.
 
     Whoever asks has seen that they are still the same tensors, in the same strides; without an owner, that they are in the same
-    strides if these are the same. made: what has to be among what is kept, if anything has: another thread may have written.
+    strides if these are the same. made: what has to be among what is kept, for who puts something there: another thread may have
+    written since. Who gives none looks for what is there.
     """
     fold = _folds.get(id(owner) if owner is not None else _weights(tensors))
     if fold is None or not fold.made or not fold.sources.are_unchanged():
@@ -257,6 +258,10 @@ def beside(owner: object | None, tensors: Sequence[Tensor] = (), made: object = 
         return None
     if made is not None and not any(kept is made for kept in list(fold.made.values())):
         return None
+    if made is None and not fold.used:
+        fold.used = True
+        for call, _ in list(fold.calls.values()):
+            _wasted.pop(id(call), None)
     if len(fold.beside) >= _MOST_CALLS:
         fold.beside.clear()
     return fold.beside

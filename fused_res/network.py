@@ -31,21 +31,26 @@ from fused_res.spec import CHAIN, pair
 
 _CALLED, _MADE = "_fused_res_called", "_fused_res_made"
 """Where a network has what its `forward` was seen to do, and what was made of that."""
+
+
+class _Known(NamedTuple):
+    """layers: the children that are called one after the other: a convolution, or several with BNs and ReLUs in between, a BN, a
+    ReLU, and the pooling. methods: those that call them. flags: the attributes by which these may go.
+    """
+
+    layers: tuple[str, ...]
+    methods: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+_RESNET = ("conv1", "bn1", "relu", "maxpool")
 _KNOWN = {
-    "torchvision.models.resnet.ResNet": (("conv1", "bn1", "relu", "maxpool"), ("forward", "_forward_impl"), ()),
-    "torchvision.models._utils.IntermediateLayerGetter": (
-        ("conv1", "bn1", "relu", "maxpool"),
-        ("forward",),
-        ("return_layers",),
-    ),
-    "timm.models.resnet.ResNet": (
-        ("conv1", "bn1", "act1", "maxpool"),
-        ("forward", "forward_features", "forward_head"),
-        ("grad_checkpointing",),
+    "torchvision.models.resnet.ResNet": _Known(_RESNET, ("forward", "_forward_impl")),
+    "torchvision.models._utils.IntermediateLayerGetter": _Known(_RESNET, ("forward",), ("return_layers",)),
+    "timm.models.resnet.ResNet": _Known(
+        ("conv1", "bn1", "act1", "maxpool"), ("forward", "forward_features", "forward_head"), ("grad_checkpointing",)
     ),
 }
-"""By class the children that are called one after the other (a convolution, or several with BNs and ReLUs in between, a BN, a ReLU,
-and the pooling), the methods that call them, and the attributes by which these may go."""
 _LAYERS = 3
 """How many of these the stem is."""
 
@@ -284,35 +289,30 @@ def forget(network: Network) -> None:
     network.__class__ = type(network)._fused_res_original
 
 
-class _Known(NamedTuple):
-    layers: tuple[str, ...]
-    methods: tuple[str, ...]
-    flags: tuple[str, ...]
-
-
-def _class_of(kind: type) -> type | None:
-    """The class of `_KNOWN` that this one is or comes from."""
-    return next((base for base in kind.__mro__ if f"{base.__module__}.{base.__qualname__}" in _KNOWN), None)
+@functools.cache
+def _class_of(kind: type) -> tuple[type, _Known] | None:
+    """The class of `_KNOWN` that this one is or comes from, and what is known of it."""
+    named = ((base, _KNOWN.get(f"{base.__module__}.{base.__qualname__}")) for base in kind.__mro__)
+    return next((found for found in named if found[1] is not None), None)
 
 
 def _known(network: nn.Module) -> _Known | None:
-    kind = _class_of(type(network))
-    return None if kind is None else _Known(*_KNOWN[f"{kind.__module__}.{kind.__qualname__}"])
+    found = _class_of(type(network))
+    return None if found is None else found[1]
 
 
-_methods: dict[type, dict[str, object]] = {}
-"""Of classes that are known the methods that were written where the class was."""
+@functools.cache
+def _own_methods(base: type) -> tuple[object, ...]:
+    """Those of a class that is known, as they were when they were first asked for; None where one is not its library's own."""
+    methods = [vars(base).get(name) for name in _class_of(base)[1].methods]
+    return tuple([method if _is_written_in(method, base.__module__) else None for method in methods])
 
 
 def _is_librarys(kind: type) -> bool:
     """Whether the methods that call a network's children are those that its library has."""
-    base = _class_of(kind)
-    if base not in _methods:
-        named = {name: vars(base).get(name) for name in _KNOWN[f"{base.__module__}.{base.__qualname__}"][1]}
-        _methods[base] = {name: method for name, method in named.items() if _is_written_in(method, base.__module__)}
-    kept = _methods[base]
-    names = _KNOWN[f"{base.__module__}.{base.__qualname__}"][1]
-    return all(name in kept and getattr(kind, name, None) is kept[name] for name in names)
+    base, known = _class_of(kind)
+    pairs = zip(known.methods, _own_methods(base), strict=True)
+    return all(method is not None and getattr(kind, name, None) is method for name, method in pairs)
 
 
 def _is_written_in(method: object, module: str) -> bool:
@@ -354,8 +354,8 @@ def _called(network: nn.Module) -> Called | None:
 
 
 def _in_order(graph: fx.Graph, known: tuple[str, ...]) -> list[str]:
-    """The children that are called one after the other, these first. Each gets nothing but what the one before it returned, and that
-    goes nowhere else; none is called twice, and nothing else of it is read.
+    """The children that are called one after the other, these first. Each gets nothing but what the one before it returned, and
+    that goes nowhere else; none is called twice, and nothing else of it is read.
     """
     calls = [node for node in graph.nodes if node.op == "call_module"]
     often = Counter(str(node.target) for node in calls)

@@ -146,9 +146,10 @@ def test_the_relu_is_torchs_with_every_instruction_set(capability, dtype, channe
     linear = torch.ops.fused_res.onednn_bn_act(x, weight, shift, None, *geometry, False)
     assert channels == 1 or linear.isnan().any()
     same(torch.ops.fused_res.onednn_bn_act(x, weight, shift, None, *geometry, True), torch.relu(linear), nan=True)
-    onto = torch.zeros_like(x)
-    torch.ops.fused_res.onednn_bn_act_(onto, x, weight, shift, *geometry, True)
-    same(onto, torch.relu(linear), nan=True)
+    onto = [torch.zeros_like(x), torch.zeros_like(x)]
+    for out, relu in zip(onto, (False, True), strict=True):
+        torch.ops.fused_res.onednn_bn_act_(out, x, weight, shift, *geometry, relu)
+    same(onto[1], torch.relu(onto[0]), nan=True)
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=str)
