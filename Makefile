@@ -70,7 +70,7 @@ bench: $(RUNS)
 # Both layouts of eager: by what these differ a network's output is judged.
 EAGER = 'eager NCHW' 'eager channels_last'
 SERVERS = $(EAGER) 'torch.compile freezing' 'ONNX Runtime' OpenVINO fused_res 'fused_res compiled freezing'
-SERVING = $(BIN)/python -m fused_res bench --resume --output benchmarks/results/serving
+SERVING = $(BIN)/python -m fused_res bench --resume --keep-memory --output benchmarks/results/serving
 
 serving: $(RUNS)
 	@$(BIN)/python -c 'import onnxruntime, openvino' || $(PIP) --editable ".[bench,peers]"

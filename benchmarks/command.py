@@ -23,6 +23,7 @@ def add_arguments(bench: argparse.ArgumentParser, device: Callable, positive: Ca
     bench.add_argument("--batch", nargs="+", type=positive, help="one or several; default: 16 64 256 on a GPU, 8 on the CPU")
     bench.add_argument("--rounds", type=positive, default=30, help="interleaved rounds (default 30)")
     bench.add_argument("--time-budget", type=float, metavar="SECONDS", help="for the timings; may cut the rounds to no less than 5")
+    bench.add_argument("--keep-memory", action="store_true", help="have glibc's malloc keep what is freed, for all peers alike")
     bench.add_argument("--stop-after", type=float, metavar="SECONDS", help="begin no further case; exit code 3, --resume goes on")
     bench.add_argument("--peers", nargs="+", metavar="NAME", help=f"of: {', '.join(REGISTRY)}; or all; default: by device and mode")
     bench.add_argument(
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
         resume=options.resume,
         stop_after=options.stop_after,
         cases=options.cases,
+        keep_memory=options.keep_memory,
     ).resolved()
     try:
         document = suite.run(asked)

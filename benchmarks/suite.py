@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fused_res import check, environment
-from fused_res.benchmarks import ceiling, digits, plot, results
+from fused_res.benchmarks import ceiling, digits, heap, plot, results
 from fused_res.benchmarks.cases import BATCHES, SUITES
 from fused_res.benchmarks.clocks import Clock, clock_for
 from fused_res.benchmarks.peers import REGISTRY, DeviceLostError, Setup, level_peer, usual
@@ -28,7 +28,8 @@ ALL = "all"
 class Options:
     """`time_budget` [s] is for the timings; it may cut the rounds, never below `runner.MIN_ROUNDS`. After `stop_after` [s] no
     further case is begun, but one. `levels` adds a peer for each, fused_res at that level. `cases` leaves the others of the
-    suite to further runs, which resume this one. None for a default by device.
+    suite to further runs, which resume this one. `keep_memory` has malloc keep what is freed, for all peers. None for a default by
+    device.
     """
 
     suite: str = "quick"
@@ -44,6 +45,7 @@ class Options:
     resume: bool = False
     stop_after: float | None = None
     cases: Sequence[str] | None = None
+    keep_memory: bool = False
 
     def resolved(self) -> "Options":
         """With every None that has a default replaced by it."""
@@ -68,6 +70,8 @@ class Options:
         parts += ["--batch " + " ".join(map(str, self.batches)), f"--rounds {self.rounds}"]
         if self.time_budget is not None:
             parts.append(f"--time-budget {self.time_budget:g}")
+        if self.keep_memory:
+            parts.append("--keep-memory")
         if self.peers != usual(self.device, self.mode):
             parts.append("--peers " + " ".join(f"'{name}'" for name in self.peers))
         return " ".join(parts)
@@ -113,7 +117,10 @@ def run(options: Options) -> dict:
         agreement.NoOracleError: eager does not run in a case. Cases before it are in the file.
         console.MissingPackageError: a package of the extra `bench` is missing.
         results.StaleResultError: the file to resume is of another run.
+        ValueError: memory is to be kept, and this malloc cannot be told.
     """
+    if options.keep_memory and not heap.keep_freed():
+        raise ValueError("keep_memory: this malloc cannot be told")
     options = options.resolved()
     for module, package in (
         ("rich", None),
