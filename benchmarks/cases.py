@@ -1,6 +1,6 @@
 """What is measured: one table of residual blocks and networks, shared by the command, the tests and pytest-benchmark."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -149,6 +149,24 @@ class Case:
         return tuple(tensor.to(dtype).contiguous(memory_format=memory_format) for tensor in (x, grad))
 
 
+class ResNet(nn.Module):
+    """Stem, blocks, pooling, classifier, in the order of its children: torchvision's ResNet with our blocks, without torchvision."""
+
+    fused_res_stem = ("conv1", "bn1", "relu", "maxpool")
+
+    def __init__(self, blocks: Sequence[ResidualBlock], kind: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(*blocks)
+        channels = (blocks[-1].bn2 if kind == "basic" else blocks[-1].bn3).num_features
+        self.avgpool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.flatten(self.avgpool(self.blocks(x))))
+
+
 @dataclass(frozen=True)
 class Network:
     """A ResNet for 1000 classes; `layers` blocks in its four stages. Blocks that recur are one case."""
@@ -182,12 +200,7 @@ class Network:
                 yield Case(f"{name}.identity", self.kind, inplanes, planes, size, 1, *shape), further
 
     def module(self) -> nn.Module:
-        """Stem, blocks, pooling, classifier: torchvision's ResNet with our blocks."""
-        layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-        for case, count in self.blocks():
-            layers += [case.module() for _ in range(count)]
-        channels = layers[-1].bn2.num_features if self.kind == "basic" else layers[-1].bn3.num_features
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+        return ResNet([case.module() for case, count in self.blocks() for _ in range(count)], self.kind)
 
     def build(self, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device, seed: int = 0) -> nn.Module:
         """As `Case.build`, but the last gamma of every block is small, as in a network that trains well.
@@ -196,7 +209,7 @@ class Network:
         """
         network = randomise(self.module(), seed)
         with torch.no_grad():
-            for block in (child for child in network if isinstance(child, ResidualBlock)):
+            for block in network.blocks:
                 getattr(block, f"bn{block.depth}").weight.mul_(LAST_GAMMA)
         return convert(network, dtype, memory_format, device)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_res.benchmarks.agreement import quantities, relative_error, tolerance, unit_roundoff
+from fused_res.benchmarks.cases import ResNet
 from fused_res.benchmarks.peers import CannotRunError, Peer, Setup, block_peer, eager, register
 from fused_res.modules import ResidualBlock
 
@@ -49,8 +50,8 @@ class _Graph:
         """The nodes of a layer or a block."""
         if isinstance(module, ResidualBlock):
             return self.block(module, x)
-        if isinstance(module, nn.Sequential):
-            for child in module:
+        if isinstance(module, nn.Sequential | ResNet):  # whose children are called in their order
+            for child in module.children():
                 x = self.layer(child, x)
             return x
         if isinstance(module, nn.Conv2d):

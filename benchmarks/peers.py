@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_res import explain, internals, planner, use_backend
+from fused_res import explain, fuse, internals, planner, use_backend
 from fused_res.benchmarks.cases import Case, Network
 
 MODES = {
@@ -303,8 +303,9 @@ def _said(ran: Iterable[tuple[str, str | None]]) -> str:
 
 @register(OURS)
 def fused(setup: Setup) -> Peer:
-    """The block as fused_res runs it by itself, in channels_last."""
+    """The block as fused_res runs it by itself, in channels_last, or the network that `fuse` was called with."""
     module = setup.module("channels_last")
+    module = fuse(module) if setup.case.is_network else module
     return block_peer(setup, module, "channels_last", backend=_said(_ran_as(setup, module)))
 
 

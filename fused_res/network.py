@@ -51,6 +51,8 @@ _KNOWN = {
         ("conv1", "bn1", "act1", "maxpool"), ("forward", "forward_features", "forward_head"), ("grad_checkpointing",)
     ),
 }
+PROTOCOL = "fused_res_stem"
+"""The attribute by which a class of networks names such layers."""
 _LAYERS = 3
 """How many of these the stem is."""
 
@@ -291,9 +293,13 @@ def forget(network: Network) -> None:
 
 @functools.cache
 def _class_of(kind: type) -> tuple[type, _Known] | None:
-    """The class of `_KNOWN` that this one is or comes from, and what is known of it."""
-    named = ((base, _KNOWN.get(f"{base.__module__}.{base.__qualname__}")) for base in kind.__mro__)
-    return next((found for found in named if found[1] is not None), None)
+    """The class of `_KNOWN`, or that says so itself, that this one is or comes from, and what is known of it."""
+    for base in kind.__mro__:
+        said = vars(base).get(PROTOCOL)
+        known = _KNOWN.get(f"{base.__module__}.{base.__qualname__}") if said is None else _Known(tuple(said), ("forward",))
+        if known is not None:
+            return base, known
+    return None
 
 
 def _known(network: nn.Module) -> _Known | None:

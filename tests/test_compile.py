@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from blocks import Eager, assert_same, eager, image, make, step
-from fused_res import fuse, internals, use_backend
+from fused_res import explain, fuse, internals, use_backend
 
 
 def recorder(graphs):
@@ -110,6 +110,24 @@ def test_a_fused_network_is_evaluated_in_one_graph_with_a_second_for_other_batch
         with dynamo.config.patch(error_on_recompile=True):
             for n in (3, 2, 5):
                 compare(n)
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize("kind", ["identity", "projection"])
+def test_frozen_graphs_in_sixteen_bits_have_torchs_convolutions(dynamo, kind, freezing):
+    block = make(kind).eval().to(torch.bfloat16)
+    x, graphs = image(block).to(torch.bfloat16), []
+
+    def keep(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    with torch.no_grad(), internals.freezing() if freezing else nullcontext():
+        found = torch.compile(block, backend=keep, fullgraph=True)(x)
+        row = explain(torch.compile(block), x).rows[0]
+    assert any("block_evaluation" in name for name in graphs[0]) == (not freezing)
+    assert (row.backend, row.level) == (("eager", None) if freezing else ("native", "epilogue"))
+    torch.testing.assert_close(found.double(), eager(block).double()(x.double()), rtol=0.05, atol=0.1)
 
 
 def test_use_backend_around_a_compiled_block_takes_effect_and_ends(dynamo):

@@ -248,6 +248,36 @@ class Named(ResNet):
         return "view"
 
 
+class Saying(nn.Module):
+    """A network of nobody's library, which names its layers."""
+
+    fused_res_stem = ("first", "norm", "act", "pool")
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 64, 3, 2, 1), nn.BatchNorm2d(64)
+        self.act, self.pool = nn.ReLU(), nn.MaxPool2d(2)
+        self.body = nn.Sequential(fused_res.BasicBlock(64, 64), BasicBlock(64, 64))
+
+    def forward(self, x):
+        return self.body(self.pool(self.act(self.norm(self.first(x))))).mean((2, 3))
+
+
+class SayingWrong(Saying):
+    def forward(self, x):
+        return super().forward(self.norm(self.first(x)).relu()[:, :3])
+
+
+def test_a_class_may_name_its_layers(runs):
+    net, x = drawn(Saying, torch.float32).eval(), images(torch.float32)
+    fused = fuse(copy.deepcopy(net))
+    with torch.no_grad():
+        for _ in range(6):
+            within(fused(x), net(x), 1e-4)
+    assert len(runs) == 2
+    assert type(fuse(drawn(SayingWrong))) is SayingWrong
+
+
 def test_what_a_class_that_is_derived_has_beside_stays_its_own():
     net = drawn(lambda: Named(BasicBlock, [1, 1, 1, 1])).eval()
     fused = fuse(copy.deepcopy(net))
