@@ -150,7 +150,7 @@ class Case:
 
 
 class ResNet(nn.Module):
-    """Stem, blocks, pooling, classifier, in the order of its children: torchvision's ResNet with our blocks, without torchvision."""
+    """torchvision's ResNet with our blocks: stem, blocks, pooling and classifier, which it calls in the order of its children."""
 
     fused_res_stem = ("conv1", "bn1", "relu", "maxpool")
 

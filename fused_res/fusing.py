@@ -107,9 +107,9 @@ def fuse(model: M, *, filter: Callable[[nn.Module, str], bool] | None = None, le
 
     A torchvision or timm ResNet with such blocks is fused itself, too, where its `forward`, traced, calls its layers one after the
     other: in evaluation without gradients, on a CPU, the convolution, BN, ReLU and pooling in front of the blocks run on prepared
-    weights as the blocks do, and all of these as one call. Else, and under torch.compile, its layers are called as they are. A network
-    of another class is fused like that if the class names these layers, as `fused_res_stem = ("conv1", "bn1", "relu", "maxpool")`, and
-    its `forward` always calls them one after the other.
+    weights as the blocks do, and all of these as one call. Else, and under torch.compile, its layers are called as they are. A
+    network of another class is fused like that if the class names these layers, as `fused_res_stem = ("conv1", "bn1", "relu",
+    "maxpool")`, and its `forward` always calls them one after the other.
 
     Modules, parameters, buffers, their names, state dicts, hooks and optimisers stay the same objects. A fused block's class is
     derived from its original one. Models can be copied, pickled, compiled, exported, scripted, traced and sharded, fused or not; a
