@@ -15,6 +15,7 @@ from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments
 from fused_res.call import Laid, lay, prepare
 from fused_res.eligibility import acts, is_traced
+from fused_res.primitives import library
 from fused_res.primitives.move_statistics import Move, move_statistics
 from fused_res.primitives.run import PLAIN
 from fused_res.primitives.run import of as run_of
@@ -96,12 +97,14 @@ def is_transformed() -> bool:
     return internals.is_dual() or internals.is_transformed()
 
 
+@internals.constant_result
 def is_inductors(dtype: torch.dtype) -> bool:
     """Whether a graph without gradients has a block on a CPU in torch's own operators: where Inductor freezes weights, in 16 bits.
 
-    There all convolutions are the library's, which Inductor prepares as we do, and fuses with what stands around the block.
+    Where the CPU has the library's convolutions for these, all are the library's: Inductor prepares them as we do, and fuses them with
+    what stands around the block.
     """
-    return dtype.itemsize == 2 and internals.is_freezing()
+    return dtype.itemsize == 2 and internals.is_freezing() and library.fuses(dtype)
 
 
 def _parts(

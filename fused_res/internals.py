@@ -152,7 +152,6 @@ def fused_convolution() -> tuple[Callable, Callable, Callable, Callable] | None:
     return mkldnn._reorder_convolution_weight.default, pointwise.default, pointwise.binary, mkldnn._convolution_pointwise_.binary
 
 
-@constant_result
 def is_freezing() -> bool:
     """Whether Inductor takes weights for constants where gradients are off (`torch._inductor.config.freezing`)."""
     config = sys.modules.get("torch._inductor.config")
