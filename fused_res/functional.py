@@ -101,8 +101,8 @@ def is_transformed() -> bool:
 def is_inductors(dtype: torch.dtype) -> bool:
     """Whether a graph without gradients has a block on a CPU in torch's own operators: where Inductor freezes weights, in 16 bits.
 
-    Where the CPU has the library's convolutions for these, all are the library's: Inductor prepares them as we do, and fuses them with
-    what stands around the block.
+    Where the CPU has the library's convolutions for these, all are the library's: Inductor prepares them as we do, and fuses them
+    with what stands around the block.
     """
     return dtype.itemsize == 2 and internals.is_freezing() and library.fuses(dtype)
 
