@@ -18,6 +18,7 @@ from fused_res.block.validate import compute_dtype
 from fused_res.functional import is_inductors
 from fused_res.fusible import Fusible
 from fused_res.fusing import find
+from fused_res.geometry import numbers_of
 from fused_res.internals import tree_leaves
 from fused_res.network import STEM, Network, stem_of
 from fused_res.notices import without_compiled
@@ -144,7 +145,8 @@ def _row(name: str, block: nn.Module, x: Tensor, compiled: bool) -> Row:
     units = tuple(conv for conv, _ in block._anatomy.units) + ((shortcut.names.split("/")[0],) if shortcut.names else ())
     evaluated = planner.evaluation_level(parts, dtype, backend, block._fused_res_level)
     if evaluated is not None and not block.training:
-        if compiled and is_inductors(dtype):
+        asked = block._fused_res_level is not None or planner.forced() is not None
+        if compiled and not asked and is_inductors(dtype, numbers_of(x, parts)):
             return Row(
                 *what, planner.EAGER, None, shortcut.kind, (), (), "Inductor freezes its weights: it prepares the same convolutions"
             )

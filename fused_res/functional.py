@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_res import again, folds, internals, planner, reference
 from fused_res.again import Again
+from fused_res.backends import native
 from fused_res.block.casting import as_dtype, present, with_dtype
 from fused_res.block.evaluated import block_evaluation, evaluated, evaluated_again
 from fused_res.block.exported import block_exported
@@ -15,6 +16,7 @@ from fused_res.block.prepared import Prepared
 from fused_res.block.validate import check_arguments
 from fused_res.call import Laid, lay, prepare
 from fused_res.eligibility import acts, is_traced
+from fused_res.geometry import Geometry, numbers_of
 from fused_res.primitives import library
 from fused_res.primitives.move_statistics import Move, move_statistics
 from fused_res.primitives.run import PLAIN
@@ -98,13 +100,20 @@ def is_transformed() -> bool:
 
 
 @internals.constant_result
-def is_inductors(dtype: torch.dtype) -> bool:
-    """Whether a graph without gradients has a block on a CPU in torch's own operators: where Inductor freezes weights, in 16 bits.
+def is_inductors(dtype: torch.dtype, numbers: tuple | None) -> bool:
+    """Whether a graph without gradients has a block on a CPU, for which nobody has asked for a backend or a level, in torch's own
+    operators.
 
-    Where the CPU has the library's convolutions for these, all are the library's: Inductor prepares them as we do, and fuses them
-    with what stands around the block.
+    That is where Inductor freezes weights, and so prepares the library's convolutions as we do and fuses them with what stands
+    around the block: in 16 bits, in which all convolutions are the library's, and where ours would not pay for the operator's call.
+
+    Args:
+        dtype: what the block computes in.
+        numbers: of `fused_res.geometry.numbers_of`.
     """
-    return dtype.itemsize == 2 and internals.is_freezing() and library.fuses(dtype)
+    if numbers is None or not internals.is_freezing() or not library.fuses(dtype):
+        return False
+    return dtype != torch.float32 or not native.pays_in_frozen_graph(Geometry.from_numbers(numbers))
 
 
 def _parts(
@@ -155,7 +164,8 @@ def run(
     block, whose shortcut is not given; this one, which is like none of them, joins them.
     """
     call, save = prepare(x, laid, skip, residual_scale, names, level), _saves(x, laid, skip, residual_scale)
-    found, called = _run(x, laid, skip, residual_scale, call, save, owner)
+    asked = level is not None or planner.forced() is not None
+    found, called = _run(x, laid, skip, residual_scale, call, save, owner, asked=asked)
     if seen is not None and not call.watched:
         replayed = None if called is None or not save else called.program(x, None, residual_scale, laid.present)
         looks = laid.held if residual_scale is None else (residual_scale, *laid.held)
@@ -187,10 +197,11 @@ def _run(
     save: bool,
     owner: object | None,
     known: Again | None = None,
+    asked: bool = False,
 ) -> tuple[tuple[Tensor, list[Tensor]], Called | None]:
     """The block's output and what was saved; and how the operator was called, if it has computed them, of uncast tensors.
 
-    known: the earlier call that this one is like.
+    known: the earlier call that this one is like. asked: whether somebody has asked for a backend or a level.
     """
     block, tensors = laid.block, laid.present
     if call.given:
@@ -203,7 +214,7 @@ def _run(
             if out is not None:
                 return (out, []), None
     if call.watched and call.evaluates and not save and not internals.is_exporting():
-        if is_inductors(call.dtype):
+        if not asked and is_inductors(call.dtype, numbers_of(x, block)):
             x, skip, block = as_dtype(x, call.dtype), as_dtype(skip, call.dtype), with_dtype(block, call.dtype)
             shortcut = skip if call.given else block.projection
             options = {"pool": block.pool, "residual_scale": residual_scale, "form": block.form}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fused_res
 from blocks import Eager, assert_same, eager, image, make, step
 from fused_res import explain, fuse, internals, use_backend
 from fused_res.primitives import library
@@ -113,23 +114,40 @@ def test_a_fused_network_is_evaluated_in_one_graph_with_a_second_for_other_batch
                 compare(n)
 
 
+FROZEN = {
+    # kind, dtype, width, height and width of images, what has been asked for: whether Inductor has it
+    "16 bits": ("identity", torch.bfloat16, 32, 20, None, True),
+    "16 bits, asked for": ("identity", torch.bfloat16, 32, 20, "native", False),
+    "3x3, many pixels": ("identity", torch.float32, 32, 20, None, False),
+    "3x3, few pixels": ("identity", torch.float32, 32, 8, None, True),
+    "3x3, few pixels, asked for": ("identity", torch.float32, 32, 8, "native", False),
+    "3x3, few channels": ("identity", torch.float32, 16, 20, None, True),
+    "strided": ("projection", torch.float32, 32, 40, None, True),
+}
+
+
 @pytest.mark.parametrize("freezing", [False, True])
-@pytest.mark.parametrize("kind", ["identity", "projection"])
-def test_frozen_graphs_in_sixteen_bits_have_torchs_convolutions(dynamo, kind, freezing):
-    block = make(kind).eval().to(torch.bfloat16)
-    x, graphs = image(block).to(torch.bfloat16), []
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_graphs_have_torchs_convolutions_where_ours_do_not_pay(dynamo, case, freezing):
+    kind, dtype, width, size, asked, inductors = FROZEN[case]
+    stride = 2 if kind == "projection" else 1
+    shortcut = nn.Sequential(nn.Conv2d(4 * width, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+    block = fused_res.Bottleneck(4 * width, width, stride, None if stride == 1 else shortcut).eval().to(dtype)
+    x, graphs = torch.randn(1, 4 * width, size, size).to(dtype), []
 
     def keep(graph, inputs):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph
 
-    with torch.no_grad(), internals.freezing() if freezing else nullcontext():
+    with torch.no_grad(), internals.freezing() if freezing else nullcontext(), use_backend(asked) if asked else nullcontext():
         found = torch.compile(block, backend=keep, fullgraph=True)(x)
         row = explain(torch.compile(block), x).rows[0]
-    by_inductor = freezing and library.fuses(torch.bfloat16)
+    by_inductor = freezing and inductors and library.fuses(dtype)
     assert any("block_evaluation" in name for name in graphs[0]) == (not by_inductor)
     assert (row.backend, row.level) == (("eager", None) if by_inductor else ("native", "epilogue"))
-    torch.testing.assert_close(found.double(), eager(block).double()(x.double()), rtol=0.05, atol=0.1)
+    rtol, atol = (0.05, 0.1) if dtype == torch.bfloat16 else (1e-4, 1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(found.double(), eager(block).double()(x.double()), rtol=rtol, atol=atol)
 
 
 def test_use_backend_around_a_compiled_block_takes_effect_and_ends(dynamo):

@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_res
 from blocks import image, make
-from fused_res import backends, folds, internals
+from fused_res import backends, folds, internals, use_backend
 from fused_res.block import evaluation
 from fused_res.block.packing import pack
 
@@ -78,7 +78,8 @@ def test_so_does_inductor(freezing, prepared):
     x = image(block, dtype=torch.float32)
     call, expected = torch.compile(block, fullgraph=True), fresh(block, x)
     prepared.clear()
-    with torch.no_grad(), internals.freezing() if freezing else nullcontext():
+    # Where it freezes, who asks for nothing has so small a block in torch's own operators.
+    with torch.no_grad(), internals.freezing() if freezing else nullcontext(), use_backend("native"):
         for _ in range(3):
             torch.testing.assert_close(call(x), expected)  # where it freezes, in another layout
     assert len(prepared) == 1

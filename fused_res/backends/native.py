@@ -238,6 +238,17 @@ def evaluation(device: torch.device, dtype: torch.dtype) -> str | None:
     return "epilogue" if device.type == "cpu" and dtype != torch.float64 else None
 
 
+def pays_in_frozen_graph(geometry: Geometry) -> bool:
+    """Whether a block in float32 that is evaluated in a graph is faster by its operator, which is a call of Python, than as
+    Inductor makes it where it freezes weights: then it prepares the library's convolutions as we do.
+
+    It is where our own 3x3 convolutions have pixels to save time on; measured for ResNet's blocks at batch 1 and 8, with AVX-512.
+    Of unknown sizes many pixels are expected.
+    """
+    filtered = any(_is_filtered(unit) and min(unit.weight[:2]) >= 32 for unit in geometry.main)
+    return filtered and (geometry.pixels is None or geometry.pixels >= 256)
+
+
 def _is_filtered(unit: ConvBN | Convolution) -> bool:
     """Whether the convolution's geometry is that of F(2x2, 3x3)."""
     *_, height, width = unit.weight if isinstance(unit, Convolution) else unit.weight.shape
