@@ -1,7 +1,7 @@
 """Modules that a network calls one after the other, in evaluation as one call of the compiled library.
 
-Each block has its program (`fused_res.block.program`), and what it prepared of its weights. Asked one by one whether those still
-hold, a network's blocks take longer than some of their convolutions; asked together, once a call, they do not.
+Each block has its program (`fused_res.block.program`), and what it prepared of its weights. Whether those still hold is asked of
+all of a network's blocks together, once a call, instead of between their convolutions.
 """
 
 import threading
@@ -95,8 +95,8 @@ class Serial(nn.Module):
         super().__init__()
         self._parts, self._list_modules = tuple(parts), modules
         self._together: tuple[_Together, ...] = ()
-        self._seen: dict[Hashable, tuple[int, bool]] = {}
-        """By looks: how often, and the layout of what was made of the first."""
+        self._seen: dict[Hashable, tuple[int, bool | None]] = {}
+        """By looks: how often, and whether what was made of the first was channels_last; None as long as that is not known."""
         self._lock, self._forgotten = threading.Lock(), 0
         folds.tell(self)
 
@@ -120,13 +120,14 @@ class Serial(nn.Module):
             return self._one_by_one(x)
         key = x.shape, x.dtype, x.stride()
         with self._lock:
-            count, channels_last = self._seen.get(key, (0, False))
+            count, channels_last = self._seen.get(key, (0, None))
             if len(self._seen) >= _MOST_SEEN:
                 self._seen = {}
             self._seen[key] = count + 1, channels_last
-        if count == 0:
+        if channels_last is None:  # other threads may be here, too
             out = self._one_by_one(x)
-            self._seen[key] = 1, out.dim() == 4 and is_channels_last(out)
+            with self._lock:
+                self._seen[key] = count + 1, is_channels_last(out)
             return out
         # Between blocks other layouts would only cost copies.
         after = count + 1 - _FIRST

@@ -69,6 +69,15 @@ void run(Dtype dtype, int64_t pixels, int64_t channels, int64_t block, int64_t t
   }
 }
 
+// Windows of two images, the last of them beyond the padding.
+void pool(Dtype dtype, int64_t channels, const PoolSteps& rows, const PoolSteps& columns) {
+  const auto& table = FUSED_RES_VARIANT::table;
+  const int64_t item = dtype == kDouble ? 8 : dtype == kFloat ? 4 : 2, pixels = 2 * rows.windows * columns.windows;
+  Buffer image(2 * rows.size * columns.size * channels, item), out(pixels * channels, item);
+  table.relu[dtype]({channels, image.data()}, 0, 2 * rows.size * columns.size);
+  table.max_pool[dtype]({channels, rows, columns, image.data(), out.data()}, 0, pixels);
+}
+
 int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
 // The kernels that multiply matrices: [pixels, inner] and [pixels, outer], every second pixel of a line of the former.
@@ -322,6 +331,8 @@ int main(int count, char**) {
         run(static_cast<Dtype>(dtype), pixels, channels, 8, 2);
         run(static_cast<Dtype>(dtype), pixels, channels, 1000, 1);
       }
+      pool(static_cast<Dtype>(dtype), channels, {3, 2, 1, 1, 8, 5}, {2, 3, 0, 2, 7, 3});
+      pool(static_cast<Dtype>(dtype), channels, {3, 2, 0, 1, 2, 1}, {5, 1, 2, 1, 1, 1});
     }
     for (size_t i = 0; i < std::size(inners); ++i) {
       for (size_t o = 0; o < std::size(outers); ++o) {

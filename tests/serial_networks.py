@@ -37,14 +37,18 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def drawn(make=torchvisions, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
-    net = make()
+    return randomised(make()).eval().to(dtype)
+
+
+def randomised(net):
+    """The network, with values in its BNs in which a swapped or a forgotten one would show."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.2)
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.eval().to(dtype)
+    return net
 
 
 def served(make=torchvisions, dtype=torch.float32):

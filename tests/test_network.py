@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from compare import same, within
+from serial_networks import randomised
 from torch import nn
 
 import fused_res
@@ -48,14 +49,7 @@ networks = pytest.mark.parametrize("make", NETWORKS.values(), ids=list(NETWORKS)
 
 def drawn(make, dtype=torch.float64):
     torch.manual_seed(0)
-    net = make().to(dtype)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return net.to(memory_format=torch.channels_last)
+    return randomised(make().to(dtype)).to(memory_format=torch.channels_last)
 
 
 def images(dtype=torch.float64, size=37):

@@ -204,3 +204,21 @@ def test_threads_that_call_together_get_what_one_gets(runs):
     for result in results:
         same(result, expected)
     assert runs
+
+
+def test_a_second_call_while_the_first_is_under_way_has_its_layout(monkeypatch):
+    """As another thread may make it: what layout comes out is not known by then."""
+    net, x = served(), images(size=64)
+    net.avgpool, net.fc = torch.nn.Identity(), torch.nn.Identity()
+    inside, plain = [], serial.Serial._one_by_one
+
+    def twice(self, *arguments):
+        monkeypatch.setattr(serial.Serial, "_one_by_one", plain)
+        inside.append(self(x))
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(serial.Serial, "_one_by_one", twice)
+    with torch.no_grad():
+        net(x)
+    assert inside[0].is_contiguous(memory_format=torch.channels_last)
+    assert not inside[0].is_contiguous()

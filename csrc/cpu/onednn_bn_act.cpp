@@ -36,8 +36,15 @@ struct Geometry {
   int64_t groups;
 };
 
+bool has_onednn() {
+  return aoti_torch_cpu_mkldnn__convolution_pointwise != nullptr &&
+         aoti_torch_cpu_mkldnn__convolution_pointwise_binary != nullptr &&
+         aoti_torch_cpu_mkldnn__convolution_pointwise_binary_ != nullptr;
+}
+
 // The weight may be in an order of oneDNN's own, which nobody else can read.
 void check(const Tensor& x, const Tensor& weight, const Tensor& shift, const OptionalTensor& skip, const Geometry& g) {
+  STD_TORCH_CHECK(has_onednn(), "onednn_bn_act: this torch has no convolutions of oneDNN's");
   check_channels_last("x", x);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && g.groups >= 1 && weight.size(0) % g.groups == 0 &&
                       weight.size(1) * g.groups == x.size(1),
@@ -123,11 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_res, MkldnnCPU, m) {
   m.impl("onednn_bn_act_", TORCH_BOX(&onednn_bn_act_onto));
 }
 
-extern "C" __attribute__((visibility("default"))) bool fused_res_has_onednn() {
-  return aoti_torch_cpu_mkldnn__convolution_pointwise != nullptr &&
-         aoti_torch_cpu_mkldnn__convolution_pointwise_binary != nullptr &&
-         aoti_torch_cpu_mkldnn__convolution_pointwise_binary_ != nullptr;
-}
+extern "C" __attribute__((visibility("default"))) bool fused_res_has_onednn() { return has_onednn(); }
 
 }  // namespace
 }  // namespace fused_res::cpu
